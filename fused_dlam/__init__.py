@@ -1,0 +1,18 @@
+"""Decentralized momentum optimizers for PyTorch: data-parallel training by gossip, without all-reduce."""
+
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():  # a source checkout keeps kernels/ beside this folder
+    __path__.append(str(_here.parent))
+
+from . import topology  # noqa: E402
+from .kernels import rules  # noqa: E402
+from .kernels.jit import jit  # noqa: E402
+from .kernels.rule import Rule  # noqa: E402
+from .simulator import simulate  # noqa: E402
+from .stability import consensus_growth  # noqa: E402
+from .topology import Topology  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["Rule", "Topology", "consensus_growth", "jit", "rules", "simulate", "topology"]

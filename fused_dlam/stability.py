@@ -1,0 +1,109 @@
+"""The certificate: does disagreement between workers die out under a method, on a topology, at a momentum?
+
+A rule's equations with zero gradient are a linear map of all workers' (x, state). Its growth per step on the
+disagreement (everything but what all workers share) is a spectral radius over one period. Below one, the disagreement
+that data and rounding stir up is forgotten; above one it overflows, whatever the learning rate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .kernels import rules
+from .kernels.rule import Rule
+from .topology import Topology
+
+
+def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> float:
+    """The factor by which disagreement between workers grows per step, gradients left out. Stable: below 1.
+
+    Args:
+        method: a name or a `Rule`; derived from its own equations, so it must be linear in x and state.
+        topology: a `Topology`, e.g. `fused_dlam.topology.exponential(8)`.
+        momentum: beta.
+        hyper: the method's own hyper-parameters, e.g. `correction_rate`, `correction_gain`, `mu`; and
+            `schedule="atc"` or `"awc"`.
+
+    Methods that average gradients exactly keep equal workers equal: 0. Circulant topologies are decomposed into
+    Fourier modes (65,536 workers take seconds), a single matrix into its eigenvalues; otherwise the whole map is
+    formed, [k n, k n] with k = 1 + the number of state buffers.
+    """
+    if not isinstance(topology, Topology):
+        raise TypeError("consensus_growth needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
+    rule = rules.get(method)
+    if hyper.pop("schedule", "atc") == "awc":
+        rule = rule.adapt_while_communicating()
+    rule.check_hyper(hyper)
+    if rule.average == "gradient" or topology.n == 1:
+        return 0.0
+    h = rule.scalars(1.0, momentum, 0.0, topology.rho, hyper)
+    modes = topology.modes
+    growth = _growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)
+    return growth ** (1 / topology.period)
+
+
+def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
+    """Spectral radius over a period when every phase acts on a mode as a number, `modes` [period, modes].
+
+    In chunks: 65,536 workers times 16 phases would otherwise be 0.5 GB.
+    """
+    worst = 0.0
+    for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
+        k = 1 + len(rule.state)
+        product = np.broadcast_to(np.eye(k, dtype=complex), (chunk.shape[1], k, k))
+        for lam in chunk:
+            # Column b is the image of (x, state) = unit vector b; on this mode, pull = (lam - 1) * message.
+            columns = [_step(rule, h, unit, lambda y, lam=lam: (lam - 1) * y, np.ones_like(lam)) for unit in np.eye(k)]
+            product = np.stack([np.stack(c, axis=-1) for c in columns], axis=-1) @ product
+        worst = max(worst, float(abs(np.linalg.eigvals(product)).max()))
+    return worst
+
+
+def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
+    """The same from the dense map, on the quotient by the vectors that are equal on all workers."""
+    n, k = topology.n, 1 + len(rule.state)
+    # Q: an orthonormal basis of the vectors that sum to zero. All-equal vectors are invariant (rows sum to one), so
+    # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
+    Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
+    product, log_scale = np.eye(k * (n - 1)), 0.0
+    for step in range(topology.period):
+        W = Q.T @ topology.weights(step) @ Q
+        one = np.eye(n - 1)
+        columns = [_step(rule, h, unit, lambda y, W=W: W @ y - y, one) for unit in np.eye(k)]
+        product = np.vstack([np.hstack([c[row] for c in columns]) for row in range(k)]) @ product
+        scale = abs(product).max()
+        if scale == 0:
+            return 0.0
+        product, log_scale = product / scale, log_scale + np.log(scale)
+    radius = float(abs(np.linalg.eigvals(product)).max())
+    return float(np.exp(np.log(radius) + log_scale)) if radius > 0 else 0.0
+
+
+def _step(rule: Rule, h, unit: np.ndarray, pull, one: np.ndarray) -> list[np.ndarray]:
+    """The rule's own equations at zero gradient, from (x, state) = unit * one."""
+    x, *s = (c * one for c in unit)
+    state = rule.State(*s)
+    messages = rule.send.fn(x, 0.0 * one, state, h)
+    x, s = rule.update.fn(x, 0.0 * one, state, tuple(pull(y) for y in messages), h)
+    return [x * 1.0, *(c * 1.0 for c in s)]
+
+
+def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, **hyper) -> str:
+    """What to tell a user whose choice is unstable, every remedy tried before it is named."""
+    found = []
+    if rule.name != "pc-dmsgd" and consensus_growth("pc-dmsgd", topology, momentum) < 1:
+        found.append("method='pc-dmsgd', which is stable here")
+    if not topology.is_symmetric and consensus_growth(rule, topology.symmetrize(), momentum, **hyper) < 1:
+        found.append("a symmetric graph such as 'symmetric-exponential' or topology.symmetrize()")
+    if consensus_growth(rule, topology.lazy(), momentum, **hyper) < 1:
+        found.append("the lazy graph, topology.lazy()")
+    smaller = next((b for b in np.arange(round(momentum, 2), 0, -0.05) if b < momentum
+                    and consensus_growth(rule, topology, float(b), **hyper) < 1), None)  # fmt: skip
+    if smaller is not None:
+        found.append(f"momentum={smaller:.2f} or less")
+    return (
+        f"method {rule.name!r} is unstable on {topology.name!r} with {topology.n} workers at momentum {momentum:g}:"
+        f" disagreement between workers would grow {growth:.4f}-fold per step. What would work: "
+        + ("; ".join(found) if found else "nothing we know of")
+        + ". (allow_unstable=True overrides this.)"
+    )
