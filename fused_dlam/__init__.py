@@ -7,12 +7,27 @@ if not (_here / "kernels").is_dir():  # a source checkout keeps kernels/ beside 
     __path__.append(str(_here.parent))
 
 from . import topology  # noqa: E402
+from .exchange import ExchangeError  # noqa: E402
 from .kernels import rules  # noqa: E402
 from .kernels.jit import jit  # noqa: E402
 from .kernels.rule import Rule  # noqa: E402
+from .neighbor import neighbor_allreduce  # noqa: E402
+from .optimizer import DecentLaM, GossipSGD  # noqa: E402
 from .simulator import simulate  # noqa: E402
 from .stability import consensus_growth  # noqa: E402
 from .topology import Topology  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Rule", "Topology", "consensus_growth", "jit", "rules", "simulate", "topology"]
+__all__ = [
+    "DecentLaM",
+    "ExchangeError",
+    "GossipSGD",
+    "Rule",
+    "Topology",
+    "consensus_growth",
+    "jit",
+    "neighbor_allreduce",
+    "rules",
+    "simulate",
+    "topology",
+]

@@ -1,0 +1,184 @@
+"""Flat buffers in which parameters and gradients are views, so that a pass or a message is one contiguous run.
+
+    parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
+
+Nothing is copied in the steady state: autograd accumulates into the gradient views. What breaks a view (a fresh
+gradient after `model.zero_grad()`, say) is copied back in once and the view is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+ALIGN = 8  # elements; a slot starts on a 16-byte boundary in every floating type
+PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Slot:
+    """One parameter's place in a bucket."""
+
+    def __init__(self, p: torch.Tensor, offset: int):
+        self.p = p
+        self.offset = offset
+        self.numel = p.numel() * (2 if p.is_complex() else 1)
+        # Dense layouts (channels-last too) keep their strides; holes and overlaps become contiguous.
+        self.stride = torch.empty_like(p, memory_format=torch.preserve_format).stride()
+        self.span = slice(offset, offset + self.numel)
+        self.data = p.data  # the view in the bucket, once it is built
+        self.grad: torch.Tensor | None = None
+        self.zeroed_at = -1  # the gradient view's version when it was last zeroed
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """This slot of a flat real buffer, in the parameter's shape (and complex if the parameter is)."""
+        run = flat[self.span]
+        if self.p.is_complex():
+            run = torch.view_as_complex(run.view(-1, 2))
+        return run.as_strided(self.p.shape, self.stride)
+
+
+class Bucket:
+    """Parameters of one dtype and device and their flat buffers, all of one length N.
+
+    x holds master values: the parameters themselves, or float32 copies of 16-bit ones (then `low` holds the
+    parameters). `state` are the method's buffers, `messages` [messages, N] what is sent, `received` [d, messages, N].
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor], index: int):
+        self.index = index
+        self.slots: list[Slot] = []
+        end = 0
+        for p in params:
+            self.slots.append(Slot(p, end))
+            end = -(-(end + self.slots[-1].numel) // ALIGN) * ALIGN
+        self.N = -(-max(end, 1) // PADDING) * PADDING
+        first = params[0]
+        dtype = first.dtype.to_real()
+        self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
+        self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
+        self.g = torch.zeros(self.N, dtype=dtype, device=first.device)
+        self.state: tuple[torch.Tensor, ...] = ()
+        self.messages = self.received = torch.empty(0)
+        for slot in self.slots:
+            self._adopt(slot)
+
+    def allocate(self, states: int, messages: int, degree: int, message_dtype: torch.dtype | None = None) -> None:
+        dtype = message_dtype or self.x.dtype
+        self.state = tuple(torch.zeros_like(self.x) for _ in range(states))
+        self.messages = torch.zeros(messages, self.N, dtype=dtype, device=self.x.device)
+        self.received = torch.zeros(degree, max(messages, 1), self.N, dtype=dtype, device=self.x.device)
+
+    def _adopt(self, slot: Slot) -> None:
+        p = slot.p
+        slot.view(self.x).copy_(p.data)
+        if self.low is not None:
+            slot.view(self.low).copy_(p.data)
+        slot.data = slot.view(self.x if self.low is None else self.low)
+        had = p.grad
+        p.data = slot.data
+        # `.data` gives the view a version counter of its own: writing the flat buffer does not move it, autograd and
+        # the user do. So the counter tells whether this parameter got a gradient.
+        slot.grad = slot.view(self.g).data
+        if had is not None:
+            p.grad = had.to(p.dtype) if had.layout == torch.strided else had
+            self.collect(slot)
+        elif p.requires_grad:
+            p.grad = slot.grad
+            slot.zeroed_at = slot.grad._version
+
+    def collect(self, slot: Slot) -> None:
+        """Copies a gradient that is not the view into the view, and puts the view back."""
+        grad = slot.p.grad
+        if grad is None or grad is slot.grad:
+            return
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
+                " layer with sparse=False"
+            )
+        assert slot.grad is not None
+        slot.grad.copy_(grad.detach())
+        slot.p.grad = slot.grad
+
+    def zero_grad(self) -> None:
+        """Zeros the gradients with one write per bucket and keeps the views installed."""
+        self.g.zero_()
+        for slot in self.slots:
+            if slot.p.requires_grad:
+                slot.p.grad = slot.grad
+                slot.zeroed_at = slot.grad._version  # type: ignore[union-attr]
+            else:
+                slot.p.grad = None
+
+    def refresh(self) -> None:
+        """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
+        for slot in self.slots:
+            p = slot.p
+            if p.data_ptr() != slot.data.data_ptr() or p.dtype != slot.data.dtype or p.device != slot.data.device:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
+                    " built (model.to(...), load_state_dict(assign=True), p.data = ...). Move the model first, then"
+                    " build the optimizer; load checkpoints with assign=False."
+                )
+            self.collect(slot)
+
+    def has_gradient(self, slot: Slot) -> bool:
+        """Whether the parameter got a gradient since the last zero_grad."""
+        return slot.p.grad is not None and slot.p.grad._version != slot.zeroed_at
+
+    def runs(self, count_missing_as_zero: bool = False) -> Iterator[tuple[slice, bool]]:
+        """Maximal runs of the buffer as (span, whether its parameters got gradients), together all of it.
+
+        In the steady state that is one run. A parameter without a gradient takes no local step, as in torch; it is
+        averaged all the same. With `count_missing_as_zero` only parameters that need no gradient are left out.
+        """
+        start, active = 0, None
+        for slot in self.slots:
+            if not slot.numel:
+                continue
+            if count_missing_as_zero:
+                now = slot.p.requires_grad
+                if now and slot.p.grad is None:
+                    self.g[slot.span].zero_()
+            else:
+                now = self.has_gradient(slot)
+            if active is not None and now != active:
+                yield slice(start, slot.offset), active
+                start = slot.offset
+            active = now
+        if active is not None:
+            yield slice(start, self.N), active
+
+    def publish(self) -> None:
+        """Brings 16-bit parameters up to date, and tells autograd that the parameters changed."""
+        if self.low is not None:
+            self.low.copy_(self.x)
+        torch.autograd.graph.increment_version([slot.p for slot in self.slots])
+
+
+def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0) -> list[Bucket]:
+    """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
+
+    `bucket_bytes=None` takes a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to
+    send when the backward pass ends, large enough that latency does not count.
+    """
+    kinds: dict[tuple, list[torch.Tensor]] = {}
+    for p in reversed(list(params)):
+        kinds.setdefault((p.dtype.to_real(), p.device), []).append(p)
+    buckets: list[Bucket] = []
+    for same in kinds.values():
+        sizes = [p.numel() * p.element_size() for p in same]
+        limit = bucket_bytes or min(max(math.ceil(sum(sizes) / 12), 1 << 20), 32 << 20)
+        chunk: list[torch.Tensor] = []
+        filled = 0
+        for p, size in zip(same, sizes, strict=True):
+            if chunk and filled + size > limit:
+                buckets.append(Bucket(chunk, start + len(buckets)))
+                chunk, filled = [], 0
+            chunk.append(p)
+            filled += size
+        buckets.append(Bucket(chunk, start + len(buckets)))
+    return buckets

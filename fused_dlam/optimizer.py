@@ -1,0 +1,394 @@
+"""`GossipSGD`: momentum SGD whose workers average with a few neighbors instead of all-reducing gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import topology as topologies
+from .engine import Engine
+from .exchange import Exchange, log
+from .kernels import rules
+from .kernels.backend import Scalars
+from .kernels.rule import Rule
+from .stability import consensus_growth, remedies
+from .topology import Topology
+
+LARGEST_MAP = 3000  # rows of the largest dense map the certificate is computed from: about half a minute
+
+
+class GossipSGD(Optimizer):
+    """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
+
+    Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
+    the parameters into flat buffers (move the model to its device first), checks that all ranks agree on shapes and
+    settings, and broadcasts rank 0's parameters; buffers such as BatchNorm's are the user's to broadcast. Without a
+    process group it is `torch.optim.SGD` with momentum.
+
+    Args:
+        params: parameters, groups, or named parameters, as for `torch.optim.SGD`.
+        lr: learning rate.
+        momentum: beta, in [0, 1).
+        weight_decay: lambda, added to the gradient as lambda x.
+        method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "pc-dmsgd" (the default) suits directed and
+            one-peer graphs, "decentlam" symmetric ones.
+        topology: a name from `fused_dlam.topology.FAMILY` or a `Topology` for as many workers as the group has.
+        correction_rate, correction_gain: PC-DmSGD's e and kappa; "auto" takes the rate the topology allows.
+        schedule: "atc" sends after the gradient is known, "awc" sends the parameters while it is computed.
+        group: the process group of the workers; default: all ranks.
+        maximize: ascend instead of descend.
+        communicate_every: exchange in every k-th step only; the steps between are local.
+        global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
+        comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
+        fused: None takes the best passes available for the parameters, True insists, False takes the reference.
+        bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32.
+        timeout: seconds after which waiting for a peer is an error.
+        allow_unstable: run although disagreement between workers grows.
+        hyper: hyper-parameters of single methods, e.g. `mu` of "qg-dmsgd".
+
+    Raises ValueError or TypeError for bad input, also if the method is unstable on the topology (the message says what
+    would work), before anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
+
+    A parameter without a gradient takes no local step, as in torch, and is averaged all the same.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        method: str | Rule = "pc-dmsgd",
+        topology: str | Topology = "one-peer-exponential",
+        correction_rate: float | str = "auto",
+        correction_gain: float = 10.0,
+        schedule: str = "atc",
+        group: dist.ProcessGroup | None = None,
+        *,
+        maximize: bool = False,
+        communicate_every: int = 1,
+        global_average_every: int | None = None,
+        comm_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        bucket_mb: float | None = None,
+        timeout: float = 600.0,
+        allow_unstable: bool = False,
+        **hyper: Any,
+    ):
+        rule = rules.get(method)
+        if schedule not in ("atc", "awc"):
+            raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
+        if bucket_mb is not None and not bucket_mb > 0:
+            raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
+        if comm_dtype is not None and not comm_dtype.is_floating_point:
+            raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
+        if "correction_rate" in rule.hyper:
+            hyper["correction_rate"] = correction_rate
+        if "correction_gain" in rule.hyper:
+            hyper["correction_gain"] = correction_gain
+        rule.check_hyper(hyper)
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
+        defaults.update(rule_defaults(rule, hyper))
+        _check_group(defaults)
+
+        size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        if size < 1:
+            raise ValueError("this rank is not in the given process group")
+        graph = topologies.get(topology, size).every(communicate_every)
+        if global_average_every is not None:
+            graph = graph.with_global_average(global_average_every)
+        self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
+        self._topology = graph
+        self._allow_unstable = allow_unstable
+        self._engine: Engine | None = None
+        defaults.update(
+            method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={}
+        )
+        super().__init__(params, defaults)  # calls add_param_group, which checks every group
+
+        exchange = Exchange(group, timeout) if size > 1 else None
+        bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
+        self._engine = Engine(self._rule, graph, exchange, fused, comm_dtype, bucket_bytes)
+        for param_group in self.param_groups:
+            self._enter(param_group)
+        self.register_state_dict_post_hook(_detach_state)
+
+    # -- parameter groups and their state ----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["memory"] = dict(group["memory"])
+        group["step"] = self.param_groups[0]["step"]
+        try:
+            _check_group(group)
+            self._certify(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self._engine is not None:
+            self._enter(group)
+
+    def _certify(self, group: dict[str, Any]) -> None:
+        rule, graph = self._rule, self._topology
+        if graph.n == 1 or self._allow_unstable:
+            return
+        if (1 + len(rule.state)) * graph.n > LARGEST_MAP and graph.modes is None:
+            log.warning("%s over %d workers is too large to certify here; see consensus_growth", graph.name, graph.n)
+            return
+        hyper = {name: group[name] for name in rule.hyper}
+        growth = consensus_growth(rule, graph, float(group["momentum"]), **hyper)
+        if growth >= 1 - 1e-9:
+            raise ValueError(remedies(rule, graph, float(group["momentum"]), growth, **hyper))
+
+    def _enter(self, group: dict[str, Any]) -> None:
+        """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
+        engine = self._engine
+        assert engine is not None
+        params = [p for p in group["params"]]
+        if engine.exchange is not None:
+            engine.exchange.agree(_facts(group, params))
+        buckets = engine.add_group(params)
+        for b in buckets:
+            if engine.exchange is not None:
+                engine.exchange.broadcast(b.x)
+                b.publish()
+            for slot in b.slots:
+                self.state[slot.p] = {name: slot.view(t) for name, t in zip(engine.rule.state, b.state, strict=True)}
+                if b.low is not None:
+                    self.state[slot.p]["master"] = slot.view(b.x)
+                if slot.p.requires_grad:
+                    slot.p.register_post_accumulate_grad_hook(lambda _, b=b, slot=slot: b.collect(slot))
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One local step and one exchange. Every rank must call it equally often.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, which is returned; called once, before the exchange.
+
+        Raises RuntimeError if a parameter was moved since construction, ExchangeError if a peer does not answer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        assert self._engine is not None
+        step = self.param_groups[0]["step"]
+        self._engine.step(step, [self._scalars(group) for group in self.param_groups])
+        for group in self.param_groups:
+            group["step"] = step + 1
+        return loss
+
+    def _scalars(self, group: dict[str, Any]) -> Scalars:
+        rule = self._rule
+        hyper = {name: group[name] for name in rule.hyper}
+        h = rule.scalars(
+            float(group["lr"]), float(group["momentum"]), float(group["weight_decay"]), self._topology.rho, hyper,
+            group["memory"],
+        )  # fmt: skip
+        return Scalars(h, (), -1.0 if group["maximize"] else 1.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeros all gradients in place, whatever `set_to_none` says: they are views of flat buffers."""
+        if self._engine is None:
+            super().zero_grad(set_to_none)
+            return
+        for b in self._engine.buckets:
+            b.zero_grad()
+
+    # -- what the workers have in common -----------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """What runs the element-wise passes, e.g. "torch"."""
+        assert self._engine is not None
+        return ", ".join(sorted({p.name for passes in self._engine.passes for p in passes.values()}))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of payload this rank has sent since construction; an all-reduce counts as a ring, 2 (n-1)/n of it."""
+        assert self._engine is not None
+        return 0 if self._engine.exchange is None else round(self._engine.exchange.bytes_sent)
+
+    @property
+    def messages_sent(self) -> int:
+        """Messages this rank has sent to neighbors since construction."""
+        assert self._engine is not None
+        return 0 if self._engine.exchange is None else self._engine.exchange.messages_sent
+
+    @torch.no_grad()
+    def consensus_distance(self) -> float:
+        """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
+        assert self._engine is not None
+        exchange = self._engine.exchange
+        if exchange is None:
+            return 0.0
+        total = torch.zeros(1, dtype=torch.float64)
+        for b in self._engine.buckets:
+            mean = b.x.clone()
+            exchange.average(mean)
+            total += torch.linalg.vector_norm(mean.sub_(b.x), dtype=torch.float64).square().cpu()
+        if exchange.backend == "nccl":
+            total = total.cuda()
+        exchange.average(total)
+        return math.sqrt(float(total))
+
+    @contextmanager
+    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
+        """Within the context the parameters are the workers' mean; afterwards each worker has its own back.
+
+        Args:
+            model: also averages its floating-point buffers (BatchNorm's running statistics).
+
+        All ranks must enter it together. Costs a copy of the parameters.
+        """
+        assert self._engine is not None
+        exchange = self._engine.exchange
+        if exchange is None:
+            yield
+            return
+        floats = [] if model is None else [b for b in model.buffers() if b.is_floating_point()]
+        with torch.no_grad():
+            saved = [b.x.clone() for b in self._engine.buckets]
+            saved_buffers = [b.clone() for b in floats]
+            for b in self._engine.buckets:
+                exchange.average(b.x)
+                b.publish()
+            for buffer in floats:
+                exchange.average(buffer)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for b, x in zip(self._engine.buckets, saved, strict=True):
+                    b.x.copy_(x)
+                    b.publish()
+                for buffer, own in zip(floats, saved_buffers, strict=True):
+                    buffer.copy_(own)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`.
+
+        Raises ValueError for a checkpoint of another method or topology.
+        """
+        for theirs, ours in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            for what in ("method", "topology", "schedule"):
+                if what in theirs and theirs[what] != ours[what]:
+                    raise ValueError(f"the checkpoint is of {what} {theirs[what]!r}, this optimizer of {ours[what]!r}")
+            if theirs.get("dampening") or theirs.get("nesterov"):
+                raise ValueError("the checkpoint uses dampening or nesterov, which this method does not define")
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before, strict=True):
+            for name, value in old.items():
+                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD lacks ours
+            group["memory"] = dict(group["memory"])
+        loaded = {  # uncast: torch rounds state to the parameter's type, which would ruin float32 state of 16-bit ones
+            p: state_dict["state"].get(key, {})
+            for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            for key, p in zip(theirs["params"], group["params"], strict=True)
+        }
+        assert self._engine is not None
+        with torch.no_grad():
+            for b in self._engine.buckets:
+                views = dict(zip(self._rule.state, b.state, strict=True))
+                if b.low is not None:
+                    views["master"] = b.x
+                for slot in b.slots:
+                    values = self.state[slot.p]
+                    for name, buffer in views.items():
+                        view = slot.view(buffer)
+                        value = loaded[slot.p].get(name)
+                        if value is not None:
+                            view.copy_(value)
+                        elif name == "master":
+                            view.copy_(slot.p)
+                        else:
+                            view.zero_()
+                        values[name] = view
+
+
+class DecentLaM(GossipSGD):
+    """DecentLaM: decentralized momentum SGD whose momentum leaves no bias beyond DSGD's (Yuan et al., ICCV 2021).
+
+        m' = beta m + g~,  g~ = (x - sum_j w_ij (x_j - lr g_j)) / lr,  x' = x - lr m'
+
+    For constant lr this is x'_i = sum_j w_ij (x_j - lr g_j) + beta (x_i - previous x_i). Proved for symmetric positive
+    definite W; stable for any symmetric static one. On directed and one-peer graphs it diverges at usual momenta, so
+    the constructor refuses them: use `GossipSGD(method="pc-dmsgd")` there. Arguments as `GossipSGD`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        topology: str | Topology = "symmetric-exponential",
+        **options: Any,
+    ):
+        if "method" in options:
+            raise TypeError("DecentLaM is a method; pass method= to GossipSGD")
+        super().__init__(params, lr, momentum, weight_decay, "decentlam", topology, **options)
+
+
+def rule_defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a parameter group for a rule's own hyper-parameters: plain numbers, or "auto"."""
+    return {
+        name: hyper[name] if hyper.get(name) is not None else ("auto" if callable(default) else default)
+        for name, default in rule.hyper.items()
+    }
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= float(lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not 0.0 <= float(momentum) < 1.0:
+        raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
+    if not 0.0 <= float(weight_decay) < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    rate, gain, mu = group.get("correction_rate", "auto"), group.get("correction_gain", 10.0), group.get("mu", "auto")
+    if rate != "auto" and not (not isinstance(rate, str) and 0.0 <= float(rate) <= 1.0):
+        raise ValueError(f"Invalid correction_rate: {rate!r}, must be 'auto' or in [0, 1]")
+    if not float(gain) >= 1.0:
+        raise ValueError(f"Invalid correction_gain: {gain}, must be >= 1 (math.inf: no leak)")
+    if mu != "auto" and not 0.0 <= float(mu) < 1.0:
+        raise ValueError(f"Invalid mu: {mu!r}, must be in [0, 1)")
+
+
+def _facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
+    """What all ranks must have in common."""
+    shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
+    settings = {k: v for k, v in group.items() if k not in ("params", "memory")}
+    return {
+        "the number of parameters": str(len(params)),
+        "parameter shapes, strides or types": str(shapes),
+        **{name: str(value) for name, value in settings.items()},
+    }
+
+
+def _detach_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Copies the views, so that a checkpoint holds plain tensors and not whole flat buffers."""
+    state = {
+        key: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()} if isinstance(s, dict) else s
+        for key, s in state_dict["state"].items()
+    }
+    groups = [
+        {k: dict(v) if isinstance(v, dict) else v for k, v in group.items()} for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": state, "param_groups": groups}
