@@ -54,7 +54,8 @@ class Bucket:
         for p in params:
             self.slots.append(Slot(p, end))
             end = -(-(end + self.slots[-1].numel) // ALIGN) * ALIGN
-        self.N = -(-max(end, 1) // PADDING) * PADDING
+        self.flags = slice(end, end + len(self.slots))  # in the padding: which parameters got a gradient
+        self.N = -(-self.flags.stop // PADDING) * PADDING
         first = params[0]
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
@@ -125,32 +126,32 @@ class Bucket:
                 )
             self.collect(slot)
 
-    def has_gradient(self, slot: Slot) -> bool:
-        """Whether the parameter got a gradient since the last zero_grad."""
-        return slot.p.grad is not None and slot.p.grad._version != slot.zeroed_at
+    def active(self) -> list[bool]:
+        """For each slot, whether its parameter got a gradient since the last zero_grad."""
+        return [slot.p.grad is not None and slot.p.grad._version != slot.zeroed_at for slot in self.slots]
 
-    def runs(self, count_missing_as_zero: bool = False) -> Iterator[tuple[slice, bool]]:
-        """Maximal runs of the buffer as (span, whether its parameters got gradients), together all of it.
+    def runs(self, active: list[bool]) -> Iterator[tuple[slice, bool]]:
+        """Maximal runs of the buffer as (span, active), together all of it. In the steady state that is one run."""
+        start, current = 0, active[0]
+        for slot, now in zip(self.slots, active, strict=True):
+            if now != current and slot.numel:
+                yield slice(start, slot.offset), current
+                start, current = slot.offset, now
+        yield slice(start, self.N), current
 
-        In the steady state that is one run. A parameter without a gradient takes no local step, as in torch; it is
-        averaged all the same. With `count_missing_as_zero` only parameters that need no gradient are left out.
-        """
-        start, active = 0, None
-        for slot in self.slots:
-            if not slot.numel:
-                continue
-            if count_missing_as_zero:
-                now = slot.p.requires_grad
-                if now and slot.p.grad is None:
-                    self.g[slot.span].zero_()
-            else:
-                now = self.has_gradient(slot)
-            if active is not None and now != active:
-                yield slice(start, slot.offset), active
-                start = slot.offset
-            active = now
-        if active is not None:
-            yield slice(start, self.N), active
+    def raise_flags(self, active: list[bool]) -> None:
+        """Before the gradient buffer is averaged: zeros what has no gradient and notes what has."""
+        for slot, now in zip(self.slots, active, strict=True):
+            if not now:
+                self.g[slot.span].zero_()
+        self.g[self.flags] = torch.tensor(active, dtype=self.g.dtype)
+
+    def lower_flags(self, active: list[bool]) -> list[bool]:
+        """After it was averaged: for each slot, whether its parameter got a gradient on any rank."""
+        if not all(active):  # else all are known to be set, and a GPU need not be waited for
+            active = (self.g[self.flags] > 0).tolist()
+        self.g[self.flags] = 0
+        return active
 
     def publish(self) -> None:
         """Brings 16-bit parameters up to date, and tells autograd that the parameters changed."""

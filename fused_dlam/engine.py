@@ -32,6 +32,7 @@ class Flight(NamedTuple):
     transfer: Transfer | None
     message: torch.Tensor  # [messages, N]
     received: torch.Tensor  # [d, messages, N]
+    active: list[bool]  # which parameters take a local step
 
 
 class Engine:
@@ -105,24 +106,24 @@ class Engine:
         return self.rule.send is send_parameter and self.message_dtype in (None, b.x.dtype)
 
     def _send(self, i: int, b: Bucket, peers: Peers, step: int) -> Flight:
+        active = b.active()
         if self.exchange is None:
-            return Flight(None, b.messages, b.received)
+            return Flight(None, b.messages, b.received, active)
         if self.averages_gradient:
-            for _ in b.runs(count_missing_as_zero=True):
-                pass  # zeros what got no gradient
+            b.raise_flags(active)
             self.exchange.average(b.g, step)
-            return Flight(None, b.messages, b.received)
+            return Flight(None, b.messages, b.received, b.lower_flags(active))
         message = b.x.view(1, -1) if self._sends_x(b) else b.messages
         if peers is EVERYBODY and message.dtype != b.x.dtype:
             message = b.x.new_empty(message.shape)  # a mean of rounded messages would move the workers' mean
         if (peers.sources or peers.destinations) and not self._sends_x(b):
-            for span, active in b.runs():
-                self._pack(i, b, span, active, message)
+            for span, now in b.runs(active):
+                self._pack(i, b, span, now, message)
         if peers is EVERYBODY:
             received = message[None].clone()
             self.exchange.average(received, step)
-            return Flight(None, message, received)
-        return Flight(self.exchange.post(message, b.received, peers, step), message, b.received)
+            return Flight(None, message, received, active)
+        return Flight(self.exchange.post(message, b.received, peers, step), message, b.received, active)
 
     def _pack(self, i: int, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
         if not active:
@@ -137,8 +138,8 @@ class Engine:
             flight.transfer.wait_received()
             if self._sends_x(b):
                 flight.transfer.wait_sent()  # x is read by the transport until then
-        for span, active in b.runs(count_missing_as_zero=self.averages_gradient and self.exchange is not None):
-            if active:
+        for span, now in b.runs(flight.active):
+            if now:
                 state = tuple(t[span] for t in b.state)
                 received = flight.received[: len(peers.sources), :, span]
                 self.passes[i][b.x.device].combine(b.x[span], b.g[span], state, received)

@@ -374,11 +374,12 @@ def _check_group(group: dict[str, Any]) -> None:
 def _facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
     """What all ranks must have in common."""
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
-    settings = {k: v for k, v in group.items() if k not in ("params", "memory")}
+    first = ("method", "topology", "schedule")  # what explains the rest
+    settings = [*first, *(k for k in group if k not in (*first, "params", "memory"))]
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),
-        **{name: str(value) for name, value in settings.items()},
+        **{name: str(group.get(name)) for name in settings},
     }
 
 

@@ -1,0 +1,119 @@
+"""Compiles a pass for a GPU that need not be there, and judges the machine code against the rule's floor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from .gate_floor import SIZE, Traffic, combine_floor, pack_floor
+from .gate_read import Code, read
+from .rule import Rule
+from .triton_passes import BLOCK, OPTIONS, VECTOR, WARPS, Fields, _combine_kernel, _pack_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ALIGNED = [["tt.divisibility", 16]]  # what Triton's launcher says of a pointer or a length that is a multiple of 16
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    rule: Rule
+    schedule: str  # "atc", "awc"
+    pass_: str  # "pack", "combine", or "emit": combine that also writes the next message
+    message: str
+    gradient: str
+    d: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.rule.name, self.schedule, self.pass_, self.message, self.gradient, str(self.d))
+
+    @property
+    def floor(self) -> Traffic:
+        if self.pass_ == "pack":
+            return pack_floor(self.rule, self.gradient, self.message)
+        return combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
+
+    @property
+    def ceiling(self) -> int:
+        """Registers allowed for each thread, 512 threads of an SM's 65,536 registers at 128 and 1024 at 64."""
+        return 64 if self.d <= 3 else 96
+
+
+def build(
+    case: Case, target: str, kernel=None, block=BLOCK, vector=VECTOR, even=True, aligned=(True, True), **options
+):  # fmt: skip
+    """The case compiled as `triton_passes.Fused` launches it; the further arguments are for the negative controls.
+
+    aligned: whether pointers, and whether lengths and strides, are known to be multiples of 16.
+    """
+    rule, d = case.rule, case.d
+    kernel = kernel or (_pack_kernel if case.pass_ == "pack" else _combine_kernel)
+    message = f"*{case.message}"
+    types = {
+        "x_ptr": "*fp32",
+        "g_ptr": f"*{case.gradient}",
+        "s_ptrs": ("*fp32",) * len(rule.state),
+        "y_ptr": message,
+        "r_ptrs": (message,) * d,
+        "next_ptrs": (message,) * (case.pass_ == "emit"),
+        "scalars_ptr": "*fp32",
+        **dict.fromkeys(("y_stride", "r_stride", "n"), "i32"),
+    }
+    constants = {
+        "SEND": rule.send, "UPDATE": rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
+        "BLOCK": block, "VECTOR": vector, "EVEN": even,
+    }  # fmt: skip
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {}
+    for i, (name, type_) in enumerate(signature.items()):
+        if type_ != "constexpr" and aligned[type_ == "i32"]:
+            paths = [(i, k) for k in range(len(type_))] if isinstance(type_, tuple) else [(i,)]
+            attributes.update(dict.fromkeys(paths, ALIGNED))
+    source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
+    return compile(source, target=TARGETS[target], options={**OPTIONS, **options})
+
+
+class Verdict(NamedTuple):
+    code: Code
+    bytes: float  # moved per parameter
+    failures: list[str]
+
+
+def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
+    """Every way in which compiled code misses the floor; none, if it meets it."""
+    code, floor = read(kernel, TARGETS[target]), case.floor
+    threads = WARPS * TARGETS[target].warp_size
+    accesses = block // threads // VECTOR  # for each buffer and thread
+    # Scalars are one 4-byte load each; on AMD GPUs they go through the scalar unit, not counted.
+    scalars = Counter({4: floor.scalars if TARGETS[target].backend == "cuda" else 0})
+    loads = code.loads - scalars
+    moved = sum(width * n for width, n in (*loads.items(), *code.stores.items())) * threads / block
+    failures = []
+    if moved != floor.bytes:
+        failures.append(f"traffic: {moved:g} bytes per parameter, floor {floor.bytes}")
+    for what, seen, buffers in (("loads", loads, floor.loads), ("stores", code.stores, floor.stores)):
+        wanted = Counter()
+        for type_, n in buffers.items():
+            wanted[VECTOR * SIZE[type_]] += n * accesses
+        if seen != wanted:
+            failures.append(f"width: {what} {widths(seen)}, not {widths(wanted)}")
+    for what in ("spills", "shared", "barriers", "loops", "atomics", "fma"):
+        if getattr(code, what):
+            failures.append(f"{what}: {getattr(code, what)}")
+    if code.registers > case.ceiling:
+        failures.append(f"registers: {code.registers}, ceiling {case.ceiling}")
+    return Verdict(code, moved, failures)
+
+
+def widths(accesses: Counter) -> str:
+    """`8x128+2x64`: how many accesses of how many bits."""
+    return "+".join(f"{n}x{8 * width}" for width, n in sorted(accesses.items(), reverse=True) if n) or "none"

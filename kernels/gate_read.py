@@ -1,0 +1,99 @@
+"""Reads machine code: how many memory accesses of which width, registers, spills, shared memory, loops, FMAs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # Triton's wheels bring them
+SASS_WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+AMD_WIDTH = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
+
+
+class Code(NamedTuple):
+    """What one thread of a compiled kernel does."""
+
+    loads: Counter  # bytes of one access -> number of instructions
+    stores: Counter
+    registers: int
+    spills: int  # bytes or instructions: any is too many
+    shared: int  # bytes
+    barriers: int
+    loops: int
+    atomics: int
+    fma: int
+
+
+def read(kernel, target) -> Code:
+    return _read_sass(kernel) if target.backend == "cuda" else _read_amdgcn(kernel)
+
+
+def _read_sass(kernel) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        sass = _run("nvdisasm", "-c", "-ndf", file.name)
+    usage = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
+    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    accesses = {"LD": Counter(), "ST": Counter()}
+    for op, modifiers in re.findall(r"\b(LD|ST)G?\b((?:\.\w+)*)", sass):
+        accesses[op][next((SASS_WIDTH[m] for m in modifiers.split(".") if m in SASS_WIDTH), 4)] += 1
+    return Code(
+        loads=accesses["LD"],
+        stores=accesses["ST"],
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
+        shared=max(usage["SHARED"], kernel.metadata.shared),
+        barriers=count(r"\bBAR\.\w+"),
+        loops=_backward_branches(sass),
+        atomics=count(r"\b(?:ATOM|ATOMG|RED|REDG)\b"),
+        # `HFMA2 R1, -RZ, RZ, ...` is how ptxas loads a constant.
+        fma=count(r"\b[FHD]FMA2?\b(?!\S*\s+\w+, -RZ, RZ,)"),
+    )
+
+
+def _backward_branches(sass: str) -> int:
+    """Branches to a label already passed; the branch to itself that closes every kernel is not one."""
+    passed, last_is_empty, last, count = set(), False, None, 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            last, last_is_empty = label[1], True
+            passed.add(last)
+            continue
+        branch = re.search(r"\bBRA\S*\s.*?`\((\.L_\w+)\)", line)
+        if branch and branch[1] in passed and not (last_is_empty and branch[1] == last):
+            count += 1
+        if re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            last_is_empty = False
+    return count
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([NVIDIA_TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _read_amdgcn(kernel) -> Code:
+    text = kernel.asm["amdgcn"]
+    count = lambda pattern: len(re.findall(pattern, text))  # noqa: E731
+    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
+    accesses = {"load": Counter(), "store": Counter()}
+    for op, width in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", text, re.M):
+        accesses[op][AMD_WIDTH.get(width, 2)] += 1  # ushort, short_d16_hi, b16 ...
+    return Code(
+        loads=accesses["load"],
+        stores=accesses["store"],
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count") + count(r"\bscratch_(?:load|store)"),
+        shared=kernel.metadata.shared,
+        barriers=count(r"\bs_barrier"),
+        loops=count(r"\bs_cbranch"),  # straight-line code has no branch at all
+        atomics=count(r"\b(?:global|buffer|flat)_atomic"),
+        fma=count(r"\bv_(?:pk_)?(?:fma|fmac|mac|mad|dot\d\w*)_(?:mix\w*_)?f\d+"),
+    )

@@ -1,0 +1,147 @@
+"""What worker processes run in the distributed tests: importable by name, as processes need."""
+
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+import fused_dlam
+
+
+class Tied(nn.Module):
+    """A small smooth network with a tied weight (used twice), a frozen bias and an unused parameter."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+
+        def parameter(*shape):
+            return nn.Parameter((torch.randn(shape, generator=generator) / 2).to(dtype))
+
+        self.embed = parameter(5, 7)
+        self.frozen = parameter(5)
+        self.frozen.requires_grad_(False)
+        self.hidden = parameter(5, 5)
+        self.unused = parameter(3)
+        self.scale = parameter()
+
+    def forward(self, x):
+        h = torch.tanh(x @ self.embed.T + self.frozen)
+        return self.scale * torch.tanh(h @ self.hidden) @ self.embed
+
+    def loss(self, x):
+        return ((self(x) - x) ** 2).mean()
+
+
+def data(rank, dtype=torch.float32):
+    """Worker `rank`'s own data: heterogeneous, the same in every type."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return (torch.randn(11, 7, generator=generator) + 0.3 * rank).to(dtype)
+
+
+TRAINED = ("embed", "hidden", "scale")
+
+
+def trained(model):
+    return torch.cat([getattr(model, name).detach().reshape(-1) for name in TRAINED])
+
+
+def lr_at(step):
+    """Warm-up from zero, constant, a tenth."""
+    return 0.05 * min(1.0, step / 5) * (0.1 if step >= 35 else 1.0)
+
+
+def train(rank, method, topology, options, steps=50, delays=0.0):
+    """Every step's trained parameters, and what must not have moved."""
+    model, x = Tied(), data(rank)
+    if rank:  # rank 0's parameters are what counts
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1.0)
+    optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.0, method=method, topology=topology, **options)
+    noise = np.random.default_rng(rank)
+    path = [trained(model).clone()]
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr_at(step)
+        optimizer.zero_grad()
+        model.loss(x).backward()
+        if delays:
+            time.sleep(delays * noise.random())
+        optimizer.step()
+        path.append(trained(model).clone())
+    sent = optimizer.bytes_sent, optimizer.messages_sent  # before consensus_distance averages over all
+    return {
+        "path": torch.stack(path),
+        "frozen": model.frozen.detach().clone(),
+        "unused": model.unused.detach().clone(),
+        "distance": optimizer.consensus_distance(),
+        "bytes": sent[0],
+        "messages": sent[1],
+        "moved": sum(b.N for b in optimizer._engine.buckets) * 4,
+    }
+
+
+def train_each(rank, cases, steps, delays=0.0):
+    return [train(rank, *case, steps=steps, delays=delays) for case in cases]
+
+
+def neighbor_averages(rank, topologies, steps):
+    """What neighbor_allreduce returns for each topology and step, from a rank's own tensor; the argument untouched."""
+    x = torch.arange(6.0).reshape(2, 3).T * (rank + 1)  # not contiguous
+    before = x.clone()
+    out = [fused_dlam.neighbor_allreduce(x, t, step) for t in topologies for step in range(steps)]
+    assert torch.equal(x, before)
+    return x, out
+
+
+def disagree(rank, how):
+    """Builds something that differs on rank 1, and returns the error every rank must see."""
+    model = nn.Linear(3, 4 if how == "shape" and rank == 1 else 5)
+    options = {
+        "method": "dmsgd" if how == "method" and rank == 1 else "pc-dmsgd",
+        "momentum": 0.8 if how == "momentum" and rank == 1 else 0.9,
+        "topology": "ring" if how == "topology" and rank == 1 else "one-peer-exponential",
+    }
+    try:
+        fused_dlam.GossipSGD(model.parameters(), lr=0.1, **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def lose_a_peer(rank, how, timeout):
+    """Rank 2 dies or stops after three steps; what the others see and how long it takes."""
+    model, x = Tied(), data(rank)
+    optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.01, timeout=timeout)
+    for step in range(6):
+        if rank == 2 and step == 3:
+            if how == "late":
+                time.sleep(4 * timeout)
+            return "gone", 0.0, True  # leaves without taking part in the next steps
+        optimizer.zero_grad()
+        model.loss(x).backward()
+        start = time.monotonic()
+        try:
+            optimizer.step()
+        except fused_dlam.ExchangeError as error:
+            finite = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+            return str(error), time.monotonic() - start, finite
+    return "no error", 0.0, True
+
+
+def average_and_restore(rank):
+    """BatchNorm included: within the context all ranks equal the mean, afterwards each is bit-equal to before."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.1, topology="ring", method="dmsgd")
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(9, 4) + rank).square().mean().backward()
+        optimizer.step()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with optimizer.averaged(model):
+        inside = {k: v.clone() for k, v in model.state_dict().items()}
+        distance = optimizer.consensus_distance()
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    return before, inside, after, distance, optimizer.consensus_distance()
