@@ -192,13 +192,14 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     h = NamedTuple("H", [(name, Any) for name in fields])(*(scalar(f"h[{k}]") for k in range(len(fields))))
     own = [root.lift(y) for y in send(x, g, s, h)]
     if d is None:
-        return [(f"r{k}", y) for k, y in enumerate(own)]
+        return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
     pull = [scalar("0.0")] * messages
     for k, y in enumerate(own if d else ()):
         # sum_k w_k (r_k - q), q being the own message as it was sent: rounded to the type of the messages.
         q = root.new("round", y) if cast_wire else y
-        parts = [scalar(f"w[{j}]") * (buffer(f"r{j * messages + k}", cast_wire) - q) for j in range(d)]
-        pull[k] = sum(parts[1:], parts[0])
+        for j in range(d):
+            part = scalar(f"w[{j}]") * (buffer(f"r{j * messages + k}", cast_wire) - q)
+            pull[k] = pull[k] + part if j else part
     new_x, new_s = update(x, g, s, tuple(pull), h)
     return [(name, root.lift(v)) for name, v in zip(("x", *(f"s{k}" for k in range(len(state)))), (new_x, *new_s))]
 
@@ -230,7 +231,8 @@ def _replay(equations, d, cast_g, cast_wire, scaled):
     last: dict[_Value, float] = {}
     for v in homes.values():
         visit(v)
-    written = {v: k for k, v in enumerate([*next(iter(homes.values())).table.values(), *homes.values()])}
+    table = next(iter(homes.values())).table
+    written = {v: k for k, v in enumerate(dict.fromkeys([*table.values(), *homes.values()]))}
     leaves = {v.scalar: v for v in last if v.op == "buffer"}
     order = sorted((v for v in last if v.op != "buffer"), key=written.__getitem__)
     for i, v in enumerate(order):

@@ -48,9 +48,8 @@ class Case(NamedTuple):
         return 64 if self.d <= 3 else 96
 
 
-def build(
-    case: Case, target: str, kernel=None, block=BLOCK, vector=VECTOR, even=True, aligned=(True, True), **options
-):  # fmt: skip
+def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector=VECTOR, even=True,
+          aligned=(True, True), **options):  # fmt: skip
     """The case compiled as `triton_passes.Fused` launches it; the further arguments are for the negative controls.
 
     aligned: whether pointers, and whether lengths and strides, are known to be multiples of 16.
@@ -69,7 +68,7 @@ def build(
         **dict.fromkeys(("y_stride", "r_stride", "n"), "i32"),
     }
     constants = {
-        "SEND": rule.send, "UPDATE": rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
+        "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
         "BLOCK": block, "VECTOR": vector, "EVEN": even,
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}

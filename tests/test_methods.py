@@ -289,8 +289,12 @@ def test_a_users_rule_is_certified(n, growth):
 
 def test_an_unstable_users_rule_is_found_out():
     """DecentLaM written once more, outside the package: the certificate knows nothing of names."""
-    again = Rule("mine", rules.decentlam.send, rules.decentlam.update, ("momentum_buffer",), derive=rules.decentlam.derive)
-    assert consensus_growth(again, topology.exponential(8)) == consensus_growth("decentlam", topology.exponential(8)) > 1
+    again = Rule(
+        "mine", rules.decentlam.send, rules.decentlam.update, ("momentum_buffer",), derive=rules.decentlam.derive
+    )
+    assert (
+        consensus_growth(again, topology.exponential(8)) == consensus_growth("decentlam", topology.exponential(8)) > 1
+    )
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------

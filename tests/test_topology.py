@@ -385,7 +385,9 @@ def test_networkx_without_weights():
         np.testing.assert_allclose(from_networkx(directed).weights(), expected)
     path = nx.path_graph(4)
     np.testing.assert_allclose(from_networkx(path).weights(), metropolis(4, lambda i: list(path[i])))
-    np.testing.assert_array_equal(from_networkx(nx.petersen_graph(), "mine").weights(), metropolis_hastings(nx.petersen_graph()))
+    np.testing.assert_array_equal(
+        from_networkx(nx.petersen_graph(), "mine").weights(), metropolis_hastings(nx.petersen_graph())
+    )
     assert from_networkx(path, "mine").name == "mine"
 
 
@@ -415,7 +417,9 @@ def test_metropolis_hastings():
 # -- new topologies from old -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5), quiet([UNEVEN, DIRECTED])], ids=repr)
+@pytest.mark.parametrize(
+    "top", [topology.one_peer_exponential(6), topology.star(5), quiet([UNEVEN, DIRECTED])], ids=repr
+)
 def test_lazy_and_symmetrize(top):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
