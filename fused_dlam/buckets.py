@@ -31,6 +31,8 @@ class Slot:
         self.data = p.data  # the view in the bucket, once it is built
         self.grad: torch.Tensor | None = None
         self.zeroed_at = -1  # the gradient view's version when it was last zeroed
+        self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
+        self.published_at = -1  # the parameter's version when this package last wrote it
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """This slot of a flat real buffer, in the parameter's shape (and complex if the parameter is)."""
@@ -47,8 +49,8 @@ class Bucket:
     parameters). `state` are the method's buffers, `messages` [messages, N] what is sent, `received` [d, messages, N].
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], index: int):
-        self.index = index
+    def __init__(self, params: Sequence[torch.Tensor], index: int, group: int = 0):
+        self.index, self.group = index, group
         self.slots: list[Slot] = []
         end = 0
         for p in params:
@@ -66,11 +68,14 @@ class Bucket:
         for slot in self.slots:
             self._adopt(slot)
 
-    def allocate(self, states: int, messages: int, degree: int, message_dtype: torch.dtype | None = None) -> None:
-        dtype = message_dtype or self.x.dtype
+    def allocate(
+        self, states: int, messages: int, degree: int, message_dtype: torch.dtype | None, sends_x: bool
+    ) -> None:
+        """State, and room for messages if there is anybody to send them to; where x itself is sent, none for that."""
+        dtype, rows = message_dtype or self.x.dtype, 0 if sends_x or not degree else messages
         self.state = tuple(torch.zeros_like(self.x) for _ in range(states))
-        self.messages = torch.zeros(messages, self.N, dtype=dtype, device=self.x.device)
-        self.received = torch.zeros(degree, max(messages, 1), self.N, dtype=dtype, device=self.x.device)
+        self.messages = torch.zeros(rows, self.N, dtype=dtype, device=self.x.device)
+        self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 
     def _adopt(self, slot: Slot) -> None:
         p = slot.p
@@ -158,9 +163,11 @@ class Bucket:
         if self.low is not None:
             self.low.copy_(self.x)
         torch.autograd.graph.increment_version([slot.p for slot in self.slots])
+        for slot in self.slots:
+            slot.published_at = slot.p._version
 
 
-def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0) -> list[Bucket]:
+def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0, group: int = 0) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
     `bucket_bytes=None` takes a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to
@@ -177,9 +184,9 @@ def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int =
         filled = 0
         for p, size in zip(same, sizes, strict=True):
             if chunk and filled + size > limit:
-                buckets.append(Bucket(chunk, start + len(buckets)))
+                buckets.append(Bucket(chunk, start + len(buckets), group))
                 chunk, filled = [], 0
             chunk.append(p)
             filled += size
-        buckets.append(Bucket(chunk, start + len(buckets)))
+        buckets.append(Bucket(chunk, start + len(buckets), group))
     return buckets

@@ -1,7 +1,9 @@
 """The data flow of one step: gradients -> messages -> neighbors -> combined parameters, bucket by bucket.
 
-    for each bucket:  pack -> post receives and sends
-    for each bucket:  wait for its messages -> combine -> parameters (views of the flat buffer)
+    begin(step)    scalars and peers of the step are fixed
+    send_next()    the next bucket in line: pack, send           (in the backward pass when overlapped, else in step())
+    complete()     the rest is sent; then bucket by bucket: wait -> combine -> parameters
+                   and for the next step: receives are posted (atc), or x itself is sent (awc)
 
 What is sent, to whom and in which order depends on the layout and the step alone, never on what one rank happens to
 have (a missing gradient, an overflow): otherwise its neighbors would hang.
@@ -10,33 +12,44 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 
 from . import buckets as flat
 from .buckets import Bucket
-from .exchange import Exchange, Transfer
+from .exchange import Exchange
 from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.rule import Rule, send_parameter
 from .topology import Peers, Topology
+from .transfer import Averaging, Lane, Transfer
 
 NOBODY = Peers((), (), ())
 EVERYBODY = Peers((-1,), (1.0,), ())  # one "neighbor", the workers' mean, by all-reduce
 
 
-class Flight(NamedTuple):
-    """One bucket's exchange of this step: what was sent, where the neighbors' messages land."""
+class Flight:
+    """One bucket's exchange of one step."""
 
-    transfer: Transfer | None
-    message: torch.Tensor  # [messages, N]
-    received: torch.Tensor  # [d, messages, N]
-    active: list[bool]  # which parameters take a local step
+    def __init__(self, peers: Peers, received: torch.Tensor, transfer: Transfer | Averaging | None = None):
+        self.peers, self.received, self.transfer = peers, received, transfer
+        self.message: torch.Tensor | None = None  # [messages, N], once it is sent
+        self.active: list[bool] = []  # which parameters take a local step
+
+    def wait_received(self) -> None:
+        if self.transfer is not None:
+            self.transfer.wait_received()
+
+    def wait_sent(self) -> None:
+        if self.transfer is not None:
+            self.transfer.wait_sent()
 
 
 class Engine:
-    """Flat buffers, passes and transfers of all parameter groups. `exchange=None`: one worker, nothing is sent."""
+    """Flat buffers, passes and flights of all parameter groups. `exchange=None`: one worker, nothing is sent.
+
+    `ahead=True` starts the next step's exchange at the end of this one.
+    """
 
     def __init__(
         self,
@@ -46,55 +59,101 @@ class Engine:
         fused: bool | None = None,
         message_dtype: torch.dtype | None = None,
         bucket_bytes: int | None = None,
+        ahead: bool = True,
     ):
         self.rule, self.topology, self.exchange = rule, topology, exchange
-        self.fused, self.message_dtype, self.bucket_bytes = fused, message_dtype, bucket_bytes
+        self.fused, self.message_dtype, self.bucket_bytes, self.ahead = fused, message_dtype, bucket_bytes, ahead
         self.averages_gradient = rule.average == "gradient"
-        self.groups: list[list[Bucket]] = []
+        self.awc = rule.send is send_parameter
+        self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
         self.passes: list[dict[torch.device, backend.Blocked]] = []  # per group: it has scalars of its own
+        self.lanes: dict[torch.device, Lane] = {}
+        self.step: int | None = None  # the step that has begun
+        self.sent = 0  # buckets sent in it, the first ones in line
+        self.flights: dict[int, Flight] = {}  # by bucket, of this step
+        self.next_flights: dict[int, Flight] = {}  # started early, for the next one
 
     def add_group(self, params: Iterable[torch.Tensor]) -> list[Bucket]:
         """Moves the parameters into flat buffers. Same parameters in the same order on every rank."""
-        new = flat.build(params, self.bucket_bytes, start=sum(map(len, self.groups)))
+        group = len(self.passes)
+        new = flat.build(params, self.bucket_bytes, start=len(self.buckets), group=group)
         lonely = self.exchange is None or self.averages_gradient
+        degree = 0 if lonely else max(self._rows(t) for t in range(self.topology.period))
         for b in new:
-            degree = 0 if lonely else max(self._rows(t) for t in range(self.topology.period))
-            sends = 0 if lonely or self._sends_x(b) else self.rule.messages
-            b.allocate(len(self.rule.state), sends, degree, self.message_dtype)
-            if degree and not sends:  # x itself is sent
-                b.received = b.received.new_zeros(degree, 1, b.N)
-        self.groups.append(new)
-        devices = {b.x.device for b in new}
-        self.passes.append({d: backend.choose(self.rule, d, self.fused) for d in devices})
+            b.allocate(len(self.rule.state), self.rule.messages, degree, self.message_dtype, self._sends_x(b))
+            self.lanes.setdefault(b.x.device, Lane(b.x.device))
+        self.buckets += new
+        self.passes.append({b.x.device: backend.choose(self.rule, b.x.device, self.fused) for b in new})
         return new
 
-    @property
-    def buckets(self) -> list[Bucket]:
-        """All buckets in the one order in which every rank exchanges them."""
-        return [b for group in self.groups for b in group]
+    def begin(self, step: int, scalars: Sequence[Scalars]) -> None:
+        """Fixes the step's scalars, one entry per group without the weights."""
+        weights = self._peers(step).weights
+        for passes, s in zip(self.passes, scalars, strict=True):
+            for one in passes.values():
+                one.set(s._replace(weights=weights))
+        self.step, self.sent = step, 0
+        self.flights, self.next_flights = self.next_flights, {}
 
-    def step(self, step: int, scalars: Sequence[Scalars]) -> None:
-        """One update of everything; `scalars` has one entry per group, without the weights."""
+    def send_next(self) -> None:
+        """Sends the next bucket in line."""
+        assert self.step is not None
+        b = self.buckets[self.sent]
+        self.sent += 1
+        flight = self.flights.get(b.index) or self._open(b, self.step)
+        self.flights[b.index] = flight
+        if flight.message is None:
+            self._send(b, flight, self.step)
+
+    def complete(self) -> None:
+        """Sends what is left, then waits for and combines every bucket."""
+        assert self.step is not None
+        while self.sent < len(self.buckets):
+            self.send_next()
         for b in self.buckets:
-            b.refresh()
-        peers = NOBODY if self.exchange is None or self.averages_gradient else self._peers(step)
-        flights: list[tuple[int, Bucket, Flight]] = []
-        for i, (group, s) in enumerate(zip(self.groups, scalars, strict=True)):
-            for passes in self.passes[i].values():
-                passes.set(s._replace(weights=peers.weights))
-            for b in group:
-                flights.append((i, b, self._send(i, b, peers, step)))
-        for i, b, flight in flights:
-            self._finish(i, b, flight, peers)
-        for _, _, flight in flights:
-            if flight.transfer is not None:
-                flight.transfer.wait_sent()
+            self._finish(b, self.flights[b.index])
+            if self.ahead and self.exchange is not None and not self.averages_gradient:
+                flight = self._open(b, self.step + 1)
+                if self.awc:
+                    self._send(b, flight, self.step + 1)
+                self.next_flights[b.index] = flight
+        for flight in self.flights.values():
+            flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
+        self.flights, self.step = {}, None
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if a parameter was changed while its message was in flight."""
+        if not (self.awc and self.next_flights):
+            return
+        for b in self.buckets:
+            for slot in b.slots:
+                if slot.p._version != slot.published_at:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(slot.p.shape)} was changed since the last step, while it was being"
+                        " sent (schedule='awc'). Call optimizer.synchronize() on all ranks before changing parameters,"
+                        " for instance before model.load_state_dict()."
+                    )
+
+    def settle(self) -> None:
+        """Waits for what was started for the next step, without using it. All ranks must call it.
+
+        Afterwards x may be read and written, but must be restored before the next step.
+        """
+        if self.awc:
+            for flight in self.next_flights.values():
+                flight.wait_received()
+                flight.wait_sent()
+
+    def forget(self) -> None:
+        """Waits for what was started for the next step and drops it: that step exchanges anew. On all ranks."""
+        self.settle()
+        if self.awc:
+            self.next_flights = {}
 
     def _peers(self, step: int) -> Peers:
-        assert self.exchange is not None
-        if self._averages(step):
-            return EVERYBODY
-        return self.topology.peers(self.exchange.rank, step)
+        if self.exchange is None or self.averages_gradient:
+            return NOBODY
+        return EVERYBODY if self._averages(step) else self.topology.peers(self.exchange.rank, step)
 
     def _averages(self, step: int) -> bool:
         return self.topology.n > 2 and self.topology.averages_exactly(step)
@@ -103,52 +162,77 @@ class Engine:
         return 1 if self._averages(step) else self.topology.degree(step)
 
     def _sends_x(self, b: Bucket) -> bool:
-        return self.rule.send is send_parameter and self.message_dtype in (None, b.x.dtype)
+        return self.awc and self.message_dtype in (None, b.x.dtype)
 
-    def _send(self, i: int, b: Bucket, peers: Peers, step: int) -> Flight:
-        active = b.active()
+    def _open(self, b: Bucket, step: int) -> Flight:
+        """A bucket's flight with its receives posted."""
+        peers = self._peers(step)
+        if peers is EVERYBODY or not (peers.sources or peers.destinations):
+            return Flight(peers, b.received)
+        assert self.exchange is not None
+        return Flight(peers, b.received, Transfer(self.exchange, b.received, peers, step, b.index))
+
+    def _send(self, b: Bucket, flight: Flight, step: int) -> None:
+        flight.active, flight.message = b.active(), b.messages
         if self.exchange is None:
-            return Flight(None, b.messages, b.received, active)
-        if self.averages_gradient:
-            b.raise_flags(active)
-            self.exchange.average(b.g, step)
-            return Flight(None, b.messages, b.received, b.lower_flags(active))
-        message = b.x.view(1, -1) if self._sends_x(b) else b.messages
-        if peers is EVERYBODY and message.dtype != b.x.dtype:
-            message = b.x.new_empty(message.shape)  # a mean of rounded messages would move the workers' mean
-        if (peers.sources or peers.destinations) and not self._sends_x(b):
-            for span, now in b.runs(active):
-                self._pack(i, b, span, now, message)
-        if peers is EVERYBODY:
-            received = message[None].clone()
-            self.exchange.average(received, step)
-            return Flight(None, message, received, active)
-        return Flight(self.exchange.post(message, b.received, peers, step), message, b.received, active)
+            return
+        with self.lanes[b.x.device].outbound():
+            if self.averages_gradient:
+                b.raise_flags(flight.active)
+                flight.transfer = Averaging(self.exchange, b.g, step)
+                return
+            peers = flight.peers
+            if not (peers.sources or peers.destinations):
+                return
+            if self._sends_x(b):
+                flight.message = b.x.view(1, -1)
+            else:
+                if peers is EVERYBODY and b.messages.dtype != b.x.dtype:
+                    # A mean of rounded messages would move the workers' mean: exact steps send the full precision.
+                    flight.message = b.x.new_empty(b.messages.shape)
+                for span, now in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
+                    self._pack(b, span, now, flight.message)
+            if peers is EVERYBODY:
+                flight.received = flight.message[None].clone()
+                flight.transfer = Averaging(self.exchange, flight.received, step)
+            else:
+                assert isinstance(flight.transfer, Transfer)
+                flight.transfer.send(flight.message)
 
-    def _pack(self, i: int, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
+    def _pack(self, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
         if not active:
             b.g[span].zero_()
         state = tuple(t[span] for t in b.state)
-        self.passes[i][b.x.device].pack(b.x[span], b.g[span], state, message[:, span])
+        self._passes(b).pack(b.x[span], b.g[span], state, message[:, span])
         if not active:  # no local step: what it sends in the place of the parameters is the parameters
             message[0, span].copy_(b.x[span])
 
-    def _finish(self, i: int, b: Bucket, flight: Flight, peers: Peers) -> None:
-        if flight.transfer is not None:
-            flight.transfer.wait_received()
-            if self._sends_x(b):
-                flight.transfer.wait_sent()  # x is read by the transport until then
+    def _finish(self, b: Bucket, flight: Flight) -> None:
+        lane = self.lanes[b.x.device]
+        with lane.outbound():
+            flight.wait_received()
+            if self.awc:
+                flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
+        lane.join()
+        if self.averages_gradient and self.exchange is not None:
+            flight.active = b.lower_flags(flight.active)
+        elif self.awc:
+            flight.active = b.active()
         for span, now in b.runs(flight.active):
             if now:
                 state = tuple(t[span] for t in b.state)
-                received = flight.received[: len(peers.sources), :, span]
-                self.passes[i][b.x.device].combine(b.x[span], b.g[span], state, received)
-            elif peers.sources:
-                self._mix_only(b, span, flight, peers)
+                received = flight.received[: len(flight.peers.sources), :, span]
+                self._passes(b).combine(b.x[span], b.g[span], state, received)
+            elif flight.peers.sources:
+                self._mix_only(b, span, flight)
         b.publish()
 
-    def _mix_only(self, b: Bucket, span: slice, flight: Flight, peers: Peers) -> None:
+    def _mix_only(self, b: Bucket, span: slice, flight: Flight) -> None:
         """A parameter without a gradient: averaged, and nothing else."""
+        assert flight.message is not None
         x, q = b.x[span], flight.message[0, span].to(b.x.dtype, copy=True)
-        for k, w in enumerate(peers.weights):
+        for k, w in enumerate(flight.peers.weights):
             x.add_(flight.received[k, 0, span].to(x.dtype) - q, alpha=w)
+
+    def _passes(self, b: Bucket) -> backend.Blocked:
+        return self.passes[b.group][b.x.device]

@@ -1,7 +1,7 @@
 """Messages between neighbors over plain torch.distributed, each wait with a deadline and a name.
 
-One flat message per peer and bucket, in one order on all ranks, on a process group of its own. gloo matches sends and
-receives of a pair in the order they are posted, so no tags are needed; NCCL has none.
+One flat message per peer and bucket, in one order on all ranks, on a process group of its own: sends and receives of a
+pair match in the order in which they are posted.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from .topology import Peers
 
 log = logging.getLogger("fused_dlam")
 
@@ -46,6 +45,7 @@ class Exchange:
         self.messages_sent = 0  # to neighbors
         self._watch = Watch(self.timeout)
         self._pinned: dict[tuple, torch.Tensor] = {}
+        self.courier: Any = None  # transfer.courier's, once it is needed
         with self.watched("building the process group", None):
             self.group = dist.new_group(
                 self.ranks,
@@ -58,27 +58,10 @@ class Exchange:
             warm = torch.zeros(1, device="cuda" if self.backend == "nccl" else "cpu")
             dist.all_reduce(warm, group=self.group)
 
-    def post(self, message: torch.Tensor, received: torch.Tensor, peers: Peers, step: int) -> Transfer:
-        """Starts sending `message` to the peers' destinations and receiving row k of `received` from source k.
-
-        Neither buffer may be touched before the transfer was waited for: nothing is copied.
-        """
-        return Transfer(self, message, received, peers, step)
-
-    def average(self, tensor: torch.Tensor, step: int | None = None) -> None:
-        """The mean over all workers, in place and bit-equal on all of them, by all-reduce."""
-        with self.watched("all-reduce", step):
-            host = self._host(tensor, "average")
-            dist.all_reduce(host, group=self.group)
-            host.div_(self.size)
-            self.bytes_sent += 2 * (self.size - 1) / self.size * tensor.numel() * tensor.element_size()
-            if host is not tensor:
-                tensor.copy_(host)
-
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0's values to all, in place."""
         with self.watched("broadcast from rank 0", None):
-            host = self._host(tensor, "average")
+            host = tensor.cpu() if tensor.is_cuda and self.stages else tensor
             dist.broadcast(host, self.ranks[0], group=self.group)
             if host is not tensor:
                 tensor.copy_(host)
@@ -96,22 +79,16 @@ class Exchange:
                         f" {_shorten(other.get(name))}. Build the same model and optimizer on every rank."
                     )
 
-    def global_rank(self, rank: int) -> int:
-        return self.ranks[rank]
-
-    def _host(self, tensor: torch.Tensor, use: str) -> torch.Tensor:
-        """The tensor itself, or for CUDA tensors over gloo a copy in pinned host memory, safe to read."""
-        if self.backend != "gloo" or not tensor.is_cuda:
-            return tensor
-        host = self.pinned(tensor, use)
-        host.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(tensor.device).synchronize()
-        return host
+    @property
+    def stages(self) -> bool:
+        """Whether CUDA tensors pass through pinned host memory."""
+        return self.backend == "gloo"
 
     def pinned(self, like: torch.Tensor, use: str) -> torch.Tensor:
+        """A host buffer for a tensor, the same one each time."""
         key = (use, like.data_ptr(), like.numel(), like.dtype)
         if key not in self._pinned:
-            self._pinned[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            self._pinned[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
         return self._pinned[key]
 
     @contextmanager
@@ -128,56 +105,9 @@ class Exchange:
             raise ExchangeError(
                 f"{where} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut"
                 f" off, or calls other exchanges than this one: look at its log first. Every rank must call step()"
-                f" equally often; a wait may take {self.timeout:g} s (timeout=). The parameters here are intact; restart"
-                " from a checkpoint, or with the workers that are left."
+                f" equally often; a wait may take {self.timeout:g} s (timeout=). The parameters here are intact:"
+                " restart from a checkpoint, or with the workers that are left."
             ) from error
-
-
-class Transfer:
-    """One bucket's messages to and from its neighbors in one step."""
-
-    def __init__(self, exchange: Exchange, message, received, peers: Peers, step: int):
-        self.exchange, self.peers, self.step = exchange, peers, step
-        self.received, self._rows = received, [received[k] for k in range(len(peers.sources))]
-        self._message = message
-        self._receives: list[tuple[int, dist.Work]] = []
-        self._sends: list[tuple[int, dist.Work]] = []
-        ranks, group = exchange.ranks, exchange.group
-        message = exchange._host(message, "send")
-        self._staged = message is not self._message
-        rows = [exchange.pinned(row, "receive") for row in self._rows] if self._staged else self._rows
-        self._host_rows = rows
-        if exchange.backend == "nccl":
-            # Unbatched P2P of a pair serializes and can deadlock on NCCL; a batch completes as a whole.
-            ops = [dist.P2POp(dist.irecv, r, ranks[j], group) for r, j in zip(rows, peers.sources, strict=True)]
-            ops += [dist.P2POp(dist.isend, message, ranks[j], group) for j in peers.destinations]
-            works = dist.batch_isend_irecv(ops) if ops else []
-            self._receives = [(-1, work) for work in works]
-        else:
-            # Receives first: gloo moves nothing until the receive is posted.
-            for row, j in zip(rows, peers.sources, strict=True):
-                with exchange.watched("posting a receive from", step, j):
-                    self._receives.append((j, dist.irecv(row, ranks[j], group)))
-            for j in peers.destinations:
-                with exchange.watched("sending to", step, j):
-                    self._sends.append((j, dist.isend(message, ranks[j], group)))
-        exchange.messages_sent += len(peers.destinations)
-        exchange.bytes_sent += len(peers.destinations) * message.numel() * message.element_size()
-
-    def wait_received(self) -> None:
-        for j, work in self._receives:
-            with self.exchange.watched("waiting for a message from", self.step, None if j < 0 else j):
-                work.wait()
-        if self._staged:
-            for row, host in zip(self._rows, self._host_rows, strict=True):
-                row.copy_(host, non_blocking=True)
-        self._receives = []
-
-    def wait_sent(self) -> None:
-        for j, work in self._sends:
-            with self.exchange.watched("waiting to finish sending to", self.step, j):
-                work.wait()
-        self._sends = []
 
 
 class Watch:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from . import topology as topologies
 from .exchange import Exchange
 from .topology import Topology
+from .transfer import Transfer, average
 
 _exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one per process group
 
@@ -47,11 +48,12 @@ def neighbor_allreduce(
     own = tensor.detach().contiguous()
     if graph.averages_exactly(step) and size > 2:
         out = own.clone()
-        exchange.average(out, step)
+        average(exchange, out, step)
         return out
     peers = graph.peers(exchange.rank, step)
     received = own.new_empty((len(peers.sources), *own.shape))
-    transfer = exchange.post(own, received, peers, step)
+    transfer = Transfer(exchange, received, peers, step)
+    transfer.send(own)
     transfer.wait_received()
     out = own.clone()
     for row, w in zip(received, peers.weights, strict=True):

@@ -12,13 +12,16 @@ import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import topology as topologies
+from .buckets import Slot
 from .engine import Engine
 from .exchange import Exchange, log
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
+from .overlap import Overlap
 from .stability import consensus_growth, remedies
 from .topology import Topology
+from .transfer import average
 
 LARGEST_MAP = 3000  # rows of the largest dense map the certificate is computed from: about half a minute
 
@@ -42,6 +45,9 @@ class GossipSGD(Optimizer):
         correction_rate, correction_gain: PC-DmSGD's e and kappa; "auto" takes the rate the topology allows.
         schedule: "atc" sends after the gradient is known, "awc" sends the parameters while it is computed.
         group: the process group of the workers; default: all ranks.
+        overlap: "auto" (default) finds out in the first step whether messages can leave during the backward pass, True
+            insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
+        max_grad_norm: clips the gradient of each worker to this norm, in `step`.
         maximize: ascend instead of descend.
         communicate_every: exchange in every k-th step only; the steps between are local.
         global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
@@ -71,6 +77,8 @@ class GossipSGD(Optimizer):
         schedule: str = "atc",
         group: dist.ProcessGroup | None = None,
         *,
+        overlap: bool | str = "auto",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         communicate_every: int = 1,
         global_average_every: int | None = None,
@@ -86,6 +94,10 @@ class GossipSGD(Optimizer):
             raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
         if bucket_mb is not None and not bucket_mb > 0:
             raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
+        if overlap not in (True, False, "auto"):
+            raise ValueError(f"Invalid overlap: {overlap!r}, must be True, False or 'auto'")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         if comm_dtype is not None and not comm_dtype.is_floating_point:
             raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
         if "correction_rate" in rule.hyper:
@@ -115,6 +127,9 @@ class GossipSGD(Optimizer):
         exchange = Exchange(group, timeout) if size > 1 else None
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
         self._engine = Engine(self._rule, graph, exchange, fused, comm_dtype, bucket_bytes)
+        self._max_grad_norm = max_grad_norm
+        clips = max_grad_norm is not None
+        self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_post_hook(_detach_state)
@@ -165,7 +180,8 @@ class GossipSGD(Optimizer):
                 if b.low is not None:
                     self.state[slot.p]["master"] = slot.view(b.x)
                 if slot.p.requires_grad:
-                    slot.p.register_post_accumulate_grad_hook(lambda _, b=b, slot=slot: b.collect(slot))
+                    slot.p.register_post_accumulate_grad_hook(self._overlap.hook(b, slot))
+        self._overlap.reset()
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -182,12 +198,35 @@ class GossipSGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        assert self._engine is not None
-        step = self.param_groups[0]["step"]
-        self._engine.step(step, [self._scalars(group) for group in self.param_groups])
+        engine = self._engine
+        assert engine is not None
+        for b in engine.buckets:
+            b.refresh()
+        engine.check_unchanged()
+        self._overlap.check()
+        if engine.step is None:
+            self._begin()
+        elif self._begun != self._settings():
+            log.warning(
+                "a hyper-parameter was changed between the backward pass and step(), after the messages had left: it"
+                " takes effect in the next step. Set it before the backward pass, or build with overlap=False."
+            )
+        engine.complete()
+        self._overlap.finish()
         for group in self.param_groups:
-            group["step"] = step + 1
+            group["step"] += 1
         return loss
+
+    def _begin(self) -> None:
+        """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
+        assert self._engine is not None
+        self._begun = self._settings()
+        self._engine.begin(self.param_groups[0]["step"], [self._scalars(group) for group in self.param_groups])
+
+    def _settings(self) -> list[tuple]:
+        names = ("lr", "momentum", "weight_decay", "maximize", *self._rule.hyper)
+        return [tuple(float(v) if isinstance(v := group[k], torch.Tensor) else v for k in names)
+                for group in self.param_groups]  # fmt: skip
 
     def _scalars(self, group: dict[str, Any]) -> Scalars:
         rule = self._rule
@@ -196,7 +235,47 @@ class GossipSGD(Optimizer):
             float(group["lr"]), float(group["momentum"]), float(group["weight_decay"]), self._topology.rho, hyper,
             group["memory"],
         )  # fmt: skip
-        return Scalars(h, (), -1.0 if group["maximize"] else 1.0)
+        return Scalars(h, (), (-1.0 if group["maximize"] else 1.0) * self._clip_coefficient())
+
+    def _clip_coefficient(self) -> float:
+        """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
+        if self._max_grad_norm is None:
+            return 1.0
+        assert self._engine is not None
+        squares = [
+            torch.linalg.vector_norm(b.g[span], dtype=torch.float32).square()
+            for b in self._engine.buckets
+            for span, active in b.runs(b.active())
+            if active
+        ]
+        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return min(1.0, self._max_grad_norm / (norm + 1e-6))
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients accumulated within are not final: wrap all backward passes but the last before a step."""
+        outer, self._overlap.held = self._overlap.held, True
+        try:
+            yield
+        finally:
+            self._overlap.held = outer
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """With schedule="awc": waits for the exchange in flight and drops it, so that parameters may be changed.
+
+        All ranks must call it, before `model.load_state_dict`, say. The next step exchanges anew.
+        """
+        assert self._engine is not None
+        self._engine.forget()
+
+    def _name_of(self, slot: Slot) -> str:
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p is slot.p:
+                    names = group.get("param_names")
+                    return f"parameter {names[j] if names else f'{j} of group {i}'} of shape {tuple(p.shape)}"
+        return f"a parameter of shape {tuple(slot.p.shape)}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeros all gradients in place, whatever `set_to_none` says: they are views of flat buffers."""
@@ -236,11 +315,11 @@ class GossipSGD(Optimizer):
         total = torch.zeros(1, dtype=torch.float64)
         for b in self._engine.buckets:
             mean = b.x.clone()
-            exchange.average(mean)
+            average(exchange, mean)
             total += torch.linalg.vector_norm(mean.sub_(b.x), dtype=torch.float64).square().cpu()
         if exchange.backend == "nccl":
             total = total.cuda()
-        exchange.average(total)
+        average(exchange, total)
         return math.sqrt(float(total))
 
     @contextmanager
@@ -259,13 +338,14 @@ class GossipSGD(Optimizer):
             return
         floats = [] if model is None else [b for b in model.buffers() if b.is_floating_point()]
         with torch.no_grad():
+            self._engine.settle()
             saved = [b.x.clone() for b in self._engine.buckets]
             saved_buffers = [b.clone() for b in floats]
             for b in self._engine.buckets:
-                exchange.average(b.x)
+                average(exchange, b.x)
                 b.publish()
             for buffer in floats:
-                exchange.average(buffer)
+                average(exchange, buffer)
         try:
             yield
         finally:
@@ -301,6 +381,7 @@ class GossipSGD(Optimizer):
             for key, p in zip(theirs["params"], group["params"], strict=True)
         }
         assert self._engine is not None
+        self._engine.forget()
         with torch.no_grad():
             for b in self._engine.buckets:
                 views = dict(zip(self._rule.state, b.state, strict=True))

@@ -1,19 +1,21 @@
 """The reference passes: a rule's equations as torch operations over cache-sized blocks of flat buffers, in place.
 
 Evaluated as they stand, the equations make a fresh temporary for every + - * /: one pass over 25.5M parameters took
-93 ms at one neighbor, longer than naive code on separate tensors. So the text is read once instead, on symbols, and
-replayed as `torch.add(a, b, alpha=s, out=...)`: equal expressions once (what `update` shares with `send`), a product
-with a scalar inside the addition that takes it, results over operands that are no longer needed, at most a few scratch
-rows. 17 operations become 7, and 93 ms a third of that. What is left is bound by the number of operations.
+93 ms at one neighbor, longer than naive code on separate tensors. So the text is read once, on symbols, and replayed
+as `torch.add(a, b, alpha=s, out=...)`: equal expressions once (what `update` shares with `send`), a product with a
+scalar inside the addition that takes it, results over operands that are no longer needed, else into a few scratch
+rows. DecentLaM's 17 operations become 7, in a third of the time.
 
-Rounding: where the processor has FMA (AVX2, AVX-512) torch rounds a + s * b once, where the compiled pass rounds twice.
-Which operations compute a message depends on nothing but the text of `send`, and torch treats every element of a
-buffer alike, so the message that `combine` recomputes is the one `pack` wrote, bit for bit.
+Rounding: where the processor has FMA (AVX2, AVX-512) torch rounds a + s * b once, where the text rounds twice. Which
+operations compute a message depends on nothing but the text of `send`, and torch treats every element of a buffer
+alike, so the message that `combine` recomputes is the one that `pack` wrote, bit for bit, and neither the block nor
+the number of threads shows in a result.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import namedtuple
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -54,26 +56,37 @@ class Blocked:
 
     def pack(self, x, g, state, messages) -> None:
         """Writes this worker's messages."""
-        self._run(None, x, g, state, tuple(messages), messages[0].dtype)
+        self._check(x, g, state, tuple(messages), self.rule.messages)
+        self._run(None, x, g, tuple(state), tuple(messages), messages[0].dtype)
 
     def combine(self, x, g, state, received) -> None:
         """Updates x and state in place from the received messages, the first len(weights) of them."""
         d = len(self.scalars.weights)
-        rows = tuple(row for r in received[:d] for row in r)
-        if len(rows) != d * self.rule.messages:
-            raise ValueError(f"{d} weights of {self.rule.messages} messages each, but {len(rows)} rows received")
-        self._run(d, x, g, state, rows, rows[0].dtype if rows else x.dtype)
+        rows = tuple(row for r in (received[:d] if d else ()) for row in r)
+        self._check(x, g, state, rows, d * self.rule.messages)
+        self._run(d, x, g, tuple(state), rows, rows[0].dtype if rows else x.dtype)
+
+    def _check(self, x, g, state, rows, expected: int) -> None:
+        if len(state) != len(self.rule.state) or len(rows) != expected:
+            raise ValueError(
+                f"{self.rule.name!r} needs {len(self.rule.state)} state buffers and {expected} rows of messages, not"
+                f" {len(state)} and {len(rows)}"
+            )
+        if x.dim() != 1 or any(t.shape != x.shape for t in (g, *state, *rows)):
+            shapes = [tuple(t.shape) for t in (x, g, *state, *rows)]
+            raise ValueError(f"buffers must be flat and of one length, not {shapes}")
 
     def _run(self, d, x, g, state, rows, wire) -> None:
+        """d: None for `pack`, the number of neighbors for `combine`; rows: messages to write, or received ones."""
         rule, (h, weights, scale) = self.rule, self.scalars
         equations = (rule.send.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages)
-        replay, scratch = _replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
-        n = min(BLOCK, x.numel())
-        kept = self._local.__dict__.setdefault((x.dtype, x.device), x.new_empty(0))
-        if kept.numel() < scratch * n:
-            kept = self._local.__dict__[x.dtype, x.device] = x.new_empty(scratch * n)
+        replay, count = _replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
+        n = max(1, min(BLOCK, x.numel()))
+        kept, key = self._local.__dict__, (x.dtype, x.device)
+        if key not in kept or kept[key].numel() < count * n:
+            kept[key] = x.new_empty(count * n)
         narrow = x.new_empty(n if wire != x.dtype else 0, dtype=wire)
-        replay(max(n, 1), h, weights, scale, x, g, state, rows, [kept[k * n : k * n + n] for k in range(scratch)], narrow)
+        replay(n, h, weights, scale, x, g, state, rows, kept[key][: count * n].view(count, n), narrow)
 
 
 # -- Reading the equations ------------------------------------------------------------------------------------------
@@ -98,24 +111,22 @@ class _Value:
     def lift(self, other: Any) -> _Value:
         return other if isinstance(other, _Value) else _Value(self.table, "scalar", scalar=repr(float(other)))
 
-    def combine(self, sign: str, b: _Value) -> _Value:
-        a = self
-        if a.op == b.op == "scalar":
-            return self.new("scalar", scalar=f"({a.scalar} {sign} {b.scalar})")
-        if a.op == "scalar":  # s + b, or s - b = -b + s
-            return b.new("shift", b if sign == "+" else -b, scalar=a.scalar)
+    def plus(self, b: _Value, minus: str = "") -> _Value:
+        """self + b, or self - b with minus="-"."""
+        if self.op == b.op == "scalar":
+            return self.new("scalar", scalar=f"({self.scalar} {minus or '+'} {b.scalar})")
+        if self.op == "scalar":  # s - b = -b + s
+            return self.new("shift", -b if minus else b, scalar=self.scalar)
         if b.op == "scalar":
-            return self.new("shift", a, scalar=b.scalar if sign == "+" else f"-{b.scalar}")
+            return self.new("shift", self, scalar=minus + b.scalar)
         if b.op == "scale":
-            return self.new("add", a, b.operands[0], scalar=b.scalar if sign == "+" else f"-{b.scalar}")
-        if a.op == "scale" and sign == "+":
-            return self.new("add", b, a.operands[0], scalar=a.scalar)
-        return self.new("add", a, b, scalar="1" if sign == "+" else "-1")
+            return self.new("add", self, b.operands[0], scalar=minus + b.scalar)
+        if self.op == "scale" and not minus:
+            return self.new("add", b, self.operands[0], scalar=self.scalar)
+        return self.new("add", self, b, scalar=f"{minus}1")
 
     def times(self, b: _Value) -> _Value:
-        a = self
-        if a.op == "scalar":
-            a, b = b, a
+        a, b = (b, self) if self.op == "scalar" else (self, b)
         if b.op != "scalar":
             return self.new("mul", a, b)
         if a.op == "scalar":
@@ -128,26 +139,24 @@ class _Value:
         if self.op == b.op == "scalar":
             return self.new("scalar", scalar=f"({self.scalar} / {b.scalar})")
         if b.op == "scalar":
-            return self.new("div", self, scalar=b.scalar)
-        return self.new("rdiv", b, scalar=self.scalar) if self.op == "scalar" else self.new("div", self, b)
+            return self.new("part", self, scalar=b.scalar)
+        return self.new("inverse", b, scalar=self.scalar) if self.op == "scalar" else self.new("div", self, b)
 
     def __add__(self, b):
-        return self.combine("+", self.lift(b))
+        return self.plus(self.lift(b))
 
-    def __radd__(self, b):
-        return self.lift(b).combine("+", self)
+    __radd__ = __add__
 
     def __sub__(self, b):
-        return self.combine("-", self.lift(b))
+        return self.plus(self.lift(b), "-")
 
     def __rsub__(self, b):
-        return self.lift(b).combine("-", self)
+        return self.lift(b).plus(self, "-")
 
     def __mul__(self, b):
         return self.times(self.lift(b))
 
-    def __rmul__(self, b):
-        return self.lift(b).times(self)
+    __rmul__ = __mul__
 
     def __truediv__(self, b):
         return self.over(self.lift(b))
@@ -166,7 +175,8 @@ _SOURCE = {
     "scale": "mul({0}, {s}, out={out})",
     "mul": "mul({0}, {1}, out={out})",
     "div": "div({0}, {1}, out={out})",
-    "rdiv": "div({0}.new_tensor({s}), {0}, out={out})",
+    "part": "div({0}, {s}, out={out})",
+    "inverse": "div({0}.new_tensor({s}), {0}, out={out})",
     "copy": "{out}.copy_({0})",
     "fill": "{out}.fill_({s})",
     "round": "{out}.copy_(narrow_.copy_({0}))",  # to the type of the messages (to nearest even) and back
@@ -174,7 +184,7 @@ _SOURCE = {
 
 
 def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
-    """(buffer, its new value) for every buffer the pass writes: d is None for pack, the number of neighbors for combine."""
+    """(buffer, new value) for every buffer that is written; d as in `_run`."""
     send, update, state, fields, messages = equations
     root = _Value({}, "root")
 
@@ -188,8 +198,8 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     x, g = buffer("x"), buffer("g", cast_g)
     if scaled:
         g = g * scalar("scale")
-    s = NamedTuple("State", [(name, Any) for name in state])(*(buffer(f"s{k}") for k in range(len(state))))
-    h = NamedTuple("H", [(name, Any) for name in fields])(*(scalar(f"h[{k}]") for k in range(len(fields))))
+    s = namedtuple("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
+    h = namedtuple("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
     own = [root.lift(y) for y in send(x, g, s, h)]
     if d is None:
         return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
@@ -201,10 +211,10 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
             part = scalar(f"w[{j}]") * (buffer(f"r{j * messages + k}", cast_wire) - q)
             pull[k] = pull[k] + part if j else part
     new_x, new_s = update(x, g, s, tuple(pull), h)
-    return [(name, root.lift(v)) for name, v in zip(("x", *(f"s{k}" for k in range(len(state)))), (new_x, *new_s))]
+    return [("x", root.lift(new_x)), *((f"s{k}", root.lift(v)) for k, v in enumerate(new_s))]
 
 
-# -- Replaying them ------------------------------------------------------------------------------------------------
+# -- Replaying them --------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
@@ -212,71 +222,23 @@ def _replay(equations, d, cast_g, cast_wire, scaled):
     """A function that runs the pass block by block, and the number of scratch rows it needs."""
     homes = dict(_read(equations, d, cast_g, cast_wire, scaled))
     seen: set[_Value] = set()
-    for name, v in homes.items():  # a buffer handed on as another, one value in two buffers, a constant
-        own = v.op == "buffer" and v.scalar == name
+    for name, v in homes.items():  # a constant, one value in two buffers, or a buffer handed on as another
         if v.op == "scalar":
             homes[name] = _Value(v.table, "fill", scalar=v.scalar)
-        elif v in seen or (v.op == "buffer" and not own):
+        elif v in seen or (v.op == "buffer" and v.scalar != name):
             homes[name] = _Value(v.table, "copy", (v,))
         seen.add(homes[name])
+    order, last = _order(list(homes.values()))
+    lines, scalars, scratch = _place(homes, order, last, full=d is not None)
 
-    order: list[_Value] = []  # operations needed, in the order of the text: messages, pulls, then the update
-
-    def visit(v: _Value) -> None:
-        if v not in last:
-            last[v] = 0
-            for operand in v.operands:
-                visit(operand)
-
-    last: dict[_Value, float] = {}
-    for v in homes.values():
-        visit(v)
-    table = next(iter(homes.values())).table
-    written = {v: k for k, v in enumerate(dict.fromkeys([*table.values(), *homes.values()]))}
-    leaves = {v.scalar: v for v in last if v.op == "buffer"}
-    order = sorted((v for v in last if v.op != "buffer"), key=written.__getitem__)
-    for i, v in enumerate(order):
-        last.update((operand, i) for operand in v.operands)
-    last.update((v, float("inf")) for v in homes.values())
-
-    # Where values live. A result goes into its own buffer if what is there is no longer needed, else over an operand
-    # that ends here (16 B of cache traffic per element instead of 12 B more), else into a scratch row.
-    place = {v: f"{v.scalar}_" for v in leaves.values()}
-    held = {f"{name}_": leaves.get(name) if d is not None else None for name in homes}
-    scratch: list[str] = []
-    scalars: dict[str, str] = {}
-    lines = []
-    for i, v in enumerate(order):
-        ends = [place[o] for o in v.operands if last[o] == i and held.get(place[o]) is o]
-        free = [p for p in held if held[p] is None or last[held[p]] < i]
-        home = [f"{name}_" for name, value in homes.items() if value is v]
-        rows = [p for p in (*ends, *free) if p in scratch]
-        if home and home[0] in (*ends, *free):
-            out = home[0]
-        elif not home and any(p not in scratch for p in ends):
-            out = next(p for p in ends if p not in scratch)
-        elif rows:
-            out = rows[0]
-        else:
-            out = f"t{len(scratch)}_"
-            scratch.append(out)
-        if v.scalar:
-            scalars.setdefault(v.scalar, f"k{len(scalars)}")
-        names = [place[o] for o in v.operands] + [scalars.get(v.scalar, "")]
-        lines.append(_SOURCE[v.op].format(*names, s=scalars.get(v.scalar), out=out))
-        held[out], place[v] = v, out
-    lines += [f"{name}_.copy_({place[v]})" for name, v in homes.items() if place[v] != f"{name}_"]
-
-    # x, g, s0, s1, r0, ... are the buffers, x_ and so on a block of each.
-    blocks = sorted({f"{name}_" for name in (*leaves, *homes)})
-    rows = [name[:-1] for name in blocks if name[0] == "r"]
+    # x, g, s0, s1, r0, ... are whole buffers, x_ and so on a block of each; t0_, ... scratch rows.
+    blocks = sorted({f"{name}_" for name in (*(v.scalar for v in last if v.op == "buffer"), *homes)})
     source = [
         "def replay(block, h, w, scale, x, g, s, r, t, narrow):",
-        *(f"    {name} = {source}" for source, name in scalars.items()),
-        *(f"    {name} = t[{k}]" for k, name in enumerate(scratch)),
+        *(f"    {name} = {text}" for text, name in scalars.items()),
+        *(f"    {name[:-1]} = {name[0]}[{name[1:-1]}]" for name in blocks if name[0] in "sr"),
+        *(f"    {name} = t[{name[1:-1]}]" for name in scratch),
         "    narrow_ = narrow",
-        *(f"    s{k} = s[{k}]" for k in range(len(equations[2]))),
-        *(f"    {name} = r[{name[1:]}]" for name in rows),
         f"    for {', '.join(blocks)}, in zip({', '.join(f'{name[:-1]}.split(block)' for name in blocks)}):",
         f"        n = {blocks[0]}.shape[0]",
         "        if n < block:  # the last one",
@@ -286,3 +248,54 @@ def _replay(equations, d, cast_g, cast_wire, scaled):
     namespace: dict[str, Any] = {"add": torch.add, "mul": torch.mul, "div": torch.div}
     exec("\n".join(source), namespace)
     return namespace["replay"], len(scratch)
+
+
+def _order(results: list[_Value]) -> tuple[list[_Value], dict[_Value, float]]:
+    """The operations needed, in the order of the text (messages, pulls, update), and each value's last use."""
+    last: dict[_Value, float] = {}
+
+    def visit(v: _Value) -> None:
+        if v not in last:
+            last[v] = 0
+            for operand in v.operands:
+                visit(operand)
+
+    for v in results:
+        visit(v)
+    written = {v: k for k, v in enumerate(dict.fromkeys([*results[0].table.values(), *results]))}
+    order = sorted((v for v in last if v.op != "buffer"), key=written.__getitem__)
+    for i, v in enumerate(order):
+        last.update((operand, i) for operand in v.operands)
+    last.update((v, float("inf")) for v in results)
+    return order, last
+
+
+def _place(homes, order, last, full: bool) -> tuple[list[str], dict[str, str], list[str]]:
+    """Source of the operations, its scalars, its scratch rows.
+
+    A result goes into the buffer it is for if what is there is no longer needed, else over an operand that ends here
+    (2.7 ms per operation of 25.5M elements, 4.2 ms into a third row), else into a scratch row. full: the buffers to
+    be written hold values at the start.
+    """
+    leaves = {v.scalar: v for v in last if v.op == "buffer"}
+    place = {v: f"{name}_" for name, v in leaves.items()}
+    held = {f"{name}_": leaves.get(name) if full else None for name in homes}  # what may be overwritten, what it holds
+    home = {v: f"{name}_" for name, v in homes.items()}
+    lines, scalars, scratch = [], {}, []
+    for i, v in enumerate(order):
+        ends = [place[o] for o in v.operands if last[o] == i and held.get(place[o]) is o]
+        free = [*ends, *(p for p, o in held.items() if o is None or last[o] < i)]
+        if home.get(v) in free:
+            out = home[v]
+        elif v not in home and any(p not in scratch for p in ends):
+            out = next(p for p in ends if p not in scratch)
+        elif any(p in scratch for p in free):
+            out = next(p for p in free if p in scratch)
+        else:
+            out = f"t{len(scratch)}_"
+            scratch.append(out)
+        s = scalars.setdefault(v.scalar, f"k{len(scalars)}") if v.scalar else ""
+        lines.append(_SOURCE[v.op].format(*(place[o] for o in v.operands), s=s, out=out))
+        held[out], place[v] = v, out
+    lines += [f"{name}_.copy_({place[v]})" for name, v in homes.items() if place[v] != f"{name}_"]
+    return lines, scalars, scratch

@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
     @property
     def ceiling(self) -> int:
-        """Registers allowed for each thread, 512 threads of an SM's 65,536 registers at 128 and 1024 at 64."""
+        """Registers allowed for each thread: 64 leave an SM's 65,536 to 1024 threads, 96 to 640."""
         return 64 if self.d <= 3 else 96
 
 
@@ -52,7 +52,7 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
           aligned=(True, True), **options):  # fmt: skip
     """The case compiled as `triton_passes.Fused` launches it; the further arguments are for the negative controls.
 
-    aligned: whether pointers, and whether lengths and strides, are known to be multiples of 16.
+    aligned: whether pointers, and whether the length, are known to be multiples of 16.
     """
     rule, d = case.rule, case.d
     kernel = kernel or (_pack_kernel if case.pass_ == "pack" else _combine_kernel)
@@ -61,11 +61,11 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
         "x_ptr": "*fp32",
         "g_ptr": f"*{case.gradient}",
         "s_ptrs": ("*fp32",) * len(rule.state),
-        "y_ptr": message,
-        "r_ptrs": (message,) * d,
+        "y_ptrs": (message,) * rule.messages,
+        "r_ptrs": (message,) * (d * rule.messages),
         "next_ptrs": (message,) * (case.pass_ == "emit"),
         "scalars_ptr": "*fp32",
-        **dict.fromkeys(("y_stride", "r_stride", "n"), "i32"),
+        "n": "i32",
     }
     constants = {
         "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
@@ -73,7 +73,7 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {}
-    for i, (name, type_) in enumerate(signature.items()):
+    for i, type_ in enumerate(signature.values()):
         if type_ != "constexpr" and aligned[type_ == "i32"]:
             paths = [(i, k) for k in range(len(type_))] if isinstance(type_, tuple) else [(i,)]
             attributes.update(dict.fromkeys(paths, ALIGNED))
@@ -84,35 +84,37 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
 class Verdict(NamedTuple):
     code: Code
     bytes: float  # moved per parameter
+    loads: str  # `8x128+2x64`: accesses of how many bits, for 8 elements
+    stores: str
     failures: list[str]
 
 
 def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
     """Every way in which compiled code misses the floor; none, if it meets it."""
     code, floor = read(kernel, TARGETS[target]), case.floor
-    threads = WARPS * TARGETS[target].warp_size
-    accesses = block // threads // VECTOR  # for each buffer and thread
+    elements = block // (WARPS * TARGETS[target].warp_size)  # for each thread
     # Scalars are one 4-byte load each; on AMD GPUs they go through the scalar unit, not counted.
     scalars = Counter({4: floor.scalars if TARGETS[target].backend == "cuda" else 0})
-    loads = code.loads - scalars
-    moved = sum(width * n for width, n in (*loads.items(), *code.stores.items())) * threads / block
+    seen = {"loads": code.loads - scalars, "stores": code.stores}
+    moved = sum(width * n for accesses in seen.values() for width, n in accesses.items()) / elements
     failures = []
     if moved != floor.bytes:
         failures.append(f"traffic: {moved:g} bytes per parameter, floor {floor.bytes}")
-    for what, seen, buffers in (("loads", loads, floor.loads), ("stores", code.stores, floor.stores)):
+    shown = {}
+    for what, buffers in (("loads", floor.loads), ("stores", floor.stores)):
         wanted = Counter()
         for type_, n in buffers.items():
-            wanted[VECTOR * SIZE[type_]] += n * accesses
-        if seen != wanted:
-            failures.append(f"width: {what} {widths(seen)}, not {widths(wanted)}")
+            wanted[VECTOR * SIZE[type_]] += 8 * n // VECTOR
+        wanted, shown[what] = _widths(wanted), _widths(Counter({w: 8 * n // elements for w, n in seen[what].items()}))
+        if shown[what] != wanted:
+            failures.append(f"width: {what} {shown[what]}, not {wanted}")
     for what in ("spills", "shared", "barriers", "loops", "atomics", "fma"):
         if getattr(code, what):
             failures.append(f"{what}: {getattr(code, what)}")
     if code.registers > case.ceiling:
         failures.append(f"registers: {code.registers}, ceiling {case.ceiling}")
-    return Verdict(code, moved, failures)
+    return Verdict(code, moved, **shown, failures=failures)
 
 
-def widths(accesses: Counter) -> str:
-    """`8x128+2x64`: how many accesses of how many bits."""
+def _widths(accesses: Counter) -> str:
     return "+".join(f"{n}x{8 * width}" for width, n in sorted(accesses.items(), reverse=True) if n) or "none"

@@ -28,10 +28,10 @@ def update_with_a_sum(x, g, s, pull, h):
 
 
 @triton.jit
-def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, r_stride, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
+def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                    UPDATE: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
                    EVEN: tl.constexpr):  # fmt: skip
-    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, r_stride, next_ptrs, scalars_ptr, n, SEND, UPDATE, S, H, BLOCK,
+    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND, UPDATE, S, H, BLOCK,
                     VECTOR, EVEN)  # fmt: skip
     tl.atomic_add(scalars_ptr, 1.0)
 
@@ -56,7 +56,7 @@ CONTROLS = [
     # With 64 lanes and so 4 elements a thread, an AMD GPU has no wider access to cap; and maxnreg is ptxas's.
     Control("accesses not capped, bfloat16", "shared", {"vector": 1024}, types=("bf16", "fp32"), nvidia_only=True),
     Control("32 registers and no more", "spills", {"maxnreg": 32}, d=6, nvidia_only=True),
-    Control("32 elements a thread", "registers", {"block": 4096}, nvidia_only=True),
+    Control("blocks of 4096 elements", "registers", {"block": 4096}),
 ]
 
 

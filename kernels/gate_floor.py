@@ -63,8 +63,11 @@ def _trace(rule: Rule):
     x, g = Traced("x"), Traced("g")
     s = rule.State(*(Traced(f"state {name}") for name in rule.state))
     h = rule.H(*(Traced(f"scalar {name}") for name in rule.H._fields))
-    sent = rule.send.fn(x, g, s, h)
-    new_x, new_s = rule.update.fn(x, g, s, tuple(Traced(f"pull {m}") for m in range(rule.messages)), h)
+    try:
+        sent = rule.send.fn(x, g, s, h)
+        new_x, new_s = rule.update.fn(x, g, s, tuple(Traced(f"pull {m}") for m in range(rule.messages)), h)
+    except TypeError as error:
+        raise TypeError(f"the equations of {rule.name!r} may use + - * / and nothing else: {error}") from error
     return [_inputs(y) for y in sent], frozenset().union(*map(_inputs, (new_x, *new_s)))
 
 

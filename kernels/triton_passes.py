@@ -90,32 +90,35 @@ def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constex
 
 
 @triton.jit
-def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptr, y_stride, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
+def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
                  H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """Writes the messages y[k], y_stride elements apart."""
+    """y = SEND(x, g, s, h)"""
     offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
     y = SEND(x, g, s, h)
-    for k in tl.static_range(len(y)):
-        _store(y_ptr + tl.cast(y_stride, tl.int64) * k, offsets, y[k], n, EVEN)
+    for k in tl.static_range(len(y_ptrs)):
+        _store(y_ptrs[k], offsets, y[k], n, EVEN)
 
 
 @triton.jit
-def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, r_stride, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
+def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                     UPDATE: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
                     EVEN: tl.constexpr):  # fmt: skip
-    """x, s = UPDATE(x, g, s, pull, h) in place; r_ptrs one pointer for each neighbor, whose messages are r_stride
-    elements apart. next_ptrs is empty, or one pointer: the new x is then written there too, in the message type."""
+    """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
+
+    r_ptrs are pointers to the messages of the first neighbor, of the second, and so on. next_ptrs is empty, or one
+    pointer: the new x is written there too, in the type of the messages.
+    """
     offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
-    w = ()
-    for k in tl.static_range(len(r_ptrs)):
-        w = w + (tl.load(scalars_ptr + 1 + len(H.names) + k),)
     y = SEND(x, g, s, h)
+    w = ()
+    for k in tl.static_range(len(r_ptrs) // len(y)):
+        w = w + (tl.load(scalars_ptr + 1 + len(H.names) + k),)
     pull = ()
     for m in tl.static_range(len(y)):
         total = tl.zeros([BLOCK], tl.float32)
-        for k in tl.static_range(len(r_ptrs)):
-            q = y[m].to(r_ptrs[k].dtype.element_ty).to(tl.float32)  # as it was sent
-            r = _load(r_ptrs[k] + tl.cast(r_stride, tl.int64) * m, offsets, n, EVEN)
+        for k in tl.static_range(len(w)):
+            r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN)
+            q = y[m].to(r_ptrs[0].dtype.element_ty).to(tl.float32)  # my message as it was sent
             if k == 0:
                 total = w[k] * (r - q)
             else:
@@ -191,34 +194,35 @@ class Fused:
 
     def pack(self, x, g, state, messages) -> None:
         """Writes this worker's messages [messages, N]."""
-        self._check(x, g, state, (messages,))
+        messages = tuple(messages)
+        self._check(x, g, state, messages, self.rule.messages)
         if x.numel():
             with self._ready():
                 _pack_kernel[self._grid(x)](
-                    x, g, tuple(state), messages, messages.stride(0), self._values, x.numel(),
+                    x, g, tuple(state), messages, self._values, x.numel(),
                     SEND=self._send, **self._fields, **self._shape(x), **OPTIONS,
                 )  # fmt: skip
 
     def combine(self, x, g, state, received, next_message=None) -> None:
         """Updates x and state in place from the received messages, the first len(weights) of them.
 
-        received is one tensor [d, messages, N], or d tensors [messages, N] anywhere this device can read, such as
-        peers' memory mapped here. next_message [1, N], for rules that send x itself, gets the new x in its type.
+        received is [d, messages, N]: one tensor, or rows anywhere this device can read, such as peers' memory mapped
+        here. next_message [1, N], for rules that send x itself: the new x is written there too, in its type.
         """
         d = len(self.scalars.weights)
-        received = tuple(received[:d])
-        if len(received) != d:
-            raise ValueError(f"{d} weights need {d} received messages, got {len(received)}")
-        emit = () if next_message is None else (next_message,)
+        if d and isinstance(received, torch.Tensor):
+            rows = received[:d].flatten(0, 1).unbind(0)
+        else:
+            rows = tuple(row for messages in received[:d] for row in messages)
+        emit = () if next_message is None else tuple(next_message)
         if emit and self.rule.send is not send_parameter:
             raise ValueError(f"the next message of {self.rule.name!r} needs the next gradient: use pack")
-        self._check(x, g, state, received + emit)
-        if len({(r.dtype, r.stride(0)) for r in received}) > 1:
-            raise ValueError("received messages must have one type and one row stride")
+        self._check(x, g, state, rows, d * self.rule.messages)
+        self._check(x, g, state, emit, len(emit) and 1)
         if x.numel():
             with self._ready():
                 _combine_kernel[self._grid(x)](
-                    x, g, tuple(state), received, received[0].stride(0) if d else 0, emit, self._values, x.numel(),
+                    x, g, tuple(state), rows, emit, self._values, x.numel(),
                     SEND=self._send, UPDATE=self._update, **self._fields, **self._shape(x), **OPTIONS,
                 )  # fmt: skip
 
@@ -228,22 +232,26 @@ class Fused:
     def _shape(self, x):
         return {"BLOCK": self.block, "VECTOR": VECTOR, "EVEN": x.numel() % self.block == 0}
 
-    def _check(self, x, g, state, messages) -> None:
+    def _check(self, x, g, state, messages, count) -> None:
         if not self._current:
             raise RuntimeError("call set before pack and combine")
-        n, count = x.numel(), self.rule.messages
         for t in (x, *state):
             if t.dtype != torch.float32:
                 raise TypeError(f"the Triton kernels keep x and state in float32, got {t.dtype}: use fused=False")
         for t in (g, *messages):
             if t.dtype not in NARROW:
                 raise TypeError(f"the Triton kernels take no gradients or messages in {t.dtype}: use fused=False")
-        for t in (x, g, *state):
+        if len(state) != len(self.rule.state) or len(messages) != count:
+            raise ValueError(
+                f"{self.rule.name!r} has {len(self.rule.state)} state buffers and here {count} messages, got"
+                f" {len(state)} and {len(messages)}"
+            )
+        n = x.numel()
+        for t in (x, g, *state, *messages):
             if t.shape != (n,) or not t.is_contiguous():
                 raise ValueError(f"buffers must be flat, contiguous and of length {n}, got {tuple(t.shape)}")
-        for t in messages:
-            if t.shape != (count, n) or (n > 1 and t.stride(1) != 1):
-                raise ValueError(f"messages must be [{count}, {n}], each in one piece, got {tuple(t.shape)}")
+        if len({t.dtype for t in messages}) > 1:
+            raise ValueError("messages must all have one type")
 
     @contextlib.contextmanager
     def _ready(self):

@@ -15,7 +15,8 @@ written with pulls, so they cannot check each other; this file can check all of 
     awc-dmsgd   m  = beta m + g;  x = W x - lr m
     qg-dmsgd    x+ = combine(lr (beta m + g));  m = mu m + (1 - mu) (x - x+) / lr;  x = x+
     decentlam   g~ = (x - combine(lr g)) / lr;  m = beta m + g~;  x = x - lr m
-    pc-dmsgd    u  = beta m + g;  x+ = combine(lr u);  p = (1 - e/kappa) p + e (x+ - (x - lr u)) / den;  m = u - p;  x = x+
+    pc-dmsgd    u  = beta m + g;  x+ = combine(lr u);  p = (1 - e/kappa) p + e (x+ - (x - lr u)) / den
+                m  = u - p;  x = x+
 """
 
 import numpy as np

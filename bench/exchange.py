@@ -1,0 +1,362 @@
+"""How long one averaging step takes: all-reduce, one peer, a static exponential graph, a ring, for 1 kB to 100 MB.
+
+    python bench/exchange.py --workers 4                                     # processes on this machine
+    torchrun --nproc-per-node 4 bench/exchange.py                            # or on several machines
+    sudo python bench/netlab.py --hosts 8 --rate 200mbit -- python bench/exchange.py --json exchange.json
+
+`all-reduce` is gloo's ring over one fused buffer (Horovod's algorithm); `raw one-peer` is a bare isend and irecv of
+the same bytes with the same peer as `one-peer-exponential`, which is, like `exponential` and `ring`, this library's
+exchange as its optimizer calls it. Repetitions of all of them are interleaved and ratios are taken within each, so
+that what disturbs the machine for a while disturbs them all. For small messages a repetition is a block of steps with
+no barrier in between. Results are checked, and so are the library's counters, against the topology's formula. Under
+netlab each worker has a network interface of its own: what that sent is counted too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fused_dlam import topology
+from fused_dlam.exchange import Exchange
+from fused_dlam.launch import run_workers
+from fused_dlam.topology import Topology
+from fused_dlam.transfer import Transfer
+
+ALL_REDUCE, RAW, ONE_PEER = "all-reduce", "raw one-peer", "one-peer-exponential"
+LIBRARY = (ONE_PEER, "exponential", "ring")
+OPERATIONS = (ALL_REDUCE, RAW, *LIBRARY)
+SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+QUICK = (10_000, 1_000_000, 10_000_000)
+SMALL, LARGE = 10_000, 10_000_000  # bytes; from LARGE on the network's rate alone decides
+# For eight hosts, where the bytes alone give 1 and 8/14 = 0.571.
+MARGINS = (("large", "to_raw", 1.08), ("large", "to_all_reduce", 0.65), ("small", "to_all_reduce", 0.25))
+
+
+class Plan(NamedTuple):
+    sizes: tuple[int, ...] = SIZES  # bytes
+    repeats: int = 3  # messages of 1 MB and less get twice as many
+    buckets: int = 1  # messages into which the library's operations split each step's bytes
+    deadline: float = 300.0  # seconds, of every wait
+
+    def blocks(self, size: int, period: int) -> tuple[int, int]:
+        """Repetitions, and steps in each: whole periods of the one-peer graph, except of the largest messages."""
+        repeats = self.repeats * (2 if size <= 1_000_000 else 1)
+        return repeats, 1 if size > LARGE else period if size > 100_000 else period * max(1, 12 // period)
+
+
+def measure(rank: int, plan: Plan) -> dict[str, Any]:
+    """The figures, on every rank of the default process group. Importable: `run_workers(measure, 4, Plan())`."""
+    bench = Bench(plan)
+    progress = Progress(sum(bench.blocks(size)[0] for size in plan.sizes)) if rank == 0 else None
+    rows = [row for size in plan.sizes for row in bench.measure(size // 4 * 4, progress)]
+    return {
+        "workers": bench.n,
+        "per_host": bench.per_host,
+        "rate": int(os.environ.get("NETLAB_RATE", 0)) or None,  # bits/s of each host, where it is known
+        "buckets": plan.buckets,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+
+
+class Bench:
+    """One rank's part."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.exchange = plan, Exchange(timeout=plan.deadline)
+        self.rank, self.n = self.exchange.rank, self.exchange.size
+        self.graphs = {name: topology.get(name, self.n) for name in LIBRARY}
+        self.graphs[RAW] = self.graphs[ONE_PEER]
+        self.blocks = partial(plan.blocks, period=self.graphs[ONE_PEER].period)
+        lab = "NETLAB_ADDR" in os.environ
+        self.per_host = int(os.environ["LOCAL_WORLD_SIZE"]) if lab else 1
+        self.interface = Path("/sys/class/net/eth0/statistics/tx_bytes") if lab and self.per_host == 1 else None
+
+    def measure(self, size: int, progress: Progress | None) -> list[dict[str, Any]]:
+        """One row of figures for each operation, with messages of `size` bytes."""
+        degree = max(graph.degree(t) for graph in self.graphs.values() for t in range(graph.period))
+        self.message = torch.full((size // 4,), self.rank + 1.0)
+        self.reduced, self.received = torch.empty_like(self.message), torch.zeros(degree, size // 4)
+        repeats, steps = self.blocks(size)
+        if size < LARGE:  # else connecting and filling the pipes does not count
+            for operation in OPERATIONS:
+                self.block(operation, 0, 1)
+        blocks: dict[str, list[tuple]] = {operation: [] for operation in OPERATIONS}
+        for repeat in range(repeats):
+            turn = repeat % len(OPERATIONS)
+            for operation in OPERATIONS[turn:] + OPERATIONS[:turn]:
+                blocks[operation].append(self.block(operation, repeat * steps, steps))
+            if progress:
+                progress.advance(f"{label(size)}, repetition {repeat + 1} of {repeats}")
+        gathered: list[Any] = [None] * self.n
+        dist.all_gather_object(gathered, blocks)
+        # [rank, repetition, (seconds, payload, messages, wire)] for each operation
+        figures = {o: torch.tensor([rank[o] for rank in gathered], dtype=torch.float64) for o in OPERATIONS}
+        return [self.row(operation, size, figures) for operation in OPERATIONS]
+
+    def block(self, operation: str, first: int, steps: int) -> tuple[float, ...]:
+        """Runs `steps` steps and returns, per step, this rank's seconds, payload bytes, messages, bytes on the wire."""
+        self.reduced.fill_(self.rank + 1)
+        self.received[:, ::4096] = -1
+        step = {ALL_REDUCE: self.all_reduce, RAW: self.raw}.get(operation, self.library)
+        dist.barrier()
+        before = self.counters()
+        start = time.perf_counter()
+        for t in range(first, first + steps):
+            step(operation, t)
+        seconds = time.perf_counter() - start
+        dist.barrier()  # whoever leaves it knows that everything has arrived
+        counted = [b - a for a, b in zip(before, self.counters(), strict=True)]
+        self.check(operation, first + steps - 1, steps)
+        return tuple(value / steps for value in (seconds, *counted))
+
+    def all_reduce(self, _: str, t: int) -> None:
+        dist.all_reduce(self.reduced)
+
+    def raw(self, operation: str, t: int) -> None:
+        peers = self.graphs[operation].peers(self.rank, t)
+        works = [dist.irecv(self.received[k], j) for k, j in enumerate(peers.sources)]
+        works += [dist.isend(self.message, j) for j in peers.destinations]
+        for work in works:
+            work.wait()
+
+    def library(self, operation: str, t: int) -> None:
+        """What the optimizer does in a step, less the arithmetic."""
+        peers = self.graphs[operation].peers(self.rank, t)
+        width = -(-self.message.numel() // self.plan.buckets)
+        spans = [slice(at, at + width) for at in range(0, self.message.numel(), width)]
+        transfers = [Transfer(self.exchange, self.received[:, s], peers, t) for s in spans]
+        for transfer, s in zip(transfers, spans, strict=True):
+            transfer.send(self.message[s])
+        for transfer in transfers:
+            transfer.wait_received()
+        for transfer in transfers:
+            transfer.wait_sent()
+
+    def counters(self) -> tuple[float, float, float]:
+        wire = int(self.interface.read_text()) if self.interface else 0
+        return self.exchange.bytes_sent, self.exchange.messages_sent, wire
+
+    def check(self, operation: str, step: int, steps: int) -> None:
+        """That the last step brought what it had to."""
+        if operation == ALL_REDUCE:
+            got, expected = self.reduced[None], [self.n * (self.n + 1) / 2 * float(self.n) ** (steps - 1)]
+        else:
+            sources = self.graphs[operation].peers(self.rank, step).sources
+            got, expected = self.received[: len(sources)], [j + 1.0 for j in sources]
+        got = got[:, ::4096]
+        if not torch.allclose(got, torch.tensor(expected)[:, None].expand_as(got)):
+            raise RuntimeError(f"rank {self.rank}: {operation} brought {got} at step {step}, not {expected}")
+
+    def row(self, operation: str, size: int, figures: dict[str, torch.Tensor]) -> dict[str, Any]:
+        repeats, steps = self.blocks(size)
+        seconds = {o: f[:, :, 0].amax(0).tolist() for o, f in figures.items()}  # the slowest rank's
+        payload, messages, wire = figures[operation][:, :, 1:].mean((0, 1)).tolist()
+        if operation == ALL_REDUCE:
+            expected = card = 2 * (self.n - 1) / self.n * size  # what a ring sends
+            messages = 2 * (self.n - 1)
+        else:
+            graph = self.graphs[operation]
+            expected = size * statistics.fmean(graph.degree(t) for t in range(repeats * steps))
+            card = size * card_load(graph, self.per_host)
+        if operation in LIBRARY and abs(payload - expected) > 1e-6 * expected:
+            raise RuntimeError(f"{operation}: counted {payload} bytes per step, but the topology says {expected}")
+        mine = seconds[operation]
+        return {
+            "operation": operation,
+            "size": size,
+            "seconds": statistics.median(mine),  # per step: median over repetitions of the slowest rank
+            "least": min(mine),
+            "most": max(mine),
+            "median_rank": figures[operation][:, :, 0].quantile(0.5, 0).median().item(),
+            "repeats": repeats,
+            "steps": steps,
+            "payload": expected,  # bytes per step and rank
+            "messages": messages if operation != RAW else 1,
+            "wire": wire if self.interface else None,  # bytes per step and interface, with two barriers per block
+            "card": card,  # bytes per step that a network card has to send
+            "to_all_reduce": statistics.median(a / b for a, b in zip(mine, seconds[ALL_REDUCE], strict=True)),
+            "to_raw": statistics.median(a / b for a, b in zip(mine, seconds[RAW], strict=True)),
+        }
+
+
+def card_load(graph: Topology, per_host: int) -> float:
+    """Messages per step that leave the busiest host, where `per_host` ranks share a network card."""
+
+    def leaving(host: int, t: int) -> int:
+        ranks = range(host * per_host, (host + 1) * per_host)
+        return sum(j not in ranks for i in ranks for j in graph.peers(i, t).destinations)
+
+    hosts = range(graph.n // per_host)
+    return statistics.fmean(max(leaving(host, t) for host in hosts) for t in range(graph.period))
+
+
+class Progress:
+    """A bar where stderr is a terminal and tqdm is there, else a line every few seconds."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.started, self.shown = total, 0, time.monotonic(), -10.0
+        self.bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=total, desc="exchange", file=sys.stderr)
+            except ImportError:
+                pass
+
+    def advance(self, text: str) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+            if self.done == self.total:
+                self.bar.close()
+        elif time.monotonic() - self.shown > 5 or self.done == self.total:
+            self.shown = time.monotonic()
+            taken = self.shown - self.started
+            print(f"exchange: {self.done}/{self.total}, {taken:.0f} s: {text}", file=sys.stderr, flush=True)
+
+
+def label(size: int) -> str:
+    for unit, name in ((1_000_000, "MB"), (1_000, "kB")):
+        if size >= unit:
+            return f"{size / unit:g} {name}"
+    return f"{size} B"
+
+
+def bytes_per_second(result: dict[str, Any]) -> float:
+    """The network's rate; where it is not known, what raw one-peer reached with the largest message."""
+    if result["rate"]:
+        return result["rate"] / 8
+    return max(row["card"] / row["seconds"] for row in result["rows"] if row["operation"] == RAW)
+
+
+def table(result: dict[str, Any]) -> str:
+    network = f"{result['rate'] / 1e6:g} Mbit/s per host" if result["rate"] else "network as it is"
+    lines = [
+        f"{result['workers']} workers, {result['per_host']} per host, {network}, gloo, torch {result['torch']}.",
+        "Per step: milliseconds of the slowest rank (median, least, most over repetitions) and of the median rank;",
+        "the first over bytes/rate, over all-reduce, over raw one-peer; bytes and messages that a rank sends, bytes",
+        "that its network interface sends.",
+        f"{'message':>8} {'operation':20} {'ms':>8} {'least':>8} {'most':>8} {'median':>8} {'/rate':>6} {'/a-r':>6}"
+        f" {'/raw':>6} {'payload':>11} {'messages':>8} wire",
+    ]
+    rate = bytes_per_second(result)
+    for row in result["rows"]:
+        times = " ".join(f"{1e3 * row[key]:8.2f}" for key in ("seconds", "least", "most", "median_rank"))
+        ratios = (row["seconds"] * rate / row["card"], row["to_all_reduce"], row["to_raw"])
+        lines.append(
+            f"{label(row['size']):>8} {row['operation']:20} {times} {' '.join(f'{ratio:6.3g}' for ratio in ratios)}"
+            f" {row['payload']:11.0f} {row['messages']:8g} {'-' if row['wire'] is None else round(row['wire'])}"
+        )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], file: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    rate = bytes_per_second(result)
+    colors = dict(zip(OPERATIONS, ("#c1121f", "#7a7a7a", "#0b5fa5", "#e08e0b", "#3a8f4d"), strict=True))
+    for operation, color in colors.items():
+        rows = [row for row in result["rows"] if row["operation"] == operation]
+        sizes = [row["size"] for row in rows]
+        style = {"marker": "x", "linestyle": "none", "zorder": 3} if operation == RAW else {"marker": "o"}
+        axes.plot(sizes, [1e3 * row["seconds"] for row in rows], color=color, label=operation, **style)
+        axes.fill_between(
+            sizes, [1e3 * r["least"] for r in rows], [1e3 * r["most"] for r in rows], color=color, alpha=0.15, lw=0
+        )
+        if operation != RAW:
+            axes.plot(sizes, [1e3 * row["card"] / rate for row in rows], color=color, linestyle=":", linewidth=1)
+    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="bytes / rate")
+    network = f"{result['rate'] / 1e6:g} Mbit/s per host" if result["rate"] else "rate as measured"
+    axes.set(xscale="log", yscale="log", xlabel="bytes averaged per step", ylabel="milliseconds per step, slowest rank")
+    axes.set_title(f"One averaging step, {result['workers']} workers, {network}", fontsize=11)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(file, dpi=130)
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """The MARGINS that one-peer-exponential leaves; `large` is the largest message measured."""
+    rows = {row["size"]: row for row in result["rows"] if row["operation"] == ONE_PEER}
+    chosen = {"large": rows[max(rows)], "small": rows[SMALL]}
+    return [
+        f"{label(chosen[which]['size'])}: {key} is {chosen[which][key]:.3f}, allowed {most}"
+        for which, key, most in MARGINS
+        if chosen[which][key] > most
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--workers", type=int, help="start this many processes here (default: the ranks that a launcher started)")
+    add("--sizes", type=lambda text: tuple(int(float(s)) for s in text.split(",")), help="bytes, such as 1e4,1e6")
+    add("--repeats", type=int, help="repetitions (default 3); up to 1 MB twice as many")
+    add("--quick", action="store_true", help="10 kB, 1 MB and 10 MB, and one repetition")
+    add("--buckets", type=int, default=1, help="split the library's steps into this many messages")
+    add("--timeout", type=float, default=300.0, help="seconds that a wait may take")
+    add("--json", metavar="FILE")
+    add("--picture", metavar="FILE", help="time over message size (needs matplotlib)")
+    add("--gate", action="store_true", help="exit with 1 if one-peer leaves its margins: for netlab with 8 hosts")
+    options = parser.parse_args(argv)
+    options.sizes = options.sizes or (QUICK if options.quick else SIZES)
+    options.repeats = options.repeats or (1 if options.quick else 3)
+    if min(options.sizes) < 4 or options.repeats < 1 or options.buckets < 1:
+        parser.error("sizes are at least 4 bytes; repeats and buckets at least 1")
+    if options.workers is None and "RANK" not in os.environ:
+        parser.error("say --workers N, or start it with torchrun or bench/netlab.py")
+    if options.gate and (SMALL not in options.sizes or max(options.sizes) < LARGE):
+        parser.error(f"--gate needs the sizes {SMALL} and at least {LARGE}")
+    if options.gate and (options.workers or int(os.environ["WORLD_SIZE"]) < 8 or "NETLAB_RATE" not in os.environ):
+        parser.error("--gate's margins hold for 8 hosts at a limited rate: bench/netlab.py --hosts 8 --rate 200mbit")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    plan = Plan(options.sizes, options.repeats, options.buckets, options.timeout)
+    if options.workers:
+        result = run_workers(measure, options.workers, plan, deadline=max(600.0, options.timeout))[0]
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
+        try:
+            rank = dist.get_rank()
+            result = measure(rank, plan)
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+        if rank:
+            return 0
+    print(table(result), flush=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    if options.picture:
+        draw(result, options.picture)
+    failed = failures(result) if options.gate else []
+    for line in failed:
+        print(f"GATE {line}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`python -m fused_dlam` is `fused-dlam`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":  # worker processes import this module too
+    sys.exit(main())

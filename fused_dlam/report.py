@@ -1,0 +1,194 @@
+"""`fused-dlam topology`: what a graph costs per step, which methods are stable on it, and a drawing of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import topology as topologies
+from .cli import Parser, count, need
+from .kernels import rules
+from .kernels.rule import Rule
+from .stability import consensus_growth
+from .topology import Circulant, Topology
+
+LARGEST = 1 << 20  # workers, of circulant graphs: half a minute
+LARGEST_DENSE = 1024  # of the others, whose [n, n] matrices are formed and decomposed
+LARGEST_MAP = 256  # of those without common eigenvectors: the whole map of x and state is decomposed
+LARGEST_DRAWN = 64
+REFUSED = 1 - 1e-9  # the growth from which on the optimizer refuses
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns of plain text, the first to the left and the others to the right; a header may have two lines."""
+    heads = [h.split("\n") for h in header]
+    height = max(map(len, heads))
+    lines = [list(line) for line in zip(*([""] * (height - len(h)) + h for h in heads), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, *rows, strict=True)]
+    lines += [["-" * w for w in widths], *map(list, rows)]
+    align = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    return "\n".join("  ".join(f(c, w) for f, c, w in zip(align, line, widths, strict=True)).rstrip() for line in lines)
+
+
+# -- what it costs and whether it is stable ----------------------------------------------------------------------------
+
+
+def all_reduce(n: int) -> float:
+    """What a ring all-reduce of M bytes makes every worker send, in M."""
+    return 2 * (n - 1) / n
+
+
+def load(topology: Topology) -> tuple[float, float]:
+    """Messages per step that the busiest worker sends, and bytes per step in M, both as means over a period.
+
+    A step whose matrix is exact averaging is done by all-reduce, as the optimizer does it: no messages.
+    """
+    messages = volume = 0.0
+    for t, phase in enumerate(topology.phases):
+        if topology.n > 2 and topology.averages_exactly(t):
+            volume += all_reduce(topology.n)
+            continue
+        if isinstance(phase, Circulant):
+            sent = topology.degree(t)
+        else:
+            sent = int((phase - np.diag(np.diag(phase)) != 0).sum(axis=0).max())
+        messages, volume = messages + sent, volume + sent
+    return messages / topology.period, volume / topology.period
+
+
+def describe(topology: Topology, momentum: float) -> str:
+    """All that is printed about a topology."""
+    n, rho = topology.n, topology.rho
+    messages, volume = load(topology)
+    degrees = [topology.degree(t) for t in range(topology.period)]
+    low, high = min(degrees), max(degrees)
+    rate = rules.auto_correction_rate(momentum, rho)
+    facts = {
+        "period": f"{topology.period} step{'s' * (topology.period > 1)}",
+        "degree": (f"{low}" if low == high else f"{low} to {high}") + ": whom a worker hears from in one step",
+        "rho": "0: averages exactly within a period" if rho == 0 else f"{_near_one(rho)}: contraction per step",
+        "symmetric": "yes" if topology.is_symmetric else "no",
+        "doubly stochastic": "yes" if topology.is_doubly_stochastic else "no",
+        "messages": "none, by all-reduce" if messages == 0 < volume else f"{messages:g} per worker and step",
+        "bytes sent": f"{volume:.4g} M per worker and step (M: all parameters); ring all-reduce {all_reduce(n):.4g} M",
+        "correction rate": f"{rate:.4g}: what 'auto' takes for pc-dmsgd",
+    }
+    lines = [f"{topology.name} over {n:,} worker{'s' * (n > 1)}, momentum {momentum:g}"]
+    lines += [f"  {name:<18} {value}" for name, value in facts.items()]
+    header = ("method", "disagreement grows\nper step by", "falls to a\ntenth in steps", "", "bytes sent\nper step")
+    rows = [verdict(rule, topology, momentum, volume) for rule in rules.ALL.values()]
+    return "\n".join([*lines, "", table(header, rows)])
+
+
+def verdict(rule: Rule, topology: Topology, momentum: float, volume: float) -> tuple[str, ...]:
+    """One method's row of the table."""
+    if rule.average == "gradient":
+        return rule.name, "exact", "", "", f"{all_reduce(topology.n):.4g} M"
+    cost = f"{rule.messages * volume:.4g} M"
+    if topology.n > LARGEST_MAP and topology.modes is None:
+        return rule.name, "too large to tell", "", "", cost
+    growth = consensus_growth(rule, topology, momentum)
+    if growth >= REFUSED:
+        return rule.name, _near_one(growth), "never", "unstable", cost
+    tenth = max(topology.period, math.ceil(math.log(0.1) / math.log(growth))) if growth > 0 else topology.period
+    return rule.name, _near_one(growth), f"{tenth:,}", "stable", cost
+
+
+def _near_one(value: float) -> str:
+    return f"1 - {1 - value:.1e}" if 0 < 1 - value < 1e-4 else f"{value:.4f}"
+
+
+# -- the drawing -------------------------------------------------------------------------------------------------------
+
+
+def draw(topology: Topology, path: Path) -> None:
+    """The edges of all phases, one color per phase; an arrow j -> i says that i hears from j, a line both."""
+    import networkx as nx
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    n, period = topology.n, topology.period
+    graphs = [topology.to_networkx(t) for t in range(period)]
+    union = nx.compose_all(graphs)
+    union.remove_edges_from(list(nx.selfloop_edges(union)))
+    if all(isinstance(phase, Circulant) for phase in topology.phases):  # worker 0 on top, then clockwise
+        place = {i: (math.sin(2 * math.pi * i / n), math.cos(2 * math.pi * i / n)) for i in range(n)}
+    else:
+        place = nx.kamada_kawai_layout(union.to_undirected(), weight=None)
+    colors = [colormaps["tab10"](t) if period <= 10 else colormaps["viridis"](t / (period - 1)) for t in range(period)]
+    figure = Figure(figsize=(7, 7.4), layout="constrained")
+    axes = figure.subplots()
+    node = 420 if n <= 16 else 420 * 16 / n
+    faint = max(0.25, min(1.0, 200 / max(1, union.number_of_edges())))
+    for graph, color in zip(graphs, colors, strict=True):
+        edges = [(j, i) for j, i in graph.edges if i != j]
+        mutual = [(j, i) for j, i in edges if graph.has_edge(i, j)]
+        kinds = (
+            # Bent, so that j -> i in one phase and i -> j in another are two lines.
+            ([e for e in edges if e not in set(mutual)], "-|>", "arc3,rad=0.12"),
+            ([(j, i) for j, i in mutual if j < i], "-" if topology.is_symmetric else "<|-|>", "arc3"),
+        )
+        for some, arrow, bend in kinds:
+            nx.draw_networkx_edges(
+                union, place, some, ax=axes, edge_color=[color], alpha=faint, width=1.4, arrows=True,
+                arrowstyle=arrow, arrowsize=14 if n <= 16 else 9, connectionstyle=bend, node_size=node,
+            )  # fmt: skip
+    nx.draw_networkx_nodes(union, place, ax=axes, node_size=node, node_color="white", edgecolors="#333333")
+    nx.draw_networkx_labels(union, place, ax=axes, font_size=10 if n <= 16 else 7)
+    axes.set_title(f"{topology.name} over {n} workers\n(an arrow points to the worker that hears, a plain line both ways)")
+    axes.set_aspect("equal")
+    axes.margins(0.08)
+    axes.axis("off")
+    if 1 < period <= 10:
+        lines = [Line2D([], [], color=c, linewidth=2) for c in colors]
+        names = [f"steps {t}, {t + period}, {t + 2 * period}, ..." for t in range(period)]
+        figure.legend(lines, names, loc="outside lower center", ncols=min(3, period), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("fused-dlam topology", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("name", nargs="?", default="list", help="a known name; without one they are listed")
+    parser.add_argument("-n", type=count, help="the number of workers")
+    parser.add_argument("--momentum", type=float, default=0.9, help="beta, from 0 to below 1 (0.9)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it, up to {LARGEST_DRAWN} workers, as PNG or SVG")
+    options = parser.parse_args(argv)
+    name, n = options.name.replace("_", "-"), options.n
+    if name == "list":
+        for known, build in topologies.FAMILY.items():
+            print(f"{known:<22}{(build.__doc__ or '').splitlines()[0]}")
+        return 0
+    if name not in topologies.FAMILY:
+        parser.error(f"unknown topology {options.name!r}; known: {', '.join(topologies.FAMILY)}")
+    if n is None:
+        parser.error(f"how many workers? For example: fused-dlam topology {name} -n 8")
+    if not 0 <= options.momentum < 1:
+        parser.error(f"--momentum must be from 0 to below 1, not {options.momentum:g}")
+    build = topologies.FAMILY[name]
+    try:
+        # A small one tells whether a large one would be built from dense matrices: 65,536 workers would take 34 GB.
+        circulant = all(isinstance(phase, Circulant) for phase in build(4).phases)
+        if n > (LARGEST if circulant else LARGEST_DENSE):
+            limit = f"{LARGEST:,}" if circulant else f"{LARGEST_DENSE:,}, for its matrices are dense"
+            parser.error(f"{name} is analyzed up to n = {limit}")
+        topology = build(n)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.plot is not None:
+        if n > LARGEST_DRAWN:
+            parser.error(f"--plot draws up to {LARGEST_DRAWN} workers; {n:,} would be a black disk")
+        if not options.plot.parent.is_dir():
+            parser.error(f"--plot: there is no folder {options.plot.parent}")
+        need(parser, "matplotlib", "scipy")
+    print(describe(topology, options.momentum))
+    if options.plot is not None:
+        draw(topology, options.plot)
+        print(f"\nDrawing: {options.plot.resolve()}")
+    return 0

@@ -1,0 +1,203 @@
+"""One bucket's exchange in one step: with neighbors (`Transfer`) or with everybody (`Averaging`).
+
+Who waits for whom, with CUDA tensors (on CPU there are no streams and the same calls run in order):
+
+    main stream    backward ... g ready ---+                            +--> combine --> next forward
+                                           |                            |
+    lane stream                            +--> pack --> [NCCL] --wait--+        NCCL: `wait` orders streams only
+                                                  |                     |
+    gloo instead                                  +--> copy to host     +<-- copy to device
+                                                         |  event              ^
+    courier thread                                       +--> isend            |
+    main thread, in step()                                        irecv.wait --+
+
+The lane stream waits for the main stream before pack and the main stream for the lane before combine; so a message
+buffer is packed anew only after it was sent, and x is written only after every reader is done.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from .exchange import Exchange
+from .topology import Peers
+
+
+class Transfer:
+    """Messages to and from the neighbors.
+
+    The receives are posted at once, for gloo moves nothing until they are; `send` posts the sends. Neither `received`
+    nor the message may be touched before `wait_received` and `wait_sent`: nothing is copied. `tag` (a bucket's number)
+    keeps messages of one pair apart on gloo, which would take any message of any length for any other; NCCL has none.
+    """
+
+    def __init__(
+        self, exchange: Exchange, received: torch.Tensor, peers: Peers, step: int, tag: int = 0, staged: bool = False
+    ):
+        self.exchange, self.peers, self.step, self._tag = exchange, peers, step, tag
+        self._rows = [received[k] for k in range(len(peers.sources))]
+        self._staged = staged or (received.is_cuda and exchange.stages)
+        self._host_rows = [exchange.pinned(row, "receive") for row in self._rows] if self._staged else self._rows
+        self._receives: list[tuple[int | None, dist.Work]] = []
+        self._sends: list[tuple[int | None, dist.Work]] = []
+        self._posting: Errand | None = None
+        if exchange.backend != "nccl":
+            for row, j in zip(self._host_rows, peers.sources, strict=True):
+                with exchange.watched("posting a receive from", step, j):
+                    self._receives.append((j, _work(dist.irecv(row, exchange.ranks[j], exchange.group, tag))))
+
+    def send(self, message: torch.Tensor) -> None:
+        """Starts sending `message` to the destinations."""
+        exchange, peers, ranks = self.exchange, self.peers, self.exchange.ranks
+        if exchange.backend == "nccl":
+            # Unbatched P2P of a pair serializes and can deadlock on NCCL; a batch completes as a whole.
+            ops = [dist.P2POp(dist.irecv, r, ranks[j], exchange.group)
+                   for r, j in zip(self._rows, peers.sources, strict=True)]  # fmt: skip
+            ops += [dist.P2POp(dist.isend, message, ranks[j], exchange.group) for j in peers.destinations]
+            self._receives = [(None, work) for work in (dist.batch_isend_irecv(ops) if ops else [])]
+        elif not self._staged:
+            self._post(message)
+        else:
+            host = exchange.pinned(message, "send").copy_(message, non_blocking=True)
+            copied = torch.cuda.current_stream(message.device).record_event() if message.is_cuda else None
+            # The host must wait for the copy, but not this thread, which has the rest of the backward pass to launch.
+            self._posting = courier(exchange).run(lambda: (copied and copied.synchronize(), self._post(host)))
+        exchange.messages_sent += len(peers.destinations)
+        exchange.bytes_sent += len(peers.destinations) * message.numel() * message.element_size()
+
+    def _post(self, message: torch.Tensor) -> None:
+        for j in self.peers.destinations:
+            with self.exchange.watched("sending to", self.step, j):
+                work = dist.isend(message, self.exchange.ranks[j], self.exchange.group, self._tag)
+                self._sends.append((j, _work(work)))
+
+    def wait_received(self) -> None:
+        """Until the neighbors' messages are in `received` (on CUDA: as seen by the current stream)."""
+        for j, work in self._receives:
+            with self.exchange.watched("waiting for a message from", self.step, j):
+                work.wait()
+        if self._staged:
+            for row, host in zip(self._rows, self._host_rows, strict=True):
+                row.copy_(host, non_blocking=True)
+        self._receives = []
+
+    def wait_sent(self) -> None:
+        """Until the message has been read by the transport."""
+        if self._posting is not None:
+            with self.exchange.watched("handing a message to the transport", self.step):
+                self._posting.wait(self.exchange.timeout)
+            self._posting = None
+        for j, work in self._sends:
+            with self.exchange.watched("waiting to finish sending to", self.step, j):
+                work.wait()
+        self._sends = []
+
+
+class Averaging:
+    """The mean of a tensor over all workers, in place, bit-equal on all of them: an all-reduce in the background."""
+
+    def __init__(self, exchange: Exchange, tensor: torch.Tensor, step: int | None):
+        self.exchange, self.step, self._tensor = exchange, step, tensor
+        self._host = tensor
+        if tensor.is_cuda and exchange.stages:
+            self._host = exchange.pinned(tensor, "average").copy_(tensor, non_blocking=True)
+            torch.cuda.current_stream(tensor.device).synchronize()
+        with exchange.watched("all-reduce", step):
+            self._work: dist.Work | None = _work(dist.all_reduce(self._host, group=exchange.group, async_op=True))
+        share = 2 * (exchange.size - 1) / exchange.size  # what a ring sends
+        exchange.bytes_sent += share * tensor.numel() * tensor.element_size()
+
+    def wait_received(self) -> None:
+        if self._work is not None:
+            with self.exchange.watched("all-reduce", self.step):
+                self._work.wait()
+            self._work = None
+            self._host.div_(self.exchange.size)
+            if self._host is not self._tensor:
+                self._tensor.copy_(self._host, non_blocking=True)
+
+    def wait_sent(self) -> None:
+        self.wait_received()
+
+
+def average(exchange: Exchange, tensor: torch.Tensor, step: int | None = None) -> None:
+    """The mean over all workers, in place; returns when it is there."""
+    Averaging(exchange, tensor, step).wait_received()
+
+
+class Lane:
+    """A CUDA stream beside the main one for pack and transport; on CPU, nothing."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def outbound(self) -> Iterator[None]:
+        """Work in the body runs on the lane, after everything launched so far on the current stream."""
+        if self._stream is None:
+            yield
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                yield
+
+    def join(self) -> None:
+        """What is launched from now on on the current stream runs after the lane's work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class Errand:
+    """Something a courier does; `wait` raises what it raised."""
+
+    def __init__(self, job: Callable[[], object]):
+        self._job, self._done, self._error = job, threading.Event(), None
+
+    def run(self) -> None:
+        try:
+            self._job()
+        except BaseException as error:  # handed to whoever waits
+            self._error = error
+        self._done.set()
+
+    def wait(self, timeout: float) -> None:
+        if not self._done.wait(timeout):
+            raise RuntimeError(f"no copy from the device within {timeout:g} s")
+        if self._error is not None:
+            raise self._error
+
+
+class Courier:
+    """One thread that posts sends in the order it is given them, as every rank must."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Errand] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="fused_dlam-courier").start()
+
+    def run(self, job: Callable[[], object]) -> Errand:
+        errand = Errand(job)
+        self._queue.put(errand)
+        return errand
+
+    def _work(self) -> None:
+        while True:
+            self._queue.get().run()
+
+
+def courier(exchange: Exchange) -> Courier:
+    """The exchange's courier, started when it is first needed."""
+    if exchange.courier is None:
+        exchange.courier = Courier()
+    return exchange.courier
+
+
+def _work(work: dist.Work | None) -> dist.Work:
+    if work is None:  # torch's way to say that this rank is not in the group
+        raise RuntimeError("this rank is not in the process group of the exchange")
+    return work
