@@ -22,7 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,68 +71,51 @@ BACKWARD = 2 / 3  # of a step's compute
 
 
 def doublings(n: int) -> int:
-    return math.ceil(math.log2(n)) if n > 1 else 0
+    return math.ceil(math.log2(n))
 
 
-def leaving(n: int, hop: int, g: int) -> int:
-    """How many of a host's g workers have the worker `hop` further on another host."""
-    return min(hop, n - hop, g)
+def hops(n: int, g: int) -> list[int]:
+    """For each hop 1, 2, 4, ... below n: how many of a host's g workers have their peer on another host."""
+    return [min(1 << t, n - (1 << t), g) for t in range(doublings(n))] or [0]
 
 
-def ring_all_reduce(n: int, M: float, g: int = 1) -> Cost:
-    return Cost(2 * (n - 1), 2 * (n - 1) / n * M)  # in rank order a host's ring enters and leaves it once
-
-
-def tree_all_reduce(n: int, M: float, g: int = 1) -> Cost:
-    return Cost(2 * doublings(n), 2 * (n - 1) / n * M)  # laid out along the hosts, as NCCL does
-
-
-def one_peer(n: int, M: float, g: int = 1) -> Cost:
-    hops = [leaving(n, 1 << t, g) for t in range(doublings(n))]
-    return Cost(1, M * sum(hops) / len(hops)) if hops else Cost(0, 0)
-
-
-def static_exponential(n: int, M: float, g: int = 1) -> Cost:
-    hops = [leaving(n, 1 << t, g) for t in range(doublings(n))]
-    return Cost(1, M * sum(hops)) if hops else Cost(0, 0)
-
-
-def ring_neighbors(n: int, M: float, g: int = 1) -> Cost:
-    return Cost(1, M * min(2, n - 1)) if n > 1 else Cost(0, 0)
-
-
-FLAT = {
-    "ring all-reduce": ring_all_reduce,
-    "tree all-reduce": tree_all_reduce,
-    "one-peer": one_peer,
-    "exponential": static_exponential,
+# In rank order a host's part of a ring, or of a tree laid out along the hosts, enters and leaves its card once.
+COSTS: dict[str, Callable[[int, float, int], Cost]] = {  # of n workers, M bytes, g workers a card
+    "ring all-reduce": lambda n, M, g: Cost(2 * (n - 1), 2 * (n - 1) / n * M),
+    "tree all-reduce": lambda n, M, g: Cost(2 * doublings(n), 2 * (n - 1) / n * M),
+    "one-peer": lambda n, M, g: Cost(1, statistics.fmean(hops(n, g)) * M),
+    "exponential": lambda n, M, g: Cost(1, sum(hops(n, g)) * M),
+    "ring neighbors": lambda n, M, g: Cost(1, min(2, n - 1) * M),
 }
-ALL_REDUCES = ("ring all-reduce", "tree all-reduce", "hierarchical all-reduce")
-GOSSIP = ("one-peer", "exponential", "hierarchical one-peer", "hierarchical exponential")
-MEASURED = {
-    "all-reduce": ring_all_reduce,
-    "one-peer-exponential": one_peer,
-    "exponential": static_exponential,
-    "ring": ring_neighbors,
+MEASURED = {  # what bench/exchange.py calls them
+    "all-reduce": "ring all-reduce",
+    "one-peer-exponential": "one-peer",
+    "exponential": "exponential",
+    "ring": "ring neighbors",
 }
 
 
-def hierarchical(outer: Callable[..., Cost], n: int, M: float, network: Network) -> float:
+def hierarchical(name: str, n: int, M: float, network: Network) -> float:
     """Reduce-scatter in the host, each worker's M/g with its peers on other hosts, all-gather in the host."""
     g = network.per_host
     if n % g:
         raise ValueError(f"{n} workers cannot be {g} on every host")
     inside = Cost(2 * (g - 1), 2 * (g - 1) / g * M)
-    return network.inside.seconds(inside) + network.link.seconds(outer(n // g, M))
+    return network.inside.seconds(inside) + network.link.seconds(COSTS[name](n // g, M, 1))
 
 
 def predict(network: Network, n: int, M: float) -> dict[str, float]:
     """Seconds of one averaging step, for each way to do it."""
-    seconds = {name: network.link.seconds(cost(n, M, network.per_host)) for name, cost in FLAT.items()}
-    seconds["hierarchical all-reduce"] = hierarchical(tree_all_reduce, n, M, network)
-    seconds["hierarchical one-peer"] = hierarchical(one_peer, n, M, network)
-    seconds["hierarchical exponential"] = hierarchical(static_exponential, n, M, network)
-    return {name: s + (network.round_seconds if name in GOSSIP else 0) for name, s in seconds.items()}
+    flat = ("ring all-reduce", "tree all-reduce", "one-peer", "exponential")
+    seconds = {name: network.link.seconds(COSTS[name](n, M, network.per_host)) for name in flat}
+    if network.per_host > 1:
+        for name in flat[1:]:
+            seconds[f"hierarchical {name}"] = hierarchical(name, n, M, network)
+    return {name: s + (0 if "all-reduce" in name else network.round_seconds) for name, s in seconds.items()}
+
+
+def best_one_peer(seconds: dict[str, float]) -> float:
+    return min(s for name, s in seconds.items() if name.endswith("one-peer"))
 
 
 def step(compute: float, communication: float, hidden: float) -> float:
@@ -141,14 +126,11 @@ def step(compute: float, communication: float, hidden: float) -> float:
 def steps(network: Network, n: int, M: float, compute: float) -> dict[str, float]:
     """Training steps: AWC hides behind the whole step, ATC and bucketed all-reduce behind the backward pass."""
     seconds = predict(network, n, M)
-    behind = {f"{name}, overlapped": step(compute, seconds[name], BACKWARD) for name in ALL_REDUCES}
-    best = min(seconds["one-peer"], seconds["hierarchical one-peer"])
     return {
-        "local": compute,
-        "ring all-reduce, after backward": step(compute, seconds["ring all-reduce"], 0),
-        **behind,
-        "one-peer ATC": step(compute, best, BACKWARD),
-        "one-peer AWC": step(compute, best, 1),
+        "ring all-reduce after backward": step(compute, seconds["ring all-reduce"], 0),
+        **{f"{name} overlapped": step(compute, s, BACKWARD) for name, s in seconds.items() if "all-reduce" in name},
+        "one-peer ATC": step(compute, best_one_peer(seconds), BACKWARD),
+        "one-peer AWC": step(compute, best_one_peer(seconds), 1),
     }
 
 
@@ -179,7 +161,7 @@ def fit_measured(result: dict[str, Any]) -> dict[str, Any]:
     """One link for everything that bench/exchange.py measured, one for each operation alone, and the residuals."""
     n, g = result["workers"], result["per_host"]
     rows = [row for row in result["rows"] if row["operation"] in MEASURED]
-    costs = [MEASURED[row["operation"]](n, row["size"], g) for row in rows]
+    costs = [COSTS[MEASURED[row["operation"]]](n, row["size"], g) for row in rows]
     seconds = [row["seconds"] for row in rows]
     link, alone = fit(costs, seconds), {}
     for name in MEASURED:
@@ -194,87 +176,106 @@ def fit_measured(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_published() -> dict[str, Any]:
-    """What the published figures say: the ring's two give a and b; all four give a, b and a constant per round."""
-    n, rings, partials = PUBLISHED_WORKERS, [], []
-    for M in MODELS.values():
-        rings.append(ring_all_reduce(n, M))
-        partials.append(one_peer(n, M))
+    """The published figures by the ring's two alone (a and b), the other two alone, and all four (a, b, a constant)."""
+    n = PUBLISHED_WORKERS
+    rings, partials = ([COSTS[name](n, M, 1) for M in MODELS.values()] for name in ("ring all-reduce", "one-peer"))
     seconds = np.array([PUBLISHED[name] for name in MODELS])
-    link = fit(rings, seconds[:, 0])
+    ring, partial = fit(rings, seconds[:, 0]), fit(partials, seconds[:, 1])
     terms = [(*cost, 0) for cost in rings] + [(*cost, 1) for cost in partials]
-    a, b, c = least_squares(terms, seconds.T.ravel())
-    together = Network("fitted to the published figures", Link(float(a), float(1 / b)), NVLINK, 1, float(c))
-    out: dict[str, Any] = {"ring_link": link, "together": together, "models": {}}
-    for name, M in MODELS.items():
+    a, b, constant = map(float, least_squares(terms, seconds.T.ravel()))
+    together = Network("fitted to the published figures", Link(a, 1 / b), NVLINK, 1, constant)
+    out: dict[str, Any] = {"ring": ring, "partial": partial, "together": together, "models": {}}
+    for (name, M), r, p in zip(MODELS.items(), rings, partials, strict=True):
         both = predict(together, n, M)
         out["models"][name] = {
             "published": PUBLISHED[name],
-            "from_ring": (link.seconds(ring_all_reduce(n, M)), link.seconds(one_peer(n, M))),
-            "together": (both["ring all-reduce"], both["one-peer"]),
-            "eight_behind_a_card": link.seconds(one_peer(n, M, 8)),
+            "from the ring": (ring.seconds(r), ring.seconds(p)),
+            "from all four": (both["ring all-reduce"], both["one-peer"]),
+            "8 behind a card": ring.seconds(COSTS["one-peer"](n, M, 8)),
         }
     return out
 
 
-def published_text(fitted: dict[str, Any]) -> str:
-    link, together = fitted["ring_link"], fitted["together"]
+def speed(link: Link) -> str:
+    return f"{1e3 * link.latency:.3g} ms a message, {link.rate * 8e-9:.3g} Gbit/s"
+
+
+def published_text(found: dict[str, Any]) -> str:
+    columns = ("published", "from the ring", "from all four")
     lines = [
-        f"Published, {PUBLISHED_WORKERS} GPUs. Milliseconds by ring all-reduce, by partial averaging, and their ratio:",
-        f"{'':10} {'published':>22} {'model, from the ring':>22} {'model, from all four':>22}",
+        f"Published, {PUBLISHED_WORKERS} GPUs: ms by ring all-reduce, by partial averaging, ratio; and as modeled",
+        " " * 10 + "".join(f"{column:>24}" for column in columns),
     ]
-    for name, m in fitted["models"].items():
-        columns = (m["published"], m["from_ring"], m["together"])
-        lines.append(f"{name:10} " + " ".join(f"{1e3 * r:8.0f} {1e3 * p:6.0f} {p / r:6.2f}" for r, p in columns))
-    return "\n".join([
-        *lines,
-        f"From the ring's two figures: {1e6 * link.latency:.0f} us and {link.rate * 8e-9:.1f} Gbit/s. From all four:"
-        f" {1e6 * together.link.latency:.0f} us, {together.link.rate * 8e-9:.1f} Gbit/s and"
-        f" {1e3 * together.round_seconds:.0f} ms per round of partial averaging.",
-        "Reproduced: partial averaging is faster for both models. Not reproduced without a constant per round: how much",
-        "for ResNet-50 (the model has no such constant: negotiation, averaging inside hosts, jitter), and that the ratio",
-        "is smaller for the larger model. Not reproduced at all: that partial averaging used the network at a higher rate",
-        "than the ring. With 8 GPUs behind a card flat one-peer would take "
-        + " and ".join(f"{1e3 * m['eight_behind_a_card']:.0f} ms" for m in fitted["models"].values())
-        + ", more than the ring: the published runs were hierarchical or had more cards.",
-    ])  # fmt: skip
+    for name, model in found["models"].items():
+        pairs = (model[column] for column in columns)
+        lines.append(f"{name:10}" + "".join(f"{1e3 * r:11.0f} {1e3 * p:6.0f} {p / r:5.2f}" for r, p in pairs))
+    partial, together = found["partial"], found["together"]
+    shared = " and ".join(f"{1e3 * model['8 behind a card']:.0f}" for model in found["models"].values())
+    lines.append(
+        f"The ring's two figures alone: {speed(found['ring'])}.\n"
+        f"Partial averaging's alone: {1e3 * partial.latency:.0f} ms a round, {partial.rate * 8e-9:.3g} Gbit/s.\n"
+        f"All four: {speed(together.link)}, {1e3 * together.round_seconds:.0f} ms a round of partial averaging.\n"
+        "Reproduced: partial averaging is faster for both. Not reproduced: that ResNet-50's took 150 ms, for which\n"
+        "only a constant per round accounts (negotiation, averaging inside the hosts, waiting), and hence that the\n"
+        "ratio falls with the size of the model; that partial averaging ran at a higher rate than the ring.\n"
+        f"Flat one-peer with 8 GPUs behind a card would take {shared} ms, more than the ring: what was published is\n"
+        "hierarchical, or had a card for each GPU."
+    )
+    return "\n".join(lines)
 
 
-def measured_text(fitted: dict[str, Any]) -> str:
-    lines = [f"Measured, {fitted['workers']} workers, {fitted['per_host']} per host. Fits:"]
-    for name, link in {"all together": fitted["link"], **fitted["alone"]}.items():
-        lines.append(f"  {name:21} {1e3 * link.latency:8.3f} ms per message, {link.rate * 8e-6:9.1f} Mbit/s")
-    lines.append(f"  {'operation':21} {'bytes':>11} {'measured ms':>11} {'model':>9} {'off by':>7} {'alone':>7}")
-    for r in fitted["residuals"]:
+def measured_text(found: dict[str, Any]) -> str:
+    lines = [f"Measured, {found['workers']} workers, {found['per_host']} per host. Fits:"]
+    lines += [f"  {name:21} {speed(link)}" for name, link in {"all": found["link"], **found["alone"]}.items()]
+    lines.append(f"  {'operation':21} {'bytes':>10} {'ms':>9} {'all':>9} {'off by':>7} {'off by, alone':>14}")
+    for r in found["residuals"]:
+        ms = f"{1e3 * r['seconds']:9.2f} {1e3 * r['model']:9.2f}"
         lines.append(
-            f"  {r['operation']:21} {r['size']:11d} {1e3 * r['seconds']:11.2f} {1e3 * r['model']:9.2f}"
-            f" {r['residual']:+7.0%} {r['residual_alone']:+7.0%}"
-        )
+            f"  {r['operation']:21} {r['size']:10d} {ms} {r['residual']:+7.0%} {r['residual_alone']:+14.0%}"
+        )  # fmt: skip
     return "\n".join(lines)
 
 
-def prediction_text(network: Network, compute: float) -> str:
-    link = network.link
-    lines = [
-        f"{network.name}: {1e6 * link.latency:.3g} us per message, {link.rate * 8e-9:.3g} Gbit/s, {network.per_host}"
-        " workers behind a card. Milliseconds of an averaging step; the better one-peer's ratio to each all-reduce;",
-        f"and of a training step with {1e3 * compute:g} ms of compute.",
-        f"{'':10} {'':>7} {'all-reduce':^26} {'one-peer':^17} {'expon.':>8} {'one-peer / a-r':^20} {'overlapped a-r':^26}"
-        f" {'one-peer':^17}",
-        f"{'':10} {'workers':>7} {'ring':>8} {'tree':>8} {'hier.':>8} {'flat':>8} {'hier.':>8} {'hier.':>8}"
-        f" {'ring':>6} {'tree':>6} {'hier.':>6} {'ring':>8} {'tree':>8} {'hier.':>8} {'ATC':>8} {'AWC':>8}",
+def predicted_text(network: Network, compute: float | None) -> str:
+    """Averaging steps, and the better one-peer's ratio to each all-reduce; with `compute` training steps too."""
+    cases = [(name, M, n) for name, M in MODELS.items() for n in WORKERS]
+    rows = []
+    for _, M, n in cases:
+        seconds = predict(network, n, M)
+        reduces = [name for name in seconds if "all-reduce" in name]
+        ratios = {f"one-peer / {name}": f"{best_one_peer(seconds) / seconds[name]:.3f}" for name in reduces}
+        rows.append(milliseconds(seconds) | ratios)
+    lines = [f"{network.name}: {speed(network.link)}, {network.per_host} per card. Averaging step, ms:"]
+    lines += grid(cases, rows)
+    if compute is not None:
+        lines.append(f"Training step with {1e3 * compute:g} ms of compute, ms:")
+        lines += grid(cases, [milliseconds(steps(network, n, M, compute)) for _, M, n in cases])
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: dict[str, float]) -> dict[str, str]:
+    return {name: f"{1e3 * s:.1f}" for name, s in seconds.items()}
+
+
+def grid(cases: Sequence[tuple[str, float, int]], rows: Sequence[dict[str, str]]) -> list[str]:
+    heads = [textwrap.wrap(name.replace("all-reduce", "a-r"), 12) for name in rows[0]]
+    depth = max(map(len, heads))
+    heads = [head + [""] * (depth - len(head)) for head in heads]
+    lines = [" " * 17 + "".join(f"{head[k]:>13}" for head in heads) for k in range(depth)]
+    lines += [
+        f"{model:10}{n:7d}" + "".join(f"{value:>13}" for value in row.values())
+        for (model, _, n), row in zip(cases, rows, strict=True)
     ]
-    for name, M in MODELS.items():
-        for n in WORKERS:
-            p, t = predict(network, n, M), steps(network, n, M, compute)
-            best = min(p["one-peer"], p["hierarchical one-peer"])
-            shown = (*ALL_REDUCES, "one-peer", "hierarchical one-peer", "hierarchical exponential")
-            overlapped = (*(f"{r}, overlapped" for r in ALL_REDUCES), "one-peer ATC", "one-peer AWC")
-            lines.append(
-                f"{name:10} {n:7d} " + " ".join(f"{1e3 * p[k]:8.1f}" for k in shown)
-                + "".join(f" {best / p[k]:6.3f}" for k in ALL_REDUCES)
-                + "".join(f" {1e3 * t[k]:8.1f}" for k in overlapped)
-            )  # fmt: skip
-    return "\n".join(lines)
+    return lines
+
+
+def plain(value: Any) -> Any:
+    """For JSON: named tuples as objects."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def draw(networks: Sequence[Network], fitted: Sequence[dict[str, Any]], file: str) -> None:
@@ -283,41 +284,40 @@ def draw(networks: Sequence[Network], fitted: Sequence[dict[str, Any]], file: st
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    panels = len(networks) + len(fitted)
-    figure, axes = plt.subplots(-(-panels // 2), 2, figsize=(11, 4.2 * -(-panels // 2)), layout="constrained")
-    for spare in axes.flat[panels:]:
-        spare.axis("off")
-    lines = {
-        "ring all-reduce": ("#c1121f", "-"),
-        "tree all-reduce": ("#c1121f", ":"),
-        "hierarchical all-reduce": ("#c1121f", "--"),
-        "one-peer": ("#0b5fa5", "-"),
-        "hierarchical one-peer": ("#0b5fa5", "--"),
-        "hierarchical exponential": ("#e08e0b", "--"),
-    }
-    M = MODELS["ResNet-50"]
-    workers = [8 << t for t in range(15)]
+    rows = -(-(len(networks) + len(fitted)) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 4.2 * rows), layout="constrained")
+    for spare in axes.flat[len(networks) + len(fitted) :]:
+        spare.remove()
+    red, blue, orange, green = "#c1121f", "#0b5fa5", "#e08e0b", "#3a8f4d"
+    styles = {
+        "ring all-reduce": (red, "-"), "tree all-reduce": (red, ":"), "hierarchical tree all-reduce": (red, "--"),
+        "one-peer": (blue, "-"), "hierarchical one-peer": (blue, "--"), "hierarchical exponential": (orange, "--"),
+    }  # fmt: skip
+    workers, M = [16 << t for t in range(14)], MODELS["ResNet-50"]
     for plot, network in zip(axes.flat, networks, strict=False):
-        for name, (color, style) in lines.items():
-            if network.per_host > 1 or not name.startswith("hierarchical"):
-                ms = [1e3 * predict(network, n, M)[name] for n in workers]
-                plot.plot(workers, ms, color=color, linestyle=style, label=name)
+        times = [predict(network, n, M) for n in workers]
+        for name, (color, style) in styles.items():
+            if name in times[0]:
+                plot.plot(workers, [1e3 * t[name] for t in times], color=color, linestyle=style, label=name)
         if network.round_seconds:
-            for seconds, color in zip(PUBLISHED["ResNet-50"], ("#c1121f", "#0b5fa5"), strict=True):
-                plot.plot(PUBLISHED_WORKERS, 1e3 * seconds, "o", color=color)
-        plot.set(title=f"{network.name}, {network.per_host} workers a card", xlabel="workers")
-    colors = dict(zip(MEASURED, ("#c1121f", "#0b5fa5", "#e08e0b", "#3a8f4d"), strict=True))
+            ring, partial = PUBLISHED["ResNet-50"]
+            plot.plot(PUBLISHED_WORKERS, 1e3 * ring, "o", color=red, label="published, ring all-reduce")
+            plot.plot(PUBLISHED_WORKERS, 1e3 * partial, "o", color=blue, label="published, partial averaging")
+        card = f"{network.per_host} workers a card" if network.per_host > 1 else "a card each"
+        plot.set(title=f"25.5M parameters (ResNet-50)\n{network.name}, {card}", xlabel="workers")
     for plot, one in zip(axes.flat[len(networks) :], fitted, strict=False):
-        for name, color in colors.items():
-            rows = [r for r in one["residuals"] if r["operation"] == name]
-            plot.plot([r["size"] for r in rows], [1e3 * r["seconds"] for r in rows], "o", color=color, label=name)
-            plot.plot([r["size"] for r in rows], [1e3 * r["model"] for r in rows], color=color, linewidth=1)
-        plot.set(title=f"measured (points) and fitted, {one['workers']} workers", xlabel="bytes averaged per step")
-    for plot in axes.flat[:panels]:
+        for name, color in zip(MEASURED, (red, blue, orange, green), strict=True):
+            points = [r for r in one["residuals"] if r["operation"] == name]
+            sizes = np.geomspace(points[0]["size"], points[-1]["size"])
+            costs = [COSTS[MEASURED[name]](one["workers"], size, one["per_host"]) for size in sizes]
+            plot.plot([r["size"] for r in points], [1e3 * r["seconds"] for r in points], "o", color=color, label=name)
+            plot.plot(sizes, [1e3 * one["link"].seconds(cost) for cost in costs], color=color, linewidth=1)
+        title = f"{one['workers']} workers, measured (points)\nand fitted ({speed(one['link'])})"
+        plot.set(title=title, xlabel="bytes averaged per step")
+    for plot in figure.axes:
         plot.set(xscale="log", yscale="log", ylabel="milliseconds per averaging step")
         plot.grid(True, alpha=0.3)
         plot.legend(frameon=False, fontsize=8)
-    figure.suptitle("One averaging step of 25.5M parameters (ResNet-50), by the latency-bandwidth model", fontsize=11)
     figure.savefig(file, dpi=120)
 
 
@@ -336,7 +336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"fitted to {one['workers']} workers measured"
         networks.append(Network(name, one["link"], one["link"], 1))
     print(published_text(published))
-    for text in (*map(measured_text, fitted), *(prediction_text(network, compute) for network in networks)):
+    for text in (
+        *map(measured_text, fitted),
+        *(predicted_text(network, compute if network in (TCP, INFINIBAND) else None) for network in networks),
+    ):
         print(f"\n{text}")
     print(f"\nWaiting for the slowest when a step's time has a standard deviation of 5 % ({50 * compute:.3g} ms):")
     waits = ", ".join(f"{n} {1e3 * wait_for_slowest(n, compute / 20):.0f} ms" for n in WORKERS)
@@ -348,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for network in networks for name, M in MODELS.items() for n in WORKERS
         ]  # fmt: skip
         found = {"published": published, "measured": fitted, "networks": networks, "predictions": predictions}
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(plain(found), indent=1) + "\n")
     if options.picture:
         draw(networks[:3], fitted, options.picture)
     return 0

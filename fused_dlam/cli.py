@@ -2,7 +2,9 @@
 
     fused-dlam demo                             train on handwritten digits, here and now
     fused-dlam topology exponential -n 64       what a graph costs, and which methods are stable on it
-    fused-dlam COMMAND --help
+    fused-dlam COMMAND --help                   the options of a command
+
+`python -m fused_dlam` is the same.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": ("fused_dlam.demo", "train on handwritten digits with worker processes on this machine"),
     "topology": ("fused_dlam.report", "what a graph costs per step, and which methods are stable on it"),
+    "gate": ("fused_dlam.kernels.gate", "compile every kernel and hold its machine code to the floor"),
 }
 
 
@@ -66,7 +69,3 @@ def _version() -> str:
     from . import __version__
 
     return __version__
-
-
-if __name__ == "__main__":
-    sys.exit(main())

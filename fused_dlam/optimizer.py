@@ -232,7 +232,7 @@ class GossipSGD(Optimizer):
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
         h = rule.scalars(
-            float(group["lr"]), float(group["momentum"]), float(group["weight_decay"]), self._topology.rho, hyper,
+            float(group["lr"]), float(group["momentum"]), float(group["weight_decay"]), self._topology.slowest_rho, hyper,
             group["memory"],
         )  # fmt: skip
         return Scalars(h, (), (-1.0 if group["maximize"] else 1.0) * self._clip_coefficient())

@@ -78,7 +78,7 @@ def describe(topology: Topology, momentum: float) -> str:
     }
     lines = [f"{topology.name} over {n:,} worker{'s' * (n > 1)}, momentum {momentum:g}"]
     lines += [f"  {name:<18} {value}" for name, value in facts.items()]
-    header = ("method", "disagreement grows\nper step by", "falls to a\ntenth in steps", "", "bytes sent\nper step")
+    header = ("method", "growth of disagree-\nment per step", "steps to\na tenth", "", "bytes sent\nper step")
     rows = [verdict(rule, topology, momentum, volume) for rule in rules.ALL.values()]
     return "\n".join([*lines, "", table(header, rows)])
 
@@ -92,7 +92,8 @@ def verdict(rule: Rule, topology: Topology, momentum: float, volume: float) -> t
         return rule.name, "too large to tell", "", "", cost
     growth = consensus_growth(rule, topology, momentum)
     if growth >= REFUSED:
-        return rule.name, _near_one(growth), "never", "unstable", cost
+        # The optimizer refuses both; a graph may also be so slow that nothing is forgotten in a lifetime.
+        return rule.name, _near_one(growth), "never", "unstable" if growth > 2 - REFUSED else "too slow", cost
     tenth = max(topology.period, math.ceil(math.log(0.1) / math.log(growth))) if growth > 0 else topology.period
     return rule.name, _near_one(growth), f"{tenth:,}", "stable", cost
 
@@ -129,7 +130,7 @@ def draw(topology: Topology, path: Path) -> None:
         mutual = [(j, i) for j, i in edges if graph.has_edge(i, j)]
         kinds = (
             # Bent, so that j -> i in one phase and i -> j in another are two lines.
-            ([e for e in edges if e not in set(mutual)], "-|>", "arc3,rad=0.12"),
+            ([e for e in edges if e not in set(mutual)], "-|>", "arc3,rad=-0.12"),
             ([(j, i) for j, i in mutual if j < i], "-" if topology.is_symmetric else "<|-|>", "arc3"),
         )
         for some, arrow, bend in kinds:
@@ -139,7 +140,8 @@ def draw(topology: Topology, path: Path) -> None:
             )  # fmt: skip
     nx.draw_networkx_nodes(union, place, ax=axes, node_size=node, node_color="white", edgecolors="#333333")
     nx.draw_networkx_labels(union, place, ax=axes, font_size=10 if n <= 16 else 7)
-    axes.set_title(f"{topology.name} over {n} workers\n(an arrow points to the worker that hears, a plain line both ways)")
+    legend = "a line: both hear each other" if topology.is_symmetric else "an arrow points to the worker that hears"
+    axes.set_title(f"{topology.name} over {n} worker{'s' * (n > 1)}\n({legend})")
     axes.set_aspect("equal")
     axes.margins(0.08)
     axes.axis("off")
@@ -158,12 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default="list", help="a known name; without one they are listed")
     parser.add_argument("-n", type=count, help="the number of workers")
     parser.add_argument("--momentum", type=float, default=0.9, help="beta, from 0 to below 1 (0.9)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it, up to {LARGEST_DRAWN} workers, as PNG or SVG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it (up to {LARGEST_DRAWN} workers)")
     options = parser.parse_args(argv)
     name, n = options.name.replace("_", "-"), options.n
     if name == "list":
+        print("fused-dlam topology NAME -n N, where NAME is one of\n")
         for known, build in topologies.FAMILY.items():
-            print(f"{known:<22}{(build.__doc__ or '').splitlines()[0]}")
+            print(f"  {known:<23}{(build.__doc__ or '').splitlines()[0]}")
         return 0
     if name not in topologies.FAMILY:
         parser.error(f"unknown topology {options.name!r}; known: {', '.join(topologies.FAMILY)}")

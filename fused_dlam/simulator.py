@@ -54,7 +54,7 @@ def simulate(
     out = np.empty((steps + 1, *x.shape))
     out[0] = x
     for step in range(steps):
-        h = rule.scalars(lr(step) if callable(lr) else lr, momentum, weight_decay, top.rho, hyper, memory)
+        h = rule.scalars(lr(step) if callable(lr) else lr, momentum, weight_decay, top.slowest_rho, hyper, memory)
         g = np.asarray(grad(step, x), dtype=np.float64)
         if g.shape != x.shape:
             raise ValueError(f"grad returned shape {g.shape}, expected {x.shape}")
@@ -75,4 +75,5 @@ def _pull(topology: Topology, step: int, y: np.ndarray) -> np.ndarray:
     if isinstance(phase, Circulant):
         return sum((w * (np.roll(y, k, axis=0) - y) for k, w in phase.weights if k), np.zeros_like(y))
     others = phase - np.diag(np.diag(phase))
+    y = y - y[0]  # pulls between equal messages are exactly zero
     return others @ y - others.sum(axis=1, keepdims=True) * y

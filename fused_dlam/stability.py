@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .kernels import rules
-from .kernels.rule import Rule
+from .kernels.rule import Rule, send_parameter
 from .topology import Topology
 
 
@@ -31,31 +31,39 @@ def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0
     if not isinstance(topology, Topology):
         raise TypeError("consensus_growth needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
     rule = rules.get(method)
-    if hyper.pop("schedule", "atc") == "awc":
+    schedule = hyper.pop("schedule", "atc")
+    if schedule not in ("atc", "awc"):
+        raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
+    if schedule == "awc":
         rule = rule.adapt_while_communicating()
     rule.check_hyper(hyper)
     if rule.average == "gradient" or topology.n == 1:
         return 0.0
-    h = rule.scalars(1.0, momentum, 0.0, topology.rho, hyper)
+    h = rule.scalars(1.0, momentum, 0.0, topology.slowest_rho, hyper)
     modes = topology.modes
-    growth = _growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)
-    return growth ** (1 / topology.period)
+    return _growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)
 
 
 def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
-    """Spectral radius over a period when every phase acts on a mode as a number, `modes` [period, modes].
+    """The growth per step when every phase acts on a mode as a number, `modes` [period, modes].
 
     In chunks: 65,536 workers times 16 phases would otherwise be 0.5 GB.
     """
     worst = 0.0
+    period = len(modes)
     for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
         k = 1 + len(rule.state)
         product = np.broadcast_to(np.eye(k, dtype=complex), (chunk.shape[1], k, k))
+        log_scale = np.zeros(chunk.shape[1])
         for lam in chunk:
             # Column b is the image of (x, state) = unit vector b; on this mode, pull = (lam - 1) * message.
             columns = [_step(rule, h, unit, lambda y, lam=lam: (lam - 1) * y, np.ones_like(lam)) for unit in np.eye(k)]
             product = np.stack([np.stack(c, axis=-1) for c in columns], axis=-1) @ product
-        worst = max(worst, float(abs(np.linalg.eigvals(product)).max()))
+            scale = abs(product).max(axis=(1, 2))
+            scale[scale == 0] = 1.0
+            product, log_scale = product / scale[:, None, None], log_scale + np.log(scale)
+        radius = abs(np.linalg.eigvals(product)).max(axis=1)
+        worst = max(worst, float((radius ** (1 / period) * np.exp(log_scale / period)).max()))
     return worst
 
 
@@ -76,7 +84,7 @@ def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
             return 0.0
         product, log_scale = product / scale, log_scale + np.log(scale)
     radius = float(abs(np.linalg.eigvals(product)).max())
-    return float(np.exp(np.log(radius) + log_scale)) if radius > 0 else 0.0
+    return float(np.exp((np.log(radius) + log_scale) / topology.period)) if radius > 0 else 0.0
 
 
 def _step(rule: Rule, h, unit: np.ndarray, pull, one: np.ndarray) -> list[np.ndarray]:
@@ -91,9 +99,11 @@ def _step(rule: Rule, h, unit: np.ndarray, pull, one: np.ndarray) -> list[np.nda
 def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, **hyper) -> str:
     """What to tell a user whose choice is unstable, every remedy tried before it is named."""
     found = []
-    if rule.name != "pc-dmsgd" and consensus_growth("pc-dmsgd", topology, momentum) < 1:
+    ours = rules.pc_dmsgd if rule.send is not send_parameter else rules.pc_dmsgd.adapt_while_communicating()
+    if rule.name != ours.name and consensus_growth(ours, topology, momentum) < 1:
         found.append("method='pc-dmsgd', which is stable here")
-    if not topology.is_symmetric and consensus_growth(rule, topology.symmetrize(), momentum, **hyper) < 1:
+    symmetric = topology.symmetrize() if topology.is_doubly_stochastic and not topology.is_symmetric else None
+    if symmetric is not None and consensus_growth(rule, symmetric, momentum, **hyper) < 1:
         found.append("a symmetric graph such as 'symmetric-exponential' or topology.symmetrize()")
     if consensus_growth(rule, topology.lazy(), momentum, **hyper) < 1:
         found.append("the lazy graph, topology.lazy()")

@@ -158,17 +158,55 @@ class Topology:
         0: exact averaging within a period. If the norm of one period's product is not below one (a directed graph may
         first amplify), two, four, ... periods are taken.
         """
+        return self._contraction[0]
+
+    @cached_property
+    def slowest_rho(self) -> float:
+        """rho, or what a period that averages exactly amounts to: 0.22^(1/T) if it takes T steps.
+
+        Exact averaging after T steps is no faster than that for what happens meanwhile: local steps between the
+        exchanges count, and T = 64 is slow though rho = 0.
+        """
+        rho, exact_after = self._contraction
+        return max(rho, 0.22 ** (1 / exact_after)) if exact_after else rho
+
+    @cached_property
+    def _contraction(self) -> tuple[float, int]:
+        """(rho, the number of steps until the average is exact, or 0).
+
+        Sizes are kept as logarithms: over 2,000 steps any graph contracts to less than rounding. Only what vanishes
+        within a single step is exact averaging.
+        """
         if self.n == 1:
-            return 0.0
-        if self.is_doubly_stochastic and self.modes is not None and all(isinstance(p, Circulant) for p in self.phases):
-            return _root(abs(self.modes.prod(axis=0)).max(), self.period)
-        product, steps = self._product() - self.limit_weights, self.period
+            return 0.0, 0
+        if all(isinstance(p, Circulant) for p in self.phases):
+            log_size = np.zeros(self.n - 1)
+            for t, phase in enumerate(self.phases):
+                size = abs(phase.symbol()[1:])  # type: ignore[union-attr]
+                log_size += np.log(size, out=np.full(self.n - 1, -np.inf), where=size > 1e-13)
+                if log_size.max() == -np.inf:
+                    return 0.0, t + 1
+            return float(np.exp(log_size.max() / self.period)), 0
+        weights = [self.weights(t) for t in range(self.period)]
+        limits = [self.limit_weights]  # of a period that begins with phase 0; now of those that begin later:
+        for W in weights[:0:-1]:
+            limits.insert(1, limits[1 % len(limits)] @ W)
+        product, log_size = np.eye(self.n), 0.0
+        for t, (W, limit) in enumerate(zip(weights, limits, strict=True)):
+            product = (W - limit) @ product  # telescopes: the product of the W, less its limit
+            size = float(np.linalg.norm(product))
+            if size < 1e-13:
+                return 0.0, t + 1
+            product, log_size = product / size, log_size + math.log(size)
+        steps = self.period
         for _ in range(12):
             norm = float(np.linalg.norm(product, 2))
-            if norm < 1:
-                return _root(norm, steps)
-            product, steps = product @ product, 2 * steps
-        return 1.0
+            if norm == 0:
+                return 0.0, steps
+            if math.log(norm) + log_size < 0:
+                return math.exp((math.log(norm) + log_size) / steps), 0
+            product, log_size, steps = product @ product, 2 * log_size, 2 * steps
+        return 1.0, 0
 
     def _product(self) -> np.ndarray:
         product = np.eye(self.n)
@@ -183,7 +221,12 @@ class Topology:
         return Topology([_blend(p, identity(self.n), 0.5) for p in self.phases], f"lazy {self.name}")
 
     def symmetrize(self) -> Topology:
-        """(W + W^T)/2: up to twice the degree, and symmetric. Doubly stochastic only if W is."""
+        """(W + W^T)/2: up to twice the degree, and symmetric. ValueError unless W is doubly stochastic."""
+        if not self.is_doubly_stochastic:
+            raise ValueError(
+                f"topology {self.name!r} is not doubly stochastic, so (W + W^T)/2 has rows that do not sum to one;"
+                " build a symmetric one with topology.metropolis_hastings(graph.to_undirected())"
+            )
         return Topology([_blend(p, _transpose(p), 0.5) for p in self.phases], f"symmetric {self.name}")
 
     def every(self, k: int) -> Topology:
@@ -226,7 +269,7 @@ class Topology:
             warnings.warn(
                 f"topology {self.name!r} is not doubly stochastic: the workers agree on a weighted mean, with weights"
                 f" {shares} instead of 1/{self.n} each. With unequal weights the model favors some workers' data.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _check_connected(self) -> None:
@@ -407,13 +450,22 @@ def get(topology: str | Topology, n: int) -> Topology:
 
 def _as_phases(weights) -> list[Phase]:
     if isinstance(weights, Circulant):
-        return [weights]
+        return [_normalized(weights)]
     if isinstance(weights, (list, tuple)) and any(isinstance(w, Circulant) for w in weights):
-        return [w if isinstance(w, Circulant) else _matrix(w) for w in weights]
+        return [_normalized(w) if isinstance(w, Circulant) else _matrix(w) for w in weights]
+    if isinstance(weights, (list, tuple)) and any(np.ndim(w) == 2 for w in weights):
+        return [_matrix(w) for w in weights]
     array = np.asarray(weights, dtype=np.float64)
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"weights must be one [n, n] matrix or a sequence of them, not an array of shape {array.shape}")
     return [_matrix(W) for W in (array[None] if array.ndim == 2 else array)]
+
+
+def _normalized(phase: Circulant) -> Circulant:
+    merged: dict[int, float] = {}
+    for k, w in phase.weights:
+        merged[k % phase.n] = merged.get(k % phase.n, 0.0) + w
+    return circulant(phase.n, merged)
 
 
 def _matrix(W) -> np.ndarray:
@@ -455,11 +507,6 @@ def _blend(a: Phase, b: Phase, share: float) -> Phase:
             merged[k] = merged.get(k, 0.0) + share * w
         return circulant(a.n, merged)
     return (1 - share) * _dense(a) + share * _dense(b)
-
-
-def _root(value: float, steps: int) -> float:
-    # A product that is zero up to rounding means exact averaging; its root would not look like zero.
-    return 0.0 if value < 1e-13 else float(value ** (1 / steps))
 
 
 def _workers(n: int) -> int:

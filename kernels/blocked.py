@@ -240,8 +240,7 @@ def _replay(equations, d, cast_g, cast_wire, scaled):
         *(f"    {name} = t[{name[1:-1]}]" for name in scratch),
         "    narrow_ = narrow",
         f"    for {', '.join(blocks)}, in zip({', '.join(f'{name[:-1]}.split(block)' for name in blocks)}):",
-        f"        n = {blocks[0]}.shape[0]",
-        "        if n < block:  # the last one",
+        f"        if (n := {blocks[0]}.shape[0]) < block:  # the last one",
         *(f"            {name} = {name}[:n]" for name in (*scratch, "narrow_")),
         *(f"        {line}" for line in lines),
     ]

@@ -76,7 +76,8 @@ class Rule:
         self.messages = len(messages)
         self._sends_x = messages[0] == 1.0
         result = update.fn(1.0, 0.0, s, (0.0,) * self.messages, h)
-        if not isinstance(result, tuple) or len(result) != 2 or len(result[1]) != len(self.state):
+        buffers = result[1] if isinstance(result, tuple) and len(result) == 2 else None
+        if not isinstance(buffers, tuple) or len(buffers) != len(self.state):
             raise ValueError(f"rule {name!r}: update must return x', (one value for each of {self.state})")
 
     def __repr__(self) -> str:

@@ -8,6 +8,7 @@ instruction, what the launcher compiles for padded buffers, and new scalars or o
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from fused_dlam.kernels import gate, gate_build, gate_controls, triton_passes  # noqa: E402
 
 
-# -- A rule of ten lines outside the package, and one that loops -------------------------------------------------------
+# -- A rule of ten lines outside the package, and rules that may not be -------------------------------------------------------
 @fused_dlam.jit
 def send_nesterov(x, g, s, h):
     return (x - h.lr * (g + h.momentum * s.momentum_buffer),)
@@ -46,6 +47,13 @@ def update_looping(x, g, s, pull, h):
 
 
 looping = fused_dlam.Rule("looping", rules.dsgd.send, update_looping)
+
+
+@fused_dlam.jit
+def send_square(x, g, s, h):
+    return (x**2,)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,8 +92,7 @@ def test_the_floor_is_traced_from_the_equations():
     assert words(rules.decentlam, 0) == (3, 5)  # as torch's fused SGD
     assert combine_floor(rules.decentlam, "bf16", "bf16", 2, emit=True).bytes == 4 + 2 + 4 + 2 * 2 + 8 + 2
     with pytest.raises(TypeError, match=r"'squares' may use \+ - \* / and nothing else"):
-        square = fused_dlam.jit(lambda x, g, s, h: (x**2,))
-        pack_floor(fused_dlam.Rule("squares", square, rules.dsgd.update), "fp32", "fp32")
+        pack_floor(fused_dlam.Rule("squares", send_square, rules.dsgd.update), "fp32", "fp32")
 
 
 def test_a_control_that_is_not_refused_fails_the_gate(monkeypatch, capsys):
@@ -159,12 +166,15 @@ class Launches:
 def launches(monkeypatch, tmp_path):
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path)
-        triton.runtime.driver.set_active(StandInDriver())
-        kernels = [Launches(triton_passes._pack_kernel), Launches(triton_passes._combine_kernel)]
-        monkeypatch.setattr(triton_passes, "_pack_kernel", kernels[0])
-        monkeypatch.setattr(triton_passes, "_combine_kernel", kernels[1])
-        yield kernels
-        triton.runtime.driver.reset_active()
+        monkeypatch.setattr(triton.runtime.driver, "_active", StandInDriver())
+        stand_ins = []
+        for name in ("_pack_kernel", "_combine_kernel"):
+            kernel = getattr(triton_passes, name)
+            # A GPU's own kernels, if there is one, must not be replaced by those compiled here.
+            monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+            stand_ins.append(Launches(kernel))
+            monkeypatch.setattr(triton_passes, name, stand_ins[-1])
+        yield stand_ins
 
 
 def step(rule, n, d, message=torch.float32, lr=0.1, passes=None):
