@@ -3,13 +3,17 @@
     python bench/exchange.py --workers 4                                     # processes on this machine
     torchrun --nproc-per-node 4 bench/exchange.py                            # or on several machines
     sudo python bench/netlab.py --hosts 8 --rate 200mbit -- python bench/exchange.py --json exchange.json
+    sudo python bench/netlab.py --hosts 4 --ranks-per-host 4 -- python bench/exchange.py --sizes 1e4,1e6,1e7
 
 `all-reduce` is gloo's ring over one fused buffer (Horovod's algorithm); `raw one-peer` is a bare isend and irecv of
 the same bytes with the same peer as `one-peer-exponential`, which is, like `exponential` and `ring`, this library's
-exchange as its optimizer calls it. Repetitions of all of them are interleaved and ratios are taken within each, so
-that what disturbs the machine for a while disturbs them all. For small messages a repetition is a block of steps with
-no barrier in between. Results are checked, and so are the library's counters, against the topology's formula. Under
-netlab each worker has a network interface of its own: what that sent is counted too.
+exchange as its optimizer calls it. Where several ranks share a host there is `hierarchical one-peer` too: gradients
+averaged inside the host, messages from host to host, gathered inside.
+
+Repetitions of all of them are interleaved and ratios are taken within each, so that what disturbs the machine for a
+while disturbs them all. For small messages a repetition is a block of steps with no barrier in between. Results are
+checked, and so are the library's counters, against the topology's formula. Under netlab, where each worker has a
+network interface of its own, what that sent is counted too.
 """
 
 from __future__ import annotations
@@ -31,18 +35,24 @@ import torch.distributed as dist
 
 from fused_dlam import topology
 from fused_dlam.exchange import Exchange
+from fused_dlam.hierarchy import Machine, layout
 from fused_dlam.launch import run_workers
 from fused_dlam.topology import Topology
-from fused_dlam.transfer import Transfer
+from fused_dlam.transfer import Averaging, Transfer
 
 ALL_REDUCE, RAW, ONE_PEER = "all-reduce", "raw one-peer", "one-peer-exponential"
 LIBRARY = (ONE_PEER, "exponential", "ring")
-OPERATIONS = (ALL_REDUCE, RAW, *LIBRARY)
+HIERARCHICAL = "hierarchical one-peer"
+OPERATIONS = (ALL_REDUCE, RAW, *LIBRARY, HIERARCHICAL)
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 QUICK = (10_000, 1_000_000, 10_000_000)
 SMALL, LARGE = 10_000, 10_000_000  # bytes; from LARGE on the network's rate alone decides
-# For eight hosts, where the bytes alone give 1 and 8/14 = 0.571.
-MARGINS = (("large", "to_raw", 1.08), ("large", "to_all_reduce", 0.65), ("small", "to_all_reduce", 0.25))
+MARGINS = (  # for 8 hosts, where the bytes alone give 1 and 8/14 = 0.571
+    ("large", ONE_PEER, "to_raw", 1.08),
+    ("large", ONE_PEER, "to_all_reduce", 0.65),
+    ("small", ONE_PEER, "to_all_reduce", 0.25),
+)
+SHARED_MARGINS = (("large", HIERARCHICAL, "to_all_reduce", 0.70),)  # for 4 hosts of 4 ranks: 16/30 = 0.533
 
 
 class Plan(NamedTuple):
@@ -61,7 +71,7 @@ def measure(rank: int, plan: Plan) -> dict[str, Any]:
     """The figures, on every rank of the default process group. Importable: `run_workers(measure, 4, Plan())`."""
     bench = Bench(plan)
     progress = Progress(sum(bench.blocks(size)[0] for size in plan.sizes)) if rank == 0 else None
-    rows = [row for size in plan.sizes for row in bench.measure(size // 4 * 4, progress)]
+    rows = [row for size in plan.sizes for row in bench.measure(size, progress)]
     return {
         "workers": bench.n,
         "per_host": bench.per_host,
@@ -80,38 +90,47 @@ class Bench:
         self.rank, self.n = self.exchange.rank, self.exchange.size
         self.graphs = {name: topology.get(name, self.n) for name in LIBRARY}
         self.graphs[RAW] = self.graphs[ONE_PEER]
+        self.operations = OPERATIONS[:-1]
         self.blocks = partial(plan.blocks, period=self.graphs[ONE_PEER].period)
-        lab = "NETLAB_ADDR" in os.environ
-        self.per_host = int(os.environ["LOCAL_WORLD_SIZE"]) if lab else 1
-        self.interface = Path("/sys/class/net/eth0/statistics/tx_bytes") if lab and self.per_host == 1 else None
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.per_host = local if local < self.n else 1
+        alone = "NETLAB_ADDR" in os.environ and self.per_host == 1
+        self.interface = Path("/sys/class/net/eth0/statistics/tx_bytes") if alone else None
+        if self.per_host > 1:
+            inside, across = layout(True, None)
+            self.machine, self.across = Machine(inside, plan.deadline), Exchange(None, plan.deadline, across)
+            self.graphs[HIERARCHICAL] = topology.get(ONE_PEER, self.across.size)
+            self.operations = OPERATIONS
 
     def measure(self, size: int, progress: Progress | None) -> list[dict[str, Any]]:
-        """One row of figures for each operation, with messages of `size` bytes."""
+        """One row of figures for each operation, with messages of `size` bytes (less what is no whole shard)."""
+        size -= size % (4 * self.per_host)
         degree = max(graph.degree(t) for graph in self.graphs.values() for t in range(graph.period))
         self.message = torch.full((size // 4,), self.rank + 1.0)
-        self.reduced, self.received = torch.empty_like(self.message), torch.zeros(degree, size // 4)
+        self.reduced, self.received = torch.empty_like(self.message), torch.full((degree, size // 4), -1.0)
         repeats, steps = self.blocks(size)
         if size < LARGE:  # else connecting and filling the pipes does not count
-            for operation in OPERATIONS:
+            for operation in self.operations:
                 self.block(operation, 0, 1)
-        blocks: dict[str, list[tuple]] = {operation: [] for operation in OPERATIONS}
+        blocks: dict[str, list[tuple]] = {operation: [] for operation in self.operations}
         for repeat in range(repeats):
-            turn = repeat % len(OPERATIONS)
-            for operation in OPERATIONS[turn:] + OPERATIONS[:turn]:
+            turn = repeat % len(self.operations)
+            for operation in self.operations[turn:] + self.operations[:turn]:
                 blocks[operation].append(self.block(operation, repeat * steps, steps))
             if progress:
                 progress.advance(f"{label(size)}, repetition {repeat + 1} of {repeats}")
         gathered: list[Any] = [None] * self.n
         dist.all_gather_object(gathered, blocks)
         # [rank, repetition, (seconds, payload, messages, wire)] for each operation
-        figures = {o: torch.tensor([rank[o] for rank in gathered], dtype=torch.float64) for o in OPERATIONS}
-        return [self.row(operation, size, figures) for operation in OPERATIONS]
+        figures = {o: torch.tensor([rank[o] for rank in gathered], dtype=torch.float64) for o in self.operations}
+        return [self.row(operation, size, figures) for operation in self.operations]
 
     def block(self, operation: str, first: int, steps: int) -> tuple[float, ...]:
         """Runs `steps` steps and returns, per step, this rank's seconds, payload bytes, messages, bytes on the wire."""
         self.reduced.fill_(self.rank + 1)
         self.received[:, ::4096] = -1
-        step = {ALL_REDUCE: self.all_reduce, RAW: self.raw}.get(operation, self.library)
+        own = {ALL_REDUCE: self.all_reduce, RAW: self.raw, HIERARCHICAL: self.hierarchical}
+        step = own.get(operation, self.library)
         dist.barrier()
         before = self.counters()
         start = time.perf_counter()
@@ -135,10 +154,11 @@ class Bench:
 
     def library(self, operation: str, t: int) -> None:
         """What the optimizer does in a step, less the arithmetic."""
-        peers = self.graphs[operation].peers(self.rank, t)
-        width = -(-self.message.numel() // self.plan.buckets)
-        spans = [slice(at, at + width) for at in range(0, self.message.numel(), width)]
-        transfers = [Transfer(self.exchange, self.received[:, s], peers, t) for s in spans]
+        peers, spans = self.graphs[operation].peers(self.rank, t), self.spans()
+        transfers = [
+            Transfer(self.exchange, [self.received[k, s] for k in range(len(peers.sources))], peers, t, tag)
+            for tag, s in enumerate(spans)
+        ]
         for transfer, s in zip(transfers, spans, strict=True):
             transfer.send(self.message[s])
         for transfer in transfers:
@@ -146,14 +166,40 @@ class Bench:
         for transfer in transfers:
             transfer.wait_sent()
 
+    def hierarchical(self, operation: str, t: int) -> None:
+        peers, spans, shard = self.graphs[operation].peers(self.across.rank, t), self.spans(), self.machine.shard
+        averages = [Averaging(self.machine.inside, self.reduced[s], t) for s in spans]
+        transfers = [Transfer(self.across, [shard(self.received[0, s])], peers, t, tag) for tag, s in enumerate(spans)]
+        for average, transfer, s in zip(averages, transfers, spans, strict=True):
+            average.wait_received()  # the message depends on the gradient
+            transfer.send(shard(self.message[s]))
+        for transfer, s in zip(transfers, spans, strict=True):
+            transfer.wait_received()
+            self.machine.gather(self.received[0, s], t)
+        for transfer in transfers:
+            transfer.wait_sent()
+
+    def spans(self) -> list[slice]:
+        """The buckets, of whole shards."""
+        shards = self.message.numel() // self.per_host
+        width = self.per_host * -(-shards // self.plan.buckets)
+        return [slice(at, at + width) for at in range(0, self.message.numel(), width)]
+
     def counters(self) -> tuple[float, float, float]:
+        """Payload and messages that the library's exchanges sent to other workers, or hosts; bytes on the wire."""
+        exchanges = [self.exchange] + ([self.across] if self.per_host > 1 else [])
         wire = int(self.interface.read_text()) if self.interface else 0
-        return self.exchange.bytes_sent, self.exchange.messages_sent, wire
+        return sum(e.bytes_sent for e in exchanges), sum(e.messages_sent for e in exchanges), wire
 
     def check(self, operation: str, step: int, steps: int) -> None:
         """That the last step brought what it had to."""
         if operation == ALL_REDUCE:
             got, expected = self.reduced[None], [self.n * (self.n + 1) / 2 * float(self.n) ** (steps - 1)]
+        elif operation == HIERARCHICAL:  # each shard of each bucket is from another rank of the source
+            (source,) = self.graphs[operation].peers(self.across.rank, step).sources
+            shards = [self.received[0, s].tensor_split(self.per_host) for s in self.spans()]
+            got = torch.stack([torch.cat(same) for same in zip(*shards, strict=True)])
+            expected = [source * self.per_host + k + 1.0 for k in range(self.per_host)]
         else:
             sources = self.graphs[operation].peers(self.rank, step).sources
             got, expected = self.received[: len(sources)], [j + 1.0 for j in sources]
@@ -169,10 +215,10 @@ class Bench:
             expected = card = 2 * (self.n - 1) / self.n * size  # what a ring sends
             messages = 2 * (self.n - 1)
         else:
-            graph = self.graphs[operation]
-            expected = size * statistics.fmean(graph.degree(t) for t in range(repeats * steps))
-            card = size * card_load(graph, self.per_host)
-        if operation in LIBRARY and abs(payload - expected) > 1e-6 * expected:
+            graph, together = self.graphs[operation], self.per_host if operation == HIERARCHICAL else 1
+            expected = size / together * statistics.fmean(graph.degree(t) for t in range(repeats * steps))
+            card = size * card_load(graph, self.per_host // together)
+        if operation not in (ALL_REDUCE, RAW) and abs(payload - expected) > 1e-6 * expected:
             raise RuntimeError(f"{operation}: counted {payload} bytes per step, but the topology says {expected}")
         mine = seconds[operation]
         return {
@@ -274,9 +320,11 @@ def draw(result: dict[str, Any], file: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     rate = bytes_per_second(result)
-    colors = dict(zip(OPERATIONS, ("#c1121f", "#7a7a7a", "#0b5fa5", "#e08e0b", "#3a8f4d"), strict=True))
-    for operation, color in colors.items():
+    colors = ("#c1121f", "#7a7a7a", "#0b5fa5", "#e08e0b", "#3a8f4d", "#7b2cbf")
+    for operation, color in zip(OPERATIONS, colors, strict=True):
         rows = [row for row in result["rows"] if row["operation"] == operation]
+        if not rows:
+            continue
         sizes = [row["size"] for row in rows]
         style = {"marker": "x", "linestyle": "none", "zorder": 3} if operation == RAW else {"marker": "o"}
         axes.plot(sizes, [1e3 * row["seconds"] for row in rows], color=color, label=operation, **style)
@@ -295,13 +343,13 @@ def draw(result: dict[str, Any], file: str) -> None:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """The MARGINS that one-peer-exponential leaves; `large` is the largest message measured."""
-    rows = {row["size"]: row for row in result["rows"] if row["operation"] == ONE_PEER}
-    chosen = {"large": rows[max(rows)], "small": rows[SMALL]}
+    """The margins that are left; `large` is the largest message measured."""
+    rows = {(row["size"], row["operation"]): row for row in result["rows"]}
+    sizes = {"large": max(size for size, _ in rows), "small": SMALL}
     return [
-        f"{label(chosen[which]['size'])}: {key} is {chosen[which][key]:.3f}, allowed {most}"
-        for which, key, most in MARGINS
-        if chosen[which][key] > most
+        f"{label(sizes[which])}, {operation}: {key} is {rows[sizes[which], operation][key]:.3f}, allowed {most}"
+        for which, operation, key, most in (MARGINS if result["per_host"] == 1 else SHARED_MARGINS)
+        if rows[sizes[which], operation][key] > most
     ]
 
 
@@ -316,7 +364,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=300.0, help="seconds that a wait may take")
     add("--json", metavar="FILE")
     add("--picture", metavar="FILE", help="time over message size (needs matplotlib)")
-    add("--gate", action="store_true", help="exit with 1 if one-peer leaves its margins: for netlab with 8 hosts")
+    add("--gate", action="store_true", help="exit with 1 if a margin is left: for netlab, 8 hosts or 4 of 4 ranks")
     options = parser.parse_args(argv)
     options.sizes = options.sizes or (QUICK if options.quick else SIZES)
     options.repeats = options.repeats or (1 if options.quick else 3)
@@ -327,7 +375,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.gate and (SMALL not in options.sizes or max(options.sizes) < LARGE):
         parser.error(f"--gate needs the sizes {SMALL} and at least {LARGE}")
     if options.gate and (options.workers or int(os.environ["WORLD_SIZE"]) < 8 or "NETLAB_RATE" not in os.environ):
-        parser.error("--gate's margins hold for 8 hosts at a limited rate: bench/netlab.py --hosts 8 --rate 200mbit")
+        parser.error("--gate is for 8 ranks or more at a limited rate: bench/netlab.py --hosts 8 --rate 200mbit")
     return options
 
 

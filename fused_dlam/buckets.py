@@ -49,7 +49,7 @@ class Bucket:
     parameters). `state` are the method's buffers, `messages` [messages, N] what is sent, `received` [d, messages, N].
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], index: int, group: int = 0):
+    def __init__(self, params: Sequence[torch.Tensor], index: int, group: int = 0, shards: int = 1):
         self.index, self.group = index, group
         self.slots: list[Slot] = []
         end = 0
@@ -57,7 +57,8 @@ class Bucket:
             self.slots.append(Slot(p, end))
             end = -(-(end + self.slots[-1].numel) // ALIGN) * ALIGN
         self.flags = slice(end, end + len(self.slots))  # in the padding: which parameters got a gradient
-        self.N = -(-self.flags.stop // PADDING) * PADDING
+        unit = math.lcm(PADDING, shards)
+        self.N = -(-self.flags.stop // unit) * unit
         first = params[0]
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
@@ -167,8 +168,12 @@ class Bucket:
             slot.published_at = slot.p._version
 
 
-def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0, group: int = 0) -> list[Bucket]:
+def build(
+    params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0, group: int = 0, shards: int = 1
+) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
+
+    They are numbered from `start`, and their lengths are multiples of `shards`.
 
     `bucket_bytes=None` takes a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to
     send when the backward pass ends, large enough that latency does not count.
@@ -184,9 +189,9 @@ def build(params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int =
         filled = 0
         for p, size in zip(same, sizes, strict=True):
             if chunk and filled + size > limit:
-                buckets.append(Bucket(chunk, start + len(buckets), group))
+                buckets.append(Bucket(chunk, start + len(buckets), group, shards))
                 chunk, filled = [], 0
             chunk.append(p)
             filled += size
-        buckets.append(Bucket(chunk, start + len(buckets), group))
+        buckets.append(Bucket(chunk, start + len(buckets), group, shards))
     return buckets

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 COMMANDS = {
@@ -37,6 +38,16 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def picture(text: str) -> Path:
+    """An argument that is a file a picture can be written to: checked before the work, not after it."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"a file name ending in .png, .svg or .pdf is needed, not {text!r}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
 
 
 def need(parser: argparse.ArgumentParser, *modules: str) -> None:

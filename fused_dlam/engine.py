@@ -2,6 +2,7 @@
 
     begin(step)    scalars and peers of the step are fixed
     send_next()    the next bucket in line: pack, send           (in the backward pass when overlapped, else in step())
+                   between machines: average the gradient inside the machine first; the bucket before it is sent
     complete()     the rest is sent; then bucket by bucket: wait -> combine -> parameters
                    and for the next step: receives are posted (atc), or x itself is sent (awc)
 
@@ -18,6 +19,7 @@ import torch
 from . import buckets as flat
 from .buckets import Bucket
 from .exchange import Exchange
+from .hierarchy import Machine
 from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.rule import Rule, send_parameter
@@ -48,7 +50,8 @@ class Flight:
 class Engine:
     """Flat buffers, passes and flights of all parameter groups. `exchange=None`: one worker, nothing is sent.
 
-    `ahead=True` starts the next step's exchange at the end of this one.
+    `ahead=True` starts the next step's exchange at the end of this one. With a `machine` the exchange is between
+    machines, and every rank carries its shard of the message.
     """
 
     def __init__(
@@ -56,12 +59,13 @@ class Engine:
         rule: Rule,
         topology: Topology,
         exchange: Exchange | None,
+        machine: Machine | None = None,
         fused: bool | None = None,
         message_dtype: torch.dtype | None = None,
         bucket_bytes: int | None = None,
         ahead: bool = True,
     ):
-        self.rule, self.topology, self.exchange = rule, topology, exchange
+        self.rule, self.topology, self.exchange, self.machine = rule, topology, exchange, machine
         self.fused, self.message_dtype, self.bucket_bytes, self.ahead = fused, message_dtype, bucket_bytes, ahead
         self.averages_gradient = rule.average == "gradient"
         self.awc = rule.send is send_parameter
@@ -69,14 +73,18 @@ class Engine:
         self.passes: list[dict[torch.device, backend.Blocked]] = []  # per group: it has scalars of its own
         self.lanes: dict[torch.device, Lane] = {}
         self.step: int | None = None  # the step that has begun
-        self.sent = 0  # buckets sent in it, the first ones in line
+        self.sent = 0  # buckets in line for which it has begun
+        self.posted = 0  # those whose message has left
+        # Averages inside the machine, and which parameters had gradients, by bucket.
+        self.inside: dict[int, tuple[Averaging, list[bool]]] = {}
         self.flights: dict[int, Flight] = {}  # by bucket, of this step
         self.next_flights: dict[int, Flight] = {}  # started early, for the next one
 
     def add_group(self, params: Iterable[torch.Tensor]) -> list[Bucket]:
         """Moves the parameters into flat buffers. Same parameters in the same order on every rank."""
         group = len(self.passes)
-        new = flat.build(params, self.bucket_bytes, start=len(self.buckets), group=group)
+        shards = 1 if self.machine is None else self.machine.size
+        new = flat.build(params, self.bucket_bytes, len(self.buckets), group, shards)
         lonely = self.exchange is None or self.averages_gradient
         degree = 0 if lonely else max(self._rows(t) for t in range(self.topology.period))
         for b in new:
@@ -92,24 +100,55 @@ class Engine:
         for passes, s in zip(self.passes, scalars, strict=True):
             for one in passes.values():
                 one.set(s._replace(weights=weights))
-        self.step, self.sent = step, 0
+        self.step, self.sent, self.posted = step, 0, 0
         self.flights, self.next_flights = self.next_flights, {}
 
     def send_next(self) -> None:
-        """Sends the next bucket in line."""
-        assert self.step is not None
+        """Sends the next bucket in line; between machines, the one before it, whose average is there by now."""
         b = self.buckets[self.sent]
         self.sent += 1
-        flight = self.flights.get(b.index) or self._open(b, self.step)
-        self.flights[b.index] = flight
-        if flight.message is None:
-            self._send(b, flight, self.step)
+        if self.machine is None or self.awc:
+            self._post_until(self.sent)
+        else:
+            self.average_inside(b)
+            self._post_until(self.sent - 1)
+
+    def _post_until(self, count: int) -> None:
+        assert self.step is not None
+        while self.posted < count:
+            b = self.buckets[self.posted]
+            self.posted += 1
+            flight = self.flights.setdefault(b.index, self.flights.get(b.index) or self._open(b, self.step))
+            if flight.message is None:
+                self._send(b, flight, self.step)
+
+    def average_inside(self, b: Bucket) -> None:
+        """Starts averaging a bucket's gradient inside the machine, once per step."""
+        if self.machine is not None and b.index not in self.inside:
+            active = b.active()
+            with self.lanes[b.x.device].outbound():
+                b.raise_flags(active)
+                self.inside[b.index] = Averaging(self.machine.inside, b.g, self.step), active
+
+    def active(self, b: Bucket) -> list[bool]:
+        """Which of a bucket's parameters take a local step: those with a gradient, on any rank of the machine."""
+        if self.machine is None:
+            return b.active()
+        self.average_inside(b)
+        average, active = self.inside[b.index]
+        if not average.done:
+            average.wait_received()
+            self.inside[b.index] = average, b.lower_flags(active)
+        return self.inside[b.index][1]
 
     def complete(self) -> None:
         """Sends what is left, then waits for and combines every bucket."""
         assert self.step is not None
         while self.sent < len(self.buckets):
             self.send_next()
+        self._post_until(len(self.buckets))
+        for b in self.buckets:
+            self.average_inside(b)
         for b in self.buckets:
             self._finish(b, self.flights[b.index])
             if self.ahead and self.exchange is not None and not self.averages_gradient:
@@ -119,7 +158,7 @@ class Engine:
                 self.next_flights[b.index] = flight
         for flight in self.flights.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.step = {}, None
+        self.flights, self.inside, self.step = {}, {}, None
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was changed while its message was in flight."""
@@ -129,9 +168,9 @@ class Engine:
             for slot in b.slots:
                 if slot.p._version != slot.published_at:
                     raise RuntimeError(
-                        f"a parameter of shape {tuple(slot.p.shape)} was changed since the last step, while it was being"
-                        " sent (schedule='awc'). Call optimizer.synchronize() on all ranks before changing parameters,"
-                        " for instance before model.load_state_dict()."
+                        f"a parameter of shape {tuple(slot.p.shape)} was changed since the last step, while it was"
+                        " being sent (schedule='awc'). Call optimizer.synchronize() on all ranks before changing"
+                        " parameters, for instance before model.load_state_dict()."
                     )
 
     def settle(self) -> None:
@@ -170,13 +209,19 @@ class Engine:
         if peers is EVERYBODY or not (peers.sources or peers.destinations):
             return Flight(peers, b.received)
         assert self.exchange is not None
-        return Flight(peers, b.received, Transfer(self.exchange, b.received, peers, step, b.index))
+        rows = [b.received[k] for k in range(len(peers.sources))]
+        if self.machine is not None:
+            rows = [self.machine.shard(row) for row in rows]
+        return Flight(peers, b.received, Transfer(self.exchange, rows, peers, step, b.index))
 
     def _send(self, b: Bucket, flight: Flight, step: int) -> None:
-        flight.active, flight.message = b.active(), b.messages
+        flight.message = b.messages
         if self.exchange is None:
+            flight.active = b.active()
             return
         with self.lanes[b.x.device].outbound():
+            if not self.awc:  # where x is sent, gradients may come later
+                flight.active = self.active(b)
             if self.averages_gradient:
                 b.raise_flags(flight.active)
                 flight.transfer = Averaging(self.exchange, b.g, step)
@@ -194,10 +239,12 @@ class Engine:
                     self._pack(b, span, now, flight.message)
             if peers is EVERYBODY:
                 flight.received = flight.message[None].clone()
-                flight.transfer = Averaging(self.exchange, flight.received, step)
+                part = flight.received if self.machine is None else self.machine.shard(flight.received)
+                flight.transfer = Averaging(self.exchange, part, step)
             else:
                 assert isinstance(flight.transfer, Transfer)
-                flight.transfer.send(flight.message)
+                part = flight.message if self.machine is None else self.machine.shard(flight.message)
+                flight.transfer.send(part)
 
     def _pack(self, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
         if not active:
@@ -213,11 +260,13 @@ class Engine:
             flight.wait_received()
             if self.awc:
                 flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
+                flight.active = self.active(b)
+            if self.machine is not None:
+                for k in range(len(flight.peers.sources)):
+                    self.machine.gather(flight.received[k], self.step or 0)
         lane.join()
         if self.averages_gradient and self.exchange is not None:
             flight.active = b.lower_flags(flight.active)
-        elif self.awc:
-            flight.active = b.active()
         for span, now in b.runs(flight.active):
             if now:
                 state = tuple(t[span] for t in b.state)

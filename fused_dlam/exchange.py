@@ -31,13 +31,14 @@ class Exchange:
         group: the workers; its ranks are the workers' numbers. A new group over the same ranks is made for the
             exchange alone, so that nothing the user does in `group` gets in between. All its ranks must call this.
         timeout: seconds after which a wait fails with `ExchangeError`; every tenth of it a warning is logged.
+        ranks: the workers by their global ranks, in place of all of `group`'s.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 600.0):
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = 600.0, ranks: list[int] | None = None):
         if timeout <= 0:
             raise ValueError(f"timeout must be positive seconds, not {timeout}")
         self.timeout = timeout
-        self.ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        self.ranks = ranks or dist.get_process_group_ranks(group or dist.group.WORLD)
         self.backend = dist.get_backend(group)
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())

@@ -52,7 +52,7 @@ def neighbor_allreduce(
         return out
     peers = graph.peers(exchange.rank, step)
     received = own.new_empty((len(peers.sources), *own.shape))
-    transfer = Transfer(exchange, received, peers, step)
+    transfer = Transfer(exchange, list(received), peers, step)
     transfer.send(own)
     transfer.wait_received()
     out = own.clone()

@@ -15,6 +15,7 @@ from . import topology as topologies
 from .buckets import Slot
 from .engine import Engine
 from .exchange import Exchange, log
+from .hierarchy import Machine, advise, layout
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
@@ -49,6 +50,9 @@ class GossipSGD(Optimizer):
             insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
         max_grad_norm: clips the gradient of each worker to this norm, in `step`.
         maximize: ascend instead of descend.
+        hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):
+            gradients are averaged inside a machine and machines gossip, so that a network card carries one message per
+            machine; the workers of the topology are the machines.
         communicate_every: exchange in every k-th step only; the steps between are local.
         global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
         comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
@@ -80,6 +84,7 @@ class GossipSGD(Optimizer):
         overlap: bool | str = "auto",
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        hierarchical: Any = None,
         communicate_every: int = 1,
         global_average_every: int | None = None,
         comm_dtype: torch.dtype | None = None,
@@ -112,6 +117,12 @@ class GossipSGD(Optimizer):
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         if size < 1:
             raise ValueError("this rank is not in the given process group")
+        local, across = [], []
+        if hierarchical and size > 1:
+            if rule.average == "gradient":
+                raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
+            local, across = layout(hierarchical, group)
+            size = len(across)
         graph = topologies.get(topology, size).every(communicate_every)
         if global_average_every is not None:
             graph = graph.with_global_average(global_average_every)
@@ -119,14 +130,18 @@ class GossipSGD(Optimizer):
         self._topology = graph
         self._allow_unstable = allow_unstable
         self._engine: Engine | None = None
-        defaults.update(
-            method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={}
-        )
+        defaults.update(method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={})
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
-        exchange = Exchange(group, timeout) if size > 1 else None
+        exchange = machine = None
+        if len(local) > 1:
+            machine = Machine(local, timeout)
+        if size > 1:
+            exchange = Exchange(group, timeout, across or None)
+            if hierarchical is None and rule.average == "neighbors":
+                advise(size)
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
-        self._engine = Engine(self._rule, graph, exchange, fused, comm_dtype, bucket_bytes)
+        self._engine = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
         self._max_grad_norm = max_grad_norm
         clips = max_grad_norm is not None
         self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
@@ -168,13 +183,14 @@ class GossipSGD(Optimizer):
         engine = self._engine
         assert engine is not None
         params = [p for p in group["params"]]
-        if engine.exchange is not None:
-            engine.exchange.agree(_facts(group, params))
+        exchanges = [e for e in (engine.machine and engine.machine.inside, engine.exchange) if e is not None]
+        for exchange in exchanges:
+            exchange.agree(_facts(group, params))
         buckets = engine.add_group(params)
         for b in buckets:
-            if engine.exchange is not None:
-                engine.exchange.broadcast(b.x)
-                b.publish()
+            for exchange in exchanges:
+                exchange.broadcast(b.x)
+            b.publish()
             for slot in b.slots:
                 self.state[slot.p] = {name: slot.view(t) for name, t in zip(engine.rule.state, b.state, strict=True)}
                 if b.low is not None:
@@ -231,10 +247,8 @@ class GossipSGD(Optimizer):
     def _scalars(self, group: dict[str, Any]) -> Scalars:
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
-        h = rule.scalars(
-            float(group["lr"]), float(group["momentum"]), float(group["weight_decay"]), self._topology.slowest_rho, hyper,
-            group["memory"],
-        )  # fmt: skip
+        lr, momentum, weight_decay = (float(group[k]) for k in ("lr", "momentum", "weight_decay"))
+        h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, group["memory"])
         return Scalars(h, (), (-1.0 if group["maximize"] else 1.0) * self._clip_coefficient())
 
     def _clip_coefficient(self) -> float:
@@ -242,10 +256,12 @@ class GossipSGD(Optimizer):
         if self._max_grad_norm is None:
             return 1.0
         assert self._engine is not None
+        for b in self._engine.buckets:
+            self._engine.average_inside(b)
         squares = [
             torch.linalg.vector_norm(b.g[span], dtype=torch.float32).square()
             for b in self._engine.buckets
-            for span, active in b.runs(b.active())
+            for span, active in b.runs(self._engine.active(b))
             if active
         ]
         norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0

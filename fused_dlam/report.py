@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from . import topology as topologies
-from .cli import Parser, count, need
+from .cli import Parser, count, need, picture
 from .kernels import rules
 from .kernels.rule import Rule
 from .stability import consensus_growth
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default="list", help="a known name; without one they are listed")
     parser.add_argument("-n", type=count, help="the number of workers")
     parser.add_argument("--momentum", type=float, default=0.9, help="beta, from 0 to below 1 (0.9)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw it (up to {LARGEST_DRAWN} workers)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help=f"draw it (up to {LARGEST_DRAWN} workers)")
     options = parser.parse_args(argv)
     name, n = options.name.replace("_", "-"), options.n
     if name == "list":
@@ -187,8 +187,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.plot is not None:
         if n > LARGEST_DRAWN:
             parser.error(f"--plot draws up to {LARGEST_DRAWN} workers; {n:,} would be a black disk")
-        if not options.plot.parent.is_dir():
-            parser.error(f"--plot: there is no folder {options.plot.parent}")
         need(parser, "matplotlib", "scipy")
     print(describe(topology, options.momentum))
     if options.plot is not None:

@@ -457,7 +457,7 @@ def _as_phases(weights) -> list[Phase]:
         return [_matrix(w) for w in weights]
     array = np.asarray(weights, dtype=np.float64)
     if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"weights must be one [n, n] matrix or a sequence of them, not an array of shape {array.shape}")
+        raise ValueError(f"weights must be one [n, n] matrix or a sequence of them, not of shape {array.shape}")
     return [_matrix(W) for W in (array[None] if array.ndim == 2 else array)]
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,17 +32,24 @@ from .topology import Peers
 class Transfer:
     """Messages to and from the neighbors.
 
-    The receives are posted at once, for gloo moves nothing until they are; `send` posts the sends. Neither `received`
-    nor the message may be touched before `wait_received` and `wait_sent`: nothing is copied. `tag` (a bucket's number)
-    keeps messages of one pair apart on gloo, which would take any message of any length for any other; NCCL has none.
+    The receives, one row for each source, are posted at once, for gloo moves nothing until they are; `send` posts the
+    sends. Neither rows nor message may be touched before `wait_received` and `wait_sent`: nothing is copied. `tag` (a
+    bucket's number) keeps messages of one pair apart on gloo, which would take any message for any other, of whatever
+    length; NCCL has no tags.
     """
 
     def __init__(
-        self, exchange: Exchange, received: torch.Tensor, peers: Peers, step: int, tag: int = 0, staged: bool = False
+        self,
+        exchange: Exchange,
+        rows: Sequence[torch.Tensor],
+        peers: Peers,
+        step: int,
+        tag: int = 0,
+        staged: bool = False,
     ):
         self.exchange, self.peers, self.step, self._tag = exchange, peers, step, tag
-        self._rows = [received[k] for k in range(len(peers.sources))]
-        self._staged = staged or (received.is_cuda and exchange.stages)
+        self._rows = list(rows)
+        self._staged = staged or (exchange.stages and any(row.is_cuda for row in rows))
         self._host_rows = [exchange.pinned(row, "receive") for row in self._rows] if self._staged else self._rows
         self._receives: list[tuple[int | None, dist.Work]] = []
         self._sends: list[tuple[int | None, dist.Work]] = []
@@ -61,7 +68,7 @@ class Transfer:
                    for r, j in zip(self._rows, peers.sources, strict=True)]  # fmt: skip
             ops += [dist.P2POp(dist.isend, message, ranks[j], exchange.group) for j in peers.destinations]
             self._receives = [(None, work) for work in (dist.batch_isend_irecv(ops) if ops else [])]
-        elif not self._staged:
+        elif not (self._staged or (message.is_cuda and exchange.stages)):
             self._post(message)
         else:
             host = exchange.pinned(message, "send").copy_(message, non_blocking=True)
@@ -112,6 +119,11 @@ class Averaging:
             self._work: dist.Work | None = _work(dist.all_reduce(self._host, group=exchange.group, async_op=True))
         share = 2 * (exchange.size - 1) / exchange.size  # what a ring sends
         exchange.bytes_sent += share * tensor.numel() * tensor.element_size()
+
+    @property
+    def done(self) -> bool:
+        """Whether it was waited for."""
+        return self._work is None
 
     def wait_received(self) -> None:
         if self._work is not None:

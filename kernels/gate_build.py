@@ -45,7 +45,7 @@ class Case(NamedTuple):
     @property
     def ceiling(self) -> int:
         """Registers allowed for each thread: 64 leave an SM's 65,536 to 1024 threads, 96 to 640."""
-        return 64 if self.d <= 3 else 96
+        return 64 if self.d * self.rule.messages <= 3 else 96
 
 
 def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector=VECTOR, even=True,

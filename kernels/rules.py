@@ -174,10 +174,7 @@ pc_dmsgd = Rule(
     derive=derive_pc_dmsgd,
 )
 
-ALL = {
-    rule.name: rule
-    for rule in (psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd)
-}
+ALL = {rule.name: rule for rule in (psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd)}
 
 
 def get(method: str | Rule) -> Rule:

@@ -143,8 +143,14 @@ def missing(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the Triton kernels need a GPU, and the parameters are on {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"the Triton kernels need compute capability 8.0 or newer, and {device} is older"
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the Triton kernels need compute capability 8.0 or newer, and {device} has {capability}"
+    if capability >= (10, 0) and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        # ptxas 12.9, which it brings, makes FMAs of packed multiplications and additions against its orders: see OPTIONS.
+        return f"on compute capability {capability} the Triton kernels need triton 3.7, this is {triton.__version__}"
     return None
 
 
@@ -214,11 +220,12 @@ class Fused:
             rows = received[:d].flatten(0, 1).unbind(0)
         else:
             rows = tuple(row for messages in received[:d] for row in messages)
-        emit = () if next_message is None else tuple(next_message)
-        if emit and self.rule.send is not send_parameter:
-            raise ValueError(f"the next message of {self.rule.name!r} needs the next gradient: use pack")
         self._check(x, g, state, rows, d * self.rule.messages)
-        self._check(x, g, state, emit, len(emit) and 1)
+        emit = () if next_message is None else tuple(next_message)
+        if emit:
+            if self.rule.send is not send_parameter:
+                raise ValueError(f"the next message of {self.rule.name!r} needs the next gradient: use pack")
+            self._check(x, g, state, emit, 1)
         if x.numel():
             with self._ready():
                 _combine_kernel[self._grid(x)](

@@ -158,7 +158,7 @@ def test_compiled_in_float32(rule):
 @pytest.mark.parametrize("types", [t for t in TYPES if t != "fff"])
 @pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd], ids=lambda r: r.name)
 def test_compiled_in_other_types(rule, types):
-    for n in (1, 3, 1000, 4 * BLOCK + 7):
+    for n in (1, 3, 1000, BLOCK + 7):  # the last one: non-temporal stores, two threads
         p = problem(rule, n, 2, TYPES[types])
         check_against_float64(Compiled, p)
         own, x, state = text(p, p.x.dtype)

@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from fused_dlam.kernels import gate, gate_build, gate_controls, triton_passes  # noqa: E402
 
 
-# -- A rule of ten lines outside the package, and rules that may not be -------------------------------------------------------
+# -- A rule of ten lines outside the package, and rules that may not be -----------------------------------------------
 @fused_dlam.jit
 def send_nesterov(x, g, s, h):
     return (x - h.lr * (g + h.momentum * s.momentum_buffer),)

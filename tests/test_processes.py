@@ -149,7 +149,9 @@ def test_a_lost_peer_is_named_in_time(how):
     """Every rank that depends on it gets an ExchangeError with rank, peer and step; parameters stay finite."""
     results = run_workers(workers.lose_a_peer, 4, how, 3.0)
     texts = [text for rank, (text, _, _) in enumerate(results) if rank != 2]
-    assert all("at step" in text and text.startswith(f"rank {r}") for r, text in zip((0, 1, 3), texts, strict=True)), texts
+    assert all("at step" in text and text.startswith(f"rank {r}") for r, text in zip((0, 1, 3), texts, strict=True)), (
+        texts
+    )
     assert any("rank 2 failed" in text for text in texts), texts
     assert all(seconds < 10 and finite for _, seconds, finite in results)
 

@@ -1,5 +1,6 @@
 """What worker processes run in the distributed tests: importable by name, as processes need."""
 
+import os
 import time
 
 import numpy as np
@@ -145,3 +146,39 @@ def average_and_restore(rank):
         distance = optimizer.consensus_distance()
     after = {k: v.clone() for k, v in model.state_dict().items()}
     return before, inside, after, distance, optimizer.consensus_distance()
+
+
+def machines(rank, size, options, use_mesh=False, steps=20):
+    """Machines of `size` ranks; every rank of a machine has data of its own."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)
+    hierarchical = True
+    if use_mesh:
+        world = torch.distributed.get_world_size()
+        # Machines need not be consecutive ranks: here rank r is on machine r mod (number of machines).
+        layout = torch.arange(world).reshape(size, world // size).T.contiguous()
+        hierarchical = torch.distributed.DeviceMesh("cpu", layout)
+    model, x = Tied(), data(rank)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(float(rank))
+    optimizer = fused_dlam.GossipSGD(
+        model.parameters(), lr=0.0, hierarchical=hierarchical, bucket_mb=1e-4, weight_decay=1e-2, **options
+    )
+    path, sent = [trained(model).clone()], []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr_at(step)
+        optimizer.zero_grad()
+        model.loss(x).backward()
+        optimizer.step()
+        path.append(trained(model).clone())
+        sent.append(optimizer.bytes_sent)
+    return torch.stack(path), sent, sum(b.N for b in optimizer._engine.buckets) * 4, optimizer.consensus_distance()
+
+
+def wrong_machines(rank):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    try:
+        fused_dlam.GossipSGD(Tied().parameters(), hierarchical=True)
+    except ValueError as error:
+        return str(error)
+    return "no error"

@@ -1,0 +1,83 @@
+"""Machines as workers: exact averaging inside a machine, gossip between machines.
+
+    gradients are averaged inside the machine    -> its ranks compute one and the same message
+    each rank sends its shard of the message     -> to the rank with its number on the neighboring machine
+    what arrives is gathered inside the machine  -> its ranks combine one and the same messages: they stay bit-equal
+
+The network card carries one message per machine and neighbor, whatever the number of ranks behind it. With g ranks
+behind one card, one-peer gossip between single ranks sends up to g messages over it and loses to a ring all-reduce.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .exchange import Exchange, log
+
+
+class Machine:
+    """The ranks of one machine. `layout` says which ranks those are.
+
+    Args:
+        local: global ranks of this machine, in order; across: the ranks with this one's number on every machine.
+    """
+
+    def __init__(self, local: list[int], timeout: float):
+        self.inside = Exchange(None, timeout, ranks=local)
+        self.size, self.rank = self.inside.size, self.inside.rank
+
+    def shard(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a contiguous buffer, a view."""
+        return flat.view(-1).tensor_split(self.size)[self.rank]
+
+    def gather(self, flat: torch.Tensor, step: int) -> None:
+        """Fills a contiguous buffer from every rank's shard of it."""
+        whole = flat.view(-1)
+        with self.inside.watched("gathering a message inside the machine", step):
+            dist.all_gather_into_tensor(whole, self.shard(whole).clone(), group=self.inside.group)
+
+
+def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
+    """(ranks of this machine, ranks with this one's number on every machine), as global ranks.
+
+    Args:
+        hierarchical: True takes LOCAL_WORLD_SIZE consecutive ranks as a machine, as torchrun numbers them; a
+            `DeviceMesh` of two dimensions has the machines along the first and a machine's ranks along the second.
+
+    Raises ValueError if the ranks do not form machines of one size.
+    """
+    me = dist.get_rank()
+    if hierarchical is True:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        if size < 1 or len(ranks) % size:
+            raise ValueError(
+                f"hierarchical=True needs LOCAL_WORLD_SIZE (torchrun sets it) to divide the {len(ranks)} ranks, found"
+                f" {os.environ.get('LOCAL_WORLD_SIZE')!r}; or pass a DeviceMesh of machines x ranks"
+            )
+        at = ranks.index(me)
+        machine = at // size
+        return ranks[machine * size : (machine + 1) * size], ranks[at % size :: size]
+    mesh = getattr(hierarchical, "mesh", None)
+    if mesh is None or mesh.dim() != 2:
+        raise ValueError(f"hierarchical must be True, False or a DeviceMesh of two dimensions, not {hierarchical!r}")
+    here = (mesh == me).nonzero()
+    if len(here) != 1:
+        raise ValueError(f"rank {me} is not in the DeviceMesh")
+    machine, number = here[0].tolist()
+    return mesh[machine].tolist(), mesh[:, number].tolist()
+
+
+def advise(size: int) -> None:
+    """A warning where flat gossip would put several messages on one network card."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 1 < local < size and dist.get_rank() == 0:
+        log.warning(
+            "%d ranks share each machine: if they share its network card, hierarchical=True sends one message per"
+            " machine instead of up to %d (and averages gradients inside a machine). hierarchical=False silences this.",
+            local, local,
+        )  # fmt: skip
