@@ -186,9 +186,9 @@ def fit_published() -> dict[str, Any]:
     n = PUBLISHED_WORKERS
     rings, partials = ([COSTS[name](n, M, 1) for M in MODELS.values()] for name in ("ring all-reduce", "one-peer"))
     seconds = np.array([PUBLISHED[name] for name in MODELS])
-    ring, partial = fit(rings, seconds[:, 0]), fit(partials, seconds[:, 1])
+    ring, partial = fit(rings, seconds[:, 0].tolist()), fit(partials, seconds[:, 1].tolist())
     terms = [(*cost, 0) for cost in rings] + [(*cost, 1) for cost in partials]
-    a, b, constant = map(float, least_squares(terms, seconds.T.ravel()))
+    a, b, constant = map(float, least_squares(terms, seconds.T.ravel().tolist()))
     together = Network("fitted to the published figures", Link(a, 1 / b), NVLINK, 1, constant)
     out: dict[str, Any] = {"ring": ring, "partial": partial, "together": together, "models": {}}
     for (name, M), r, p in zip(MODELS.items(), rings, partials, strict=True):

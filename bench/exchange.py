@@ -57,14 +57,15 @@ SHARED_MARGINS = (("large", HIERARCHICAL, "to_all_reduce", 0.70),)  # for 4 host
 
 class Plan(NamedTuple):
     sizes: tuple[int, ...] = SIZES  # bytes
-    repeats: int = 3  # messages of 1 MB and less get twice as many
+    repeats: int = 3  # of 10 MB and more; twice as many of 1 MB, four times of the smaller ones
     buckets: int = 1  # messages into which the library's operations split each step's bytes
     deadline: float = 300.0  # seconds, of every wait
 
     def blocks(self, size: int, period: int) -> tuple[int, int]:
         """Repetitions, and steps in each: whole periods of the one-peer graph, except of the largest messages."""
-        repeats = self.repeats * (2 if size <= 1_000_000 else 1)
-        return repeats, 1 if size > LARGE else period if size > 100_000 else period * max(1, 12 // period)
+        if size <= 100_000:
+            return 4 * self.repeats, period * max(1, 12 // period)
+        return self.repeats * (2 if size < LARGE else 1), period if size <= LARGE else 1
 
 
 def measure(rank: int, plan: Plan) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def measure(rank: int, plan: Plan) -> dict[str, Any]:
         "rate": int(os.environ.get("NETLAB_RATE", 0)) or None,  # bits/s of each host, where it is known
         "buckets": plan.buckets,
         "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "rows": rows,
     }
 
@@ -90,7 +93,7 @@ class Bench:
         self.rank, self.n = self.exchange.rank, self.exchange.size
         self.graphs = {name: topology.get(name, self.n) for name in LIBRARY}
         self.graphs[RAW] = self.graphs[ONE_PEER]
-        self.operations = OPERATIONS[:-1]
+        self.operations: tuple[str, ...] = OPERATIONS[:-1]
         self.blocks = partial(plan.blocks, period=self.graphs[ONE_PEER].period)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.per_host = local if local < self.n else 1
@@ -104,10 +107,12 @@ class Bench:
 
     def measure(self, size: int, progress: Progress | None) -> list[dict[str, Any]]:
         """One row of figures for each operation, with messages of `size` bytes (less what is no whole shard)."""
-        size -= size % (4 * self.per_host)
+        size = max(1, size // (4 * self.per_host)) * 4 * self.per_host
         degree = max(graph.degree(t) for graph in self.graphs.values() for t in range(graph.period))
         self.message = torch.full((size // 4,), self.rank + 1.0)
         self.reduced, self.received = torch.empty_like(self.message), torch.full((degree, size // 4), -1.0)
+        width = self.per_host * -(-size // (4 * self.per_host * self.plan.buckets))  # of whole shards
+        self.spans = [slice(at, at + width) for at in range(0, size // 4, width)]  # the buckets
         repeats, steps = self.blocks(size)
         if size < LARGE:  # else connecting and filling the pipes does not count
             for operation in self.operations:
@@ -154,7 +159,7 @@ class Bench:
 
     def library(self, operation: str, t: int) -> None:
         """What the optimizer does in a step, less the arithmetic."""
-        peers, spans = self.graphs[operation].peers(self.rank, t), self.spans()
+        peers, spans = self.graphs[operation].peers(self.rank, t), self.spans
         transfers = [
             Transfer(self.exchange, [self.received[k, s] for k in range(len(peers.sources))], peers, t, tag)
             for tag, s in enumerate(spans)
@@ -167,7 +172,7 @@ class Bench:
             transfer.wait_sent()
 
     def hierarchical(self, operation: str, t: int) -> None:
-        peers, spans, shard = self.graphs[operation].peers(self.across.rank, t), self.spans(), self.machine.shard
+        peers, spans, shard = self.graphs[operation].peers(self.across.rank, t), self.spans, self.machine.shard
         averages = [Averaging(self.machine.inside, self.reduced[s], t) for s in spans]
         transfers = [Transfer(self.across, [shard(self.received[0, s])], peers, t, tag) for tag, s in enumerate(spans)]
         for average, transfer, s in zip(averages, transfers, spans, strict=True):
@@ -178,12 +183,6 @@ class Bench:
             self.machine.gather(self.received[0, s], t)
         for transfer in transfers:
             transfer.wait_sent()
-
-    def spans(self) -> list[slice]:
-        """The buckets, of whole shards."""
-        shards = self.message.numel() // self.per_host
-        width = self.per_host * -(-shards // self.plan.buckets)
-        return [slice(at, at + width) for at in range(0, self.message.numel(), width)]
 
     def counters(self) -> tuple[float, float, float]:
         """Payload and messages that the library's exchanges sent to other workers, or hosts; bytes on the wire."""
@@ -197,7 +196,7 @@ class Bench:
             got, expected = self.reduced[None], [self.n * (self.n + 1) / 2 * float(self.n) ** (steps - 1)]
         elif operation == HIERARCHICAL:  # each shard of each bucket is from another rank of the source
             (source,) = self.graphs[operation].peers(self.across.rank, step).sources
-            shards = [self.received[0, s].tensor_split(self.per_host) for s in self.spans()]
+            shards = [self.received[0, s].tensor_split(self.per_host) for s in self.spans]
             got = torch.stack([torch.cat(same) for same in zip(*shards, strict=True)])
             expected = [source * self.per_host + k + 1.0 for k in range(self.per_host)]
         else:
@@ -232,7 +231,7 @@ class Bench:
             "steps": steps,
             "payload": expected,  # bytes per step and rank
             "messages": messages if operation != RAW else 1,
-            "wire": wire if self.interface else None,  # bytes per step and interface, with two barriers per block
+            "wire": wire if self.interface else None,  # bytes per step and interface, with one barrier per block
             "card": card,  # bytes per step that a network card has to send
             "to_all_reduce": statistics.median(a / b for a, b in zip(mine, seconds[ALL_REDUCE], strict=True)),
             "to_raw": statistics.median(a / b for a, b in zip(mine, seconds[RAW], strict=True)),
@@ -343,7 +342,7 @@ def draw(result: dict[str, Any], file: str) -> None:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """The margins that are left; `large` is the largest message measured."""
+    """The ratios that exceed their margins; `large` is the largest message measured."""
     rows = {(row["size"], row["operation"]): row for row in result["rows"]}
     sizes = {"large": max(size for size, _ in rows), "small": SMALL}
     return [
@@ -358,18 +357,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--workers", type=int, help="start this many processes here (default: the ranks that a launcher started)")
     add("--sizes", type=lambda text: tuple(int(float(s)) for s in text.split(",")), help="bytes, such as 1e4,1e6")
-    add("--repeats", type=int, help="repetitions (default 3); up to 1 MB twice as many")
+    add("--repeats", type=int, help="repetitions from 10 MB on (default 3); smaller ones get more")
     add("--quick", action="store_true", help="10 kB, 1 MB and 10 MB, and one repetition")
     add("--buckets", type=int, default=1, help="split the library's steps into this many messages")
     add("--timeout", type=float, default=300.0, help="seconds that a wait may take")
     add("--json", metavar="FILE")
     add("--picture", metavar="FILE", help="time over message size (needs matplotlib)")
-    add("--gate", action="store_true", help="exit with 1 if a margin is left: for netlab, 8 hosts or 4 of 4 ranks")
+    add(
+        "--gate",
+        action="store_true",
+        help="exit with 1 if a ratio exceeds its margin; for netlab, 8 hosts or 4 of 4 ranks",
+    )
     options = parser.parse_args(argv)
     options.sizes = options.sizes or (QUICK if options.quick else SIZES)
     options.repeats = options.repeats or (1 if options.quick else 3)
     if min(options.sizes) < 4 or options.repeats < 1 or options.buckets < 1:
         parser.error("sizes are at least 4 bytes; repeats and buckets at least 1")
+    if options.workers is not None and options.workers < 2:
+        parser.error("an exchange needs two workers")
     if options.workers is None and "RANK" not in os.environ:
         parser.error("say --workers N, or start it with torchrun or bench/netlab.py")
     if options.gate and (SMALL not in options.sizes or max(options.sizes) < LARGE):

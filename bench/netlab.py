@@ -55,9 +55,10 @@ def host_rate(text: str) -> tuple[int, float]:
 
 
 def _run(*command: str, check: bool = True) -> str:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(command, text=True, check=check, timeout=COMMAND_DEADLINE, **pipes)
+        done = subprocess.run(
+            command, check=check, timeout=COMMAND_DEADLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         if not check:
             return ""

@@ -70,7 +70,8 @@ class Engine:
         self.averages_gradient = rule.average == "gradient"
         self.awc = rule.send is send_parameter
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
-        self.passes: list[dict[torch.device, backend.Blocked]] = []  # per group: it has scalars of its own
+        # Per group, for it has scalars of its own: passes by device and type of the master values.
+        self.passes: list[dict[tuple[torch.device, torch.dtype], backend.Blocked]] = []
         self.lanes: dict[torch.device, Lane] = {}
         self.step: int | None = None  # the step that has begun
         self.sent = 0  # buckets in line for which it has begun
@@ -91,7 +92,9 @@ class Engine:
             b.allocate(len(self.rule.state), self.rule.messages, degree, self.message_dtype, self._sends_x(b))
             self.lanes.setdefault(b.x.device, Lane(b.x.device))
         self.buckets += new
-        self.passes.append({b.x.device: backend.choose(self.rule, b.x.device, self.fused) for b in new})
+        kinds = {(b.x.device, b.x.dtype) for b in new}
+        elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
+        self.passes.append({kind: backend.choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
         return new
 
     def begin(self, step: int, scalars: Sequence[Scalars]) -> None:
@@ -284,4 +287,4 @@ class Engine:
             x.add_(flight.received[k, 0, span].to(x.dtype) - q, alpha=w)
 
     def _passes(self, b: Bucket) -> backend.Blocked:
-        return self.passes[b.group][b.x.device]
+        return self.passes[b.group][b.x.device, b.x.dtype]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -44,7 +42,7 @@ class Exchange:
         self.rank = self.ranks.index(dist.get_rank())
         self.bytes_sent = 0.0  # payload this rank sent: messages to neighbors, and what a ring all-reduce sends
         self.messages_sent = 0  # to neighbors
-        self._watch = Watch(self.timeout)
+        self.watch = Watch(self.timeout)
         self._pinned: dict[tuple, torch.Tensor] = {}
         self.courier: Any = None  # transfer.courier's, once it is needed
         with self.watched("building the process group", None):
@@ -92,50 +90,52 @@ class Exchange:
             self._pinned[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
         return self._pinned[key]
 
-    @contextmanager
-    def watched(self, what: str, step: int | None, peer: int | None = None) -> Iterator[None]:
-        """Names what went wrong in the body, and warns in the log while it takes long."""
-        at = "" if step is None else f" at step {step}"
-        where = f"rank {self.rank}{at}: {what}" + ("" if peer is None else f" rank {peer}")
-        try:
-            with self._watch.over(where):
-                yield
-        except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, ExchangeError):
-                raise
+    def watched(self, what: str, step: int | None, peer: int | None = None) -> Watched:
+        """A context that names what went wrong in it, and whose long duration is logged."""
+        return Watched(self, what, step, peer)
+
+
+class Watched:
+    """One wait. A class, and no text before it is needed: four of these per message cost 10 us as generators."""
+
+    __slots__ = ("exchange", "outer", "peer", "since", "step", "what")
+
+    def __init__(self, exchange: Exchange, what: str, step: int | None, peer: int | None):
+        self.exchange, self.what, self.step, self.peer = exchange, what, step, peer
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" at step {self.step}"
+        return f"rank {self.exchange.rank}{at}: {self.what}" + ("" if self.peer is None else f" rank {self.peer}")
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+        self.outer, self.exchange.watch.current = self.exchange.watch.current, self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.exchange.watch.current = self.outer
+        if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError):
             raise ExchangeError(
-                f"{where} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut"
-                f" off, or calls other exchanges than this one: look at its log first. Every rank must call step()"
-                f" equally often; a wait may take {self.timeout:g} s (timeout=). The parameters here are intact:"
-                " restart from a checkpoint, or with the workers that are left."
+                f"{self} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut off,"
+                f" or calls other exchanges than this one: look at its log first. Every rank must call step() equally"
+                f" often; a wait may take {self.exchange.timeout:g} s (timeout=). The parameters here are intact: restart"
+                " from a checkpoint, or with the workers that are left."
             ) from error
 
 
 class Watch:
-    """Logs a warning when one wait takes long. One daemon thread, started by the first wait; it never interferes."""
+    """Logs a warning while one wait takes long, from a daemon thread that never interferes."""
 
     def __init__(self, timeout: float):
         self.every = max(timeout / 10, 0.05)
-        self._current: tuple[str, float] | None = None
-        self._thread: threading.Thread | None = None
-
-    @contextmanager
-    def over(self, where: str) -> Iterator[None]:
-        outer, self._current = self._current, (where, time.monotonic())
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="fused_dlam-watch")
-            self._thread.start()
-        try:
-            yield
-        finally:
-            self._current = outer
+        self.current: Watched | None = None
+        threading.Thread(target=self._run, daemon=True, name="fused_dlam-watch").start()
 
     def _run(self) -> None:
         while True:
             time.sleep(self.every)
-            current = self._current
-            if current is not None and time.monotonic() - current[1] > self.every:
-                log.warning("%s: still waiting after %.0f s", current[0], time.monotonic() - current[1])
+            current = self.current
+            if current is not None and time.monotonic() - current.since > self.every:
+                log.warning("%s: still waiting after %.0f s", current, time.monotonic() - current.since)
 
 
 def _shorten(value: object, limit: int = 120) -> str:

@@ -19,6 +19,9 @@ import torch.distributed as dist
 from .exchange import Exchange, log
 
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
+
+
 class Machine:
     """The ranks of one machine. `layout` says which ranks those are.
 
@@ -38,7 +41,7 @@ class Machine:
         """Fills a contiguous buffer from every rank's shard of it."""
         whole = flat.view(-1)
         with self.inside.watched("gathering a message inside the machine", step):
-            dist.all_gather_into_tensor(whole, self.shard(whole).clone(), group=self.inside.group)
+            _all_gather(whole, self.shard(whole).clone(), group=self.inside.group)
 
 
 def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:

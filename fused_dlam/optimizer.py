@@ -183,7 +183,8 @@ class GossipSGD(Optimizer):
         engine = self._engine
         assert engine is not None
         params = [p for p in group["params"]]
-        exchanges = [e for e in (engine.machine and engine.machine.inside, engine.exchange) if e is not None]
+        inside = None if engine.machine is None else engine.machine.inside
+        exchanges = [e for e in (inside, engine.exchange) if e is not None]
         for exchange in exchanges:
             exchange.agree(_facts(group, params))
         buckets = engine.add_group(params)

@@ -7,8 +7,7 @@ that the own message is rounded alike wherever it is computed); registers under 
     fused-dlam gate                     every built-in rule, four architectures
     fused-dlam gate --quick             a subset, for each commit
     fused-dlam gate my_rule.py:my_rule  a rule of your own
-
-The table is kept in bench/results/gate.txt and the next run is compared with it: a change shows as a diff.
+    fused-dlam gate --update            keeps the table as bench/results/gate.txt, for the next run to be compared with
 """
 
 from __future__ import annotations
@@ -22,23 +21,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import rules
+from . import gate_table, rules
+from .gate_table import HEADER, KEY, show
 from .rule import Rule
 
-KEPT = Path(__file__).resolve().parent.parent / "bench" / "results" / "gate.txt"  # there in a source checkout
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 DEGREES = (1, 2, 3, 6)
-TYPES = [(m, g) for m in ("fp32", "bf16") for g in ("fp32", "bf16")]
-HEADER = ("rule", "schedule", "pass", "message", "gradient", "d", "B/param", "loads", "stores")
-LINE = "{:14}{:9}{:8}{:8}{:9}{:>2}{:>8} {:>15}{:>12}"
+TYPES = [(message, gradient) for message in ("fp32", "bf16") for gradient in ("fp32", "bf16")]
 
 
-def cases(rule: Rule, degrees, types) -> Iterator:
-    """Every pass of a rule, under both schedules where it has both. Float32 messages that are x itself are not packed,
-    nor emitted: x is sent as it lies."""
+def cases(rule: Rule, degrees=DEGREES, types=TYPES) -> Iterator:
+    """Every pass of a rule, under both schedules where it has both. Where x itself is the message and of its type, it
+    is sent as it lies: neither packed nor emitted."""
     from .gate_build import Case
 
-    if rule.average == "gradient":  # the optimizer averages the gradient itself: it runs these with no neighbors too
+    if rule.average == "gradient":  # the optimizer averages gradients itself and combines with no neighbors
         degrees = (0, *degrees)
     for m, g in types:
         yield Case(rule, "atc", "pack", m, g, 0)
@@ -63,41 +60,10 @@ def measure(case, architectures) -> tuple[list[str], list[str]]:
     verdicts = [judge(case, a, build(case, a)) for a in architectures]
     measured = [
         "/".join(sorted(set(column)))  # one entry where all architectures agree
-        for column in ((f"{v.bytes:g}" for v in verdicts), (v.loads for v in verdicts), (v.stores for v in verdicts))
+        for column in ([f"{v.bytes:g}" for v in verdicts], [v.loads for v in verdicts], [v.stores for v in verdicts])
     ]
     row = [*case.key, *measured, *(str(v.code.registers) for v in verdicts)]
     return row, [f"{a}: {failure}" for a, v in zip(architectures, verdicts, strict=True) for failure in v.failures]
-
-
-def show(row) -> str:
-    return LINE.format(*row[: len(HEADER)]) + "".join(f"{r:>8}" for r in row[len(HEADER) :])
-
-
-def compare(rows, architectures, triton_version: str, complete: bool) -> tuple[list[str], list[str]]:
-    """Differences from the kept table: those that fail, and those that another version of Triton explains.
-
-    Registers are ptxas's choice: they are held to the kept number only under the version that gave it.
-    """
-    if not KEPT.exists():
-        return [], []
-    kept_version, kept_header, *lines = KEPT.read_text().splitlines()
-    columns = kept_header.split()
-    kept = {}
-    for line in lines:
-        fields = dict(zip(columns, line.split(), strict=True))
-        kept[tuple(fields[c] for c in HEADER[:6])] = [fields.get(c, "-") for c in (*HEADER, *architectures)]
-    same = kept_version == f"triton {triton_version}"
-    hard, soft = [], []
-    for row in rows:
-        old = kept.pop(tuple(row[:6]), None)
-        if old is None:
-            hard.append(f"+ {show(row)}")
-        elif old != row:
-            into = hard if same or old[: len(HEADER)] != row[: len(HEADER)] else soft
-            into += [f"- {show(old)}", f"+ {show(row)}"]
-    if complete:
-        hard += [f"- {show(old)}" for old in kept.values()]
-    return hard, soft
 
 
 def load_rule(text: str) -> Rule:
@@ -107,6 +73,7 @@ def load_rule(text: str) -> Rule:
         return rules.get(text)
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # Triton looks a function's module up there
         spec.loader.exec_module(module)
@@ -121,11 +88,11 @@ def load_rule(text: str) -> Rule:
 
 def main(argv: list[str] | None = None) -> int:
     """0 if everything is at its floor, 1 if not, 2 if the gate could not run."""
-    parser = argparse.ArgumentParser(prog="fused-dlam gate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="fused-dlam gate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("rule", nargs="?", help="module:rule, file.py:rule or a built-in rule's name; all if left out")
     parser.add_argument("--archs", help=f"of {','.join(ARCHITECTURES)}; all of them, or sm_90 with --quick")
     parser.add_argument("--quick", action="store_true", help="d = 1 and 3, messages and gradients of one type")
-    parser.add_argument("--update", action="store_true", help="keep this run's table as bench/results/gate.txt")
+    parser.add_argument("--update", action="store_true", help="keep the table, or one built-in rule's part of it")
     options = parser.parse_args(argv)
     try:
         import triton
@@ -140,56 +107,65 @@ def main(argv: list[str] | None = None) -> int:
     architectures = tuple((options.archs or ("sm_90" if options.quick else ",".join(ARCHITECTURES))).split(","))
     if unknown := set(architectures) - set(ARCHITECTURES):
         parser.error(f"unknown architectures {', '.join(sorted(unknown))}; known: {', '.join(ARCHITECTURES)}")
-    complete = options.rule is None and not options.quick and architectures == ARCHITECTURES
-    if options.update and not complete:
-        parser.error("--update keeps the whole table: leave out the rule, --quick and --archs")
+    if options.update and (options.quick or architectures != ARCHITECTURES or ":" in (options.rule or "")):
+        parser.error("--update keeps built-in rules in full: leave out --quick and --archs")
     try:
         chosen = [load_rule(options.rule)] if options.rule else list(rules.ALL.values())
     except (ImportError, OSError, AttributeError, TypeError, ValueError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache  # every build is a fresh one
-        return _run(chosen, architectures, triton.__version__, options, complete)
+        return _run(chosen, architectures, triton.__version__, options)
 
 
-def _run(chosen, architectures, triton_version, options, complete) -> int:
-    from .gate_controls import CONTROLS, run
-
+def _run(chosen: list[Rule], architectures, version: str, options) -> int:
     start, rows, failed = time.perf_counter(), [], 0
     degrees, types = ((1, 3), TYPES[::3]) if options.quick else (DEGREES, TYPES)
-    header = show((*HEADER, *architectures))
-    print(f"triton {triton_version}; registers of each architecture\n{header}")
+    print(f"triton {version}; under each architecture, registers", show((*HEADER, *architectures)), sep="\n")
     for rule in chosen:
         for case in cases(rule, degrees, types):
             row, failures = measure(case, architectures)
             rows.append(row)
             failed += bool(failures)
-            print(show(row), *(f"\n    FAIL {failure}" for failure in failures), flush=True)
+            print(show(row), *(f"    FAIL {failure}" for failure in failures), sep="\n", flush=True)
     print(f"{len(rows) * len(architectures)} builds, {failed} of {len(rows)} rows fail")
+    failed += _controls(architectures)
+
+    if options.update and not failed:
+        kept_version, kept = gate_table.read(architectures)
+        if kept_version != version:  # one table, one version: what is not measured anew goes
+            kept = {}
+        kept.update((tuple(row[: len(KEY)]), row) for row in rows)
+        keys = [case.key for rule in rules.ALL.values() for case in cases(rule)]
+        gate_table.write([kept[key] for key in keys if key in kept], architectures, version)
+    elif all(rule is rules.ALL.get(rule.name) for rule in chosen):
+        complete = not (options.rule or options.quick)
+        hard, soft = gate_table.compare(rows, architectures, version, complete)
+        if hard:
+            print("\ndiffers from the kept table (if it is meant to: fused-dlam gate --update):", *hard, sep="\n")
+        if soft:
+            print("\nregisters differ from those in the table kept from another triton:", *soft, sep="\n")
+        failed += bool(hard)
+    print(f"\n{'FAIL' if failed else 'ok'}, {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
+
+
+def _controls(architectures) -> int:
+    """How many negative controls pass the gate."""
+    from .gate_controls import CONTROLS, run
 
     print("\nnegative controls, each of which must be refused:")
+    passed = 0
     for control in CONTROLS:
         for a in architectures:
             if control.nvidia_only and not a.startswith("sm_"):
                 continue
             failures = run(control, a).failures
-            caught = any(f.startswith(control.reason) for f in failures)
-            failed += not caught
+            caught = any(failure.startswith(control.reason) for failure in failures)
+            passed += not caught
             verdict = "refused" if caught else "NOT REFUSED"
             print(f"  {control.what:38}{a:8}{verdict:13}{'; '.join(failures)}", flush=True)
-
-    if options.update and not failed:
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        KEPT.write_text("\n".join((f"triton {triton_version}", header, *map(show, rows))) + "\n")
-    elif not options.rule:
-        hard, soft = compare(rows, architectures, triton_version, complete)
-        if hard:
-            print("\ndiffers from the kept table (if it is meant to, run `fused-dlam gate --update`):", *hard, sep="\n")
-            failed += 1
-        if soft:
-            print("\nregisters differ from the kept table, made by another Triton:", *soft, sep="\n")
-    print(f"\n{'FAIL' if failed else 'ok'}, {time.perf_counter() - start:.0f} s")
-    return 1 if failed else 0
+    return passed
 
 
 if __name__ == "__main__":

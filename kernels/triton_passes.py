@@ -149,7 +149,7 @@ def missing(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0 or newer, and {device} has {capability}"
     if capability >= (10, 0) and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        # ptxas 12.9, which it brings, makes FMAs of packed multiplications and additions against its orders: see OPTIONS.
+        # The ptxas 12.9 it brings contracts packed arithmetic in spite of OPTIONS: 24 FMAs in a pack, 0 in its combine.
         return f"on compute capability {capability} the Triton kernels need triton 3.7, this is {triton.__version__}"
     return None
 

@@ -201,6 +201,7 @@ def test_the_command_line_says_what_is_missing(monkeypatch, capsys):
         (["--workers", "2", "--gate"], "8 ranks or more at a limited rate"),
         (["--workers", "2", "--gate", "--sizes", "1000"], "--gate needs the sizes"),
         (["--workers", "2", "--sizes", "2"], "at least 4 bytes"),
+        (["--workers", "1"], "two workers"),
     ):
         with pytest.raises(SystemExit):
             exchange.main(argv)

@@ -21,7 +21,8 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("the gate compiles what TRITON_INTERPRET=1 interprets", allow_module_level=True)
 
-from fused_dlam.kernels import gate, gate_build, gate_controls, triton_passes  # noqa: E402
+from fused_dlam.kernels import gate, gate_build, gate_controls, gate_table, triton_passes  # noqa: E402
+from fused_dlam.kernels.gate_table import HEADER, compare, show  # noqa: E402
 
 
 # -- A rule of ten lines outside the package, and rules that may not be -----------------------------------------------
@@ -105,31 +106,42 @@ def test_a_control_that_is_not_refused_fails_the_gate(monkeypatch, capsys):
 def test_a_change_shows_as_a_diff(monkeypatch, tmp_path):
     row = ["decentlam", "atc", "pack", "fp32", "fp32", "0", "12", "4x128", "2x128", "32"]
     kept = tmp_path / "gate.txt"
-    monkeypatch.setattr(gate, "KEPT", kept)
-    kept.write_text("\n".join(("triton 1.2.3", gate.show((*gate.HEADER, "sm_90")), gate.show(row))) + "\n")
+    monkeypatch.setattr(gate_table, "KEPT", kept)
+    kept.write_text("\n".join(("triton 1.2.3", show((*HEADER, "sm_90")), show(row))) + "\n")
 
-    assert gate.compare([row], ("sm_90",), "1.2.3", complete=True) == ([], [])
+    assert compare([row], ("sm_90",), "1.2.3", complete=True) == ([], [])
     more_registers = [*row[:-1], "40"]
-    diff = [f"- {gate.show(row)}", f"+ {gate.show(more_registers)}"]
-    assert gate.compare([more_registers], ("sm_90",), "1.2.3", complete=False) == (diff, [])
-    assert gate.compare([more_registers], ("sm_90",), "1.2.4", complete=False) == ([], diff)  # ptxas may differ
+    diff = [f"- {show(row)}", f"+ {show(more_registers)}"]
+    assert compare([more_registers], ("sm_90",), "1.2.3", complete=False) == (diff, [])
+    assert compare([more_registers], ("sm_90",), "1.2.4", complete=False) == ([], diff)  # ptxas may differ
     more_bytes = [*row[:6], "16", *row[7:]]
-    assert gate.compare([more_bytes], ("sm_90",), "1.2.4", complete=False)[0]
+    assert compare([more_bytes], ("sm_90",), "1.2.4", complete=False)[0]
     other = ["dsgd", *row[1:]]
-    assert gate.compare([other], ("sm_90",), "1.2.3", complete=True)[0] == [f"+ {gate.show(other)}", diff[0]]
+    assert compare([other], ("sm_90",), "1.2.3", complete=True)[0] == [
+        f"+ {show(other)}",
+        diff[0],
+    ]
 
 
 def test_the_kept_table_is_complete():
-    lines = gate.KEPT.read_text().splitlines()
-    assert lines[1] == gate.show((*gate.HEADER, *gate.ARCHITECTURES))
-    wanted = [case.key for rule in rules.ALL.values() for case in gate.cases(rule, gate.DEGREES, gate.TYPES)]
-    assert [tuple(line.split()[:6]) for line in lines[2:]] == wanted
+    """A new built-in rule needs `fused-dlam gate its-name --update`."""
+    version, header, *lines = gate_table.KEPT.read_text().splitlines()
+    assert header == show((*HEADER, *gate.ARCHITECTURES))
+    assert [tuple(line.split()[:6]) for line in lines] == [
+        c.key for rule in rules.ALL.values() for c in gate.cases(rule)
+    ]
 
 
 def test_what_it_cannot_do_is_said(capsys):
     result = run_gate("--quick", TRITON_INTERPRET="1")
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stderr
-    for args in (["--archs", "sm_91"], ["--quick", "--update"], ["no-such-rule"], [f"{__file__}:nobody"]):
+    for args in (
+        ["--archs", "sm_91"],
+        ["--quick", "--update"],
+        ["no-such-rule"],
+        [f"{__file__}:nobody"],
+        ["x:y", "--update"],
+    ):
         with pytest.raises(SystemExit) as error:
             gate.main(args)
         assert error.value.code == 2

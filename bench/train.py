@@ -1,0 +1,264 @@
+"""Whole training steps: gossip against all-reduce, DistributedDataParallel, Decent-DP and no communication at all.
+
+    torchrun --nproc-per-node 4 bench/train.py
+    python bench/train.py --workers 4
+    sudo python bench/netlab.py --hosts 8 --rate 200mbit -- python bench/train.py --gate
+    python bench/train.py --workers 2 --mb 8.4 --compute 0 --gate      # the optimizer's own cost, on a loopback group
+
+Computation is emulated by sleeping in every layer's forward and backward (a third and two thirds of --compute), so that
+it leaves the processor free as a GPU does; --compute 0 runs the layers alone. All ways train in turn within one run, a
+round each, and only times of one run are compared. A step's time is that of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_dlam import GossipSGD
+from fused_dlam.launch import run_workers
+
+LAYERS, LR, MOMENTUM = 8, 1e-3, 0.9
+# way over yardstick, where computation takes as long as one message: ours, measured on the same network in one run
+GATES = [("AWC", "local only", 1.06), ("ATC, overlapped", "local only", 1.38)]
+OVERHEAD_GATE = 3.0  # Decent-DP's own cost per step over ours, at least
+
+
+class Busy(torch.autograd.Function):
+    """The identity, which takes its time both ways."""
+
+    @staticmethod
+    def forward(ctx, x, forward_s, backward_s):
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        time.sleep(ctx.backward_s)
+        return g, None, None
+
+
+class Net(nn.Module):
+    """Square layers, `mb` megabytes of float32 parameters in all."""
+
+    def __init__(self, mb: float, compute: float):
+        super().__init__()
+        width = round((mb * 1e6 / 4 / LAYERS) ** 0.5)
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(LAYERS))
+        self.times = compute / 3 / LAYERS, compute * 2 / 3 / LAYERS
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            if any(self.times):
+                x = Busy.apply(x, *self.times)
+        return x
+
+
+def local_only(model, n) -> Callable[[torch.Tensor], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+
+    def step(x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def all_reduce_after(model, n):
+    """Horovod's way: gradients copied into one flat buffer, a ring all-reduce, and back."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    params = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in params))
+
+    def step(x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        torch.cat([p.grad.reshape(-1) for p in params], out=flat)
+        dist.all_reduce(flat)
+        flat.div_(n)
+        for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(g.view_as(p))
+        optimizer.step()
+
+    return step
+
+
+def ddp(model, n):
+    # 4 MB buckets: the fastest of 1, 4, 17 and 34 MB on such a network (25 MB, the default, hardly overlaps here).
+    return local_only(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=4), n)
+
+
+def ours(model, n, **options):
+    optimizer = GossipSGD(model.parameters(), lr=LR, momentum=MOMENTUM, hierarchical=False, **options)
+
+    def step(x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def decent_dp(model, n):
+    """Decent-DP, whose wrapper steps by itself in the backward pass; its one-peer graph needs a power of two."""
+    import logging
+
+    logging.disable(logging.NOTSET)
+    from loguru import logger
+
+    logger.remove()
+    from decent_dp.ddp import DecentralizedDataParallel
+
+    wrapped = DecentralizedDataParallel(
+        model,
+        lambda named: torch.optim.SGD([p for _, p in named], lr=LR, momentum=MOMENTUM),
+        topology="one-peer-exp" if n & (n - 1) == 0 else "ring",
+        bucket_size_in_mb=4,
+        _local_world_size=1 if n > 2 else n,
+    )
+
+    def step(x):
+        wrapped(x).square().mean().backward()
+
+    return step
+
+
+WAYS = {
+    "local only": local_only,
+    "all-reduce after backward": all_reduce_after,
+    "DDP": ddp,
+    "ATC, overlapped": ours,
+    "ATC, sent in step()": lambda model, n: ours(model, n, overlap=False),
+    "AWC": lambda model, n: ours(model, n, schedule="awc"),
+    "Decent-DP": decent_dp,
+}
+
+
+def measure(rank: int, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per step of every way, the slowest rank's, one entry per counted step."""
+    n = dist.get_world_size()
+    ways: dict[str, Callable] = {}
+    for name, build in WAYS.items():
+        if options.ways and name not in options.ways:
+            continue
+        try:
+            ways[name] = build(Net(options.mb, options.compute), n)
+        except Exception as error:  # Decent-DP is not installed, or does not take this number of workers
+            if name != "Decent-DP":
+                raise
+            if rank == 0:
+                print(f"(Decent-DP is left out: {error})", file=sys.stderr)
+    width = Net(options.mb, 0).layers[0].in_features
+    x = torch.randn(options.batch, width)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        for name, step in ways.items():
+            if rank == 0:
+                print(f"\rround {turn} of {options.rounds}: {name:30}", end="", file=sys.stderr, flush=True)
+            for _ in range(3 if turn == 0 else options.steps):  # round 0 warms up: buckets are built, hooks settle
+                dist.barrier()
+                start = time.perf_counter()
+                step(x)
+                seconds = torch.tensor([time.perf_counter() - start])
+                dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+                if turn:
+                    times[name].append(seconds.item())
+    if rank == 0:
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return times
+
+
+def report(times: dict[str, list[float]], n: int, options: argparse.Namespace) -> bool:
+    """Prints the table, writes what was asked for, and tells whether the gates hold."""
+    median = {name: statistics.median(t) for name, t in times.items()}
+    floor = median.get("local only")
+    print(
+        f"{n} workers, {options.mb:g} MB of parameters, {options.compute:g} s of computation, torch {torch.__version__}"
+    )
+    print(f"{'':28}{'median s':>10}{'min':>9}{'max':>9}{'/ local':>9}{'+ ms':>9}")
+    for name, t in times.items():
+        ratio = f"{median[name] / floor:9.2f}{1e3 * (median[name] - floor):9.1f}" if floor else ""
+        print(f"{name:28}{median[name]:10.4f}{min(t):9.4f}{max(t):9.4f}{ratio}")
+    holds = True
+    if options.gate and options.compute:
+        for name, yardstick, margin in GATES:
+            ratio = median[name] / median[yardstick]
+            holds &= ratio <= margin
+            print(f"{'holds' if ratio <= margin else 'FAILS'}  {name} / {yardstick}: {ratio:.3f}, at most {margin}")
+    elif options.gate and "Decent-DP" in median:
+        own = max(median["AWC"] - floor, 1e-9)
+        ratio = (median["Decent-DP"] - floor) / own
+        holds = ratio >= OVERHEAD_GATE
+        print(
+            f"{'holds' if holds else 'FAILS'}  Decent-DP's cost per step / ours: {ratio:.1f}, at least {OVERHEAD_GATE}"
+        )
+    if options.json:
+        settings = {k: v for k, v in vars(options).items() if k not in ("json", "picture")}
+        record = {"workers": n, "torch": torch.__version__, **settings, "median": median, "seconds": times}
+        options.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    if options.picture:
+        draw(median, f"{n} workers, {options.mb:g} MB, {options.compute:g} s of computation", options.picture)
+    return holds
+
+
+def draw(median: dict[str, float], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.5 * len(median) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colors = ["#999999" if k == "local only" else "#d55e00" if k in GOSSIP else "#0072b2" for k in median]
+    bars = axes.barh(list(median), list(median.values()), color=colors)
+    axes.bar_label(bars, fmt="%.3g s", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(title=f"One training step: {title}", xlabel="seconds, slowest rank, median")
+    figure.savefig(path, dpi=110)
+
+
+GOSSIP = ("ATC, overlapped", "ATC, sent in step()", "AWC")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, help="start that many processes here (else torchrun's variables count)")
+    parser.add_argument("--mb", type=float, default=33.6, help="megabytes of parameters (33.6)")
+    parser.add_argument("--compute", type=float, default=1.4, help="seconds of emulated computation per step (1.4)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each way in each round (3)")
+    parser.add_argument("--ways", nargs="*", help=f"some of: {', '.join(WAYS)}")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--gate", action="store_true", help="exit with 1 if a ratio leaves its margin")
+    options = parser.parse_args(argv)
+    if options.workers:
+        times = run_workers(measure, options.workers, options, deadline=1800)[0]
+        return 0 if report(times, options.workers, options) else 1
+    if "RANK" not in os.environ:
+        parser.error("run it by torchrun or bench/netlab.py, or say --workers N")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    times = measure(dist.get_rank(), options)
+    holds = report(times, dist.get_world_size(), options) if dist.get_rank() == 0 else True
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
