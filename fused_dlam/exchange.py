@@ -115,10 +115,10 @@ class Watched:
         self.exchange.watch.current = self.outer
         if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError):
             raise ExchangeError(
-                f"{self} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut off,"
-                f" or calls other exchanges than this one: look at its log first. Every rank must call step() equally"
-                f" often; a wait may take {self.exchange.timeout:g} s (timeout=). The parameters here are intact: restart"
-                " from a checkpoint, or with the workers that are left."
+                f"{self} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut"
+                f" off, or calls other exchanges than this one: look at its log first. Every rank must call step()"
+                f" equally often; a wait may take {self.exchange.timeout:g} s (timeout=). The parameters here are"
+                " intact: restart from a checkpoint, or with the workers that are left."
             ) from error
 
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from .exchange import Exchange, log
 
-
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 
 

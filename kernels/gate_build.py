@@ -102,12 +102,12 @@ def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
         failures.append(f"traffic: {moved:g} bytes per parameter, floor {floor.bytes}")
     shown = {}
     for what, buffers in (("loads", floor.loads), ("stores", floor.stores)):
-        wanted = Counter()
+        shown[what] = _widths(Counter({width: 8 * n // elements for width, n in seen[what].items()}))
+        wanted: Counter[int] = Counter()
         for type_, n in buffers.items():
             wanted[VECTOR * SIZE[type_]] += 8 * n // VECTOR
-        wanted, shown[what] = _widths(wanted), _widths(Counter({w: 8 * n // elements for w, n in seen[what].items()}))
-        if shown[what] != wanted:
-            failures.append(f"width: {what} {shown[what]}, not {wanted}")
+        if shown[what] != _widths(wanted):
+            failures.append(f"width: {what} {shown[what]}, not {_widths(wanted)}")
     for what in ("spills", "shared", "barriers", "loops", "atomics", "fma"):
         if getattr(code, what):
             failures.append(f"{what}: {getattr(code, what)}")
