@@ -15,7 +15,6 @@ import torch.distributed as dist
 from .buckets import Bucket, Slot
 from .engine import Engine
 from .exchange import log
-from .transfer import average
 
 HOW = (
     "max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all but the last backward pass of an"
@@ -124,10 +123,10 @@ class Overlap:
         assert exchange is not None
         device = "cuda" if exchange.backend == "nccl" else "cpu"
         late = torch.tensor([float(self.late is not None)], device=device)
-        average(exchange, late)
         rest = [b.index for b in engine.buckets if b.index not in self.arrivals]
         order = torch.tensor(self.arrivals + rest, device=device)
         with exchange.watched("agreeing on the order of buckets", None):
+            dist.all_reduce(late, op=dist.ReduceOp.MAX, group=exchange.group)
             dist.broadcast(order, exchange.ranks[0], group=exchange.group)
         engine.ahead = True
         if late.item() > 0:

@@ -31,7 +31,7 @@ BLOCK = 1 << 18
 class Scalars(NamedTuple):
     """What one step's passes need beside buffers."""
 
-    h: tuple  # the rule's named tuple, see Rule.scalars
+    h: Any  # the rule's named tuple, see Rule.scalars
     weights: tuple[float, ...]  # one for each received message, in the order of `received`
     grad_scale: float = 1.0  # multiplies the gradient first: -1 maximizes, 1/loss scale unscales
 
@@ -79,14 +79,14 @@ class Blocked:
     def _run(self, d, x, g, state, rows, wire) -> None:
         """d: None for `pack`, the number of neighbors for `combine`; rows: messages to write, or received ones."""
         rule, (h, weights, scale) = self.rule, self.scalars
-        equations = (rule.send.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages)
+        equations = (rule.send.fn, rule.update.fn, rule.state, h._fields, rule.messages)
         replay, count = _replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
         n = max(1, min(BLOCK, x.numel()))
-        kept, key = self._local.__dict__, (x.dtype, x.device)
-        if key not in kept or kept[key].numel() < count * n:
-            kept[key] = x.new_empty(count * n)
+        kept = vars(self._local).get(f"{x.dtype} {x.device}")
+        if kept is None or len(kept) < count * n:
+            kept = vars(self._local)[f"{x.dtype} {x.device}"] = x.new_empty(count * n)
         narrow = x.new_empty(n if wire != x.dtype else 0, dtype=wire)
-        replay(n, h, weights, scale, x, g, state, rows, kept[key][: count * n].view(count, n), narrow)
+        replay(n, h, weights, scale, x, g, state, rows, kept[: count * n].view(count, n), narrow)
 
 
 # -- Reading the equations ------------------------------------------------------------------------------------------
@@ -198,8 +198,12 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     x, g = buffer("x"), buffer("g", cast_g)
     if scaled:
         g = g * scalar("scale")
-    s = namedtuple("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
-    h = namedtuple("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
+    State: Any = namedtuple("State", state)
+    H: Any = namedtuple("H", fields)
+    s, h = (
+        State._make(buffer(f"s{k}") for k in range(len(state))),
+        H._make(scalar(f"h[{k}]") for k in range(len(fields))),
+    )
     own = [root.lift(y) for y in send(x, g, s, h)]
     if d is None:
         return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
@@ -280,7 +284,9 @@ def _place(homes, order, last, full: bool) -> tuple[list[str], dict[str, str], l
     place = {v: f"{name}_" for name, v in leaves.items()}
     held = {f"{name}_": leaves.get(name) if full else None for name in homes}  # what may be overwritten, what it holds
     home = {v: f"{name}_" for name, v in homes.items()}
-    lines, scalars, scratch = [], {}, []
+    lines: list[str] = []
+    scalars: dict[str, str] = {}
+    scratch: list[str] = []
     for i, v in enumerate(order):
         ends = [place[o] for o in v.operands if last[o] == i and held.get(place[o]) is o]
         free = [*ends, *(p for p, o in held.items() if o is None or last[o] < i)]

@@ -49,7 +49,7 @@ def available() -> bool:
 
 
 class Compiled(Blocked):
-    """The same interface and promises as `Blocked`, compiled at the first use of each pass (about half a second).
+    """The same interface and promises as `Blocked`, compiled at the first use of each pass (0.1 to 0.5 s).
 
     Master type float32 or float64; gradients float32, float64, bfloat16 or float16; messages float32, float64 or
     bfloat16. Other types and buffers that are not contiguous run as in `Blocked`. Threads: as many as torch has. A
@@ -70,7 +70,7 @@ class Compiled(Blocked):
             or any(t.dtype != wire for t in rows)
         ):
             return super()._run(d, x, g, state, rows, wire)
-        function = _compile(rule.send.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages, d, types)
+        function = _compile(rule.send.fn, rule.update.fn, rule.state, h._fields, rule.messages, d, types)
         # Scalars travel in one array of the master type: no Python float to promote the arithmetic to float64.
         scalars = torch.tensor([*h, scale, *(weights if d else ())], dtype=x.dtype).numpy()
         _parallel(function, scalars, [t.view(_CARRIERS[t.dtype]).numpy() for t in buffers])
@@ -115,6 +115,7 @@ def _compile(send, update, state, fields, messages, d, types):
         return numba.njit(function, error_model="numpy", **options)
 
     namespace = {**_tools(), "H": namedtuple("H", fields), "State": namedtuple("State", state)}
+    # Inlined before compilation: 0.13 to 0.35 s for a pass instead of 0.2 to 0.4 s.
     namespace.update(send=jit(send, inline="always"), update=jit(update, inline="always"), np=np)
     exec(_source(state, fields, messages, d, types), namespace)
     return jit(namespace["run"], nogil=True)
@@ -199,7 +200,7 @@ def _pack_loop(buffers, rows, size, load, write) -> list[str]:
 @cache
 def _tools() -> dict:
     """What the generated loops call beside the rule: conversions that numba lacks, and non-temporal stores."""
-    from llvmlite import ir
+    from llvmlite import ir  # type: ignore[import-untyped]
     from numba import njit, types
     from numba.extending import intrinsic
 
@@ -262,7 +263,11 @@ def _tools() -> dict:
 
         return types.void(), generate
 
-    return {f.__name__: f for f in (from_bfloat16, to_bfloat16, from_float16, address)} | {
+    return {
+        "from_bfloat16": from_bfloat16,
+        "to_bfloat16": to_bfloat16,
+        "from_float16": from_float16,
+        "address": address,
         "stream": stream,
         "fence": fence,
     }

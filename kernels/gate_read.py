@@ -40,22 +40,20 @@ def _read_sass(kernel) -> Code:
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
         sass = _run("nvdisasm", "-c", "-ndf", file.name)
-    usage = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")}
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
-    accesses = {"LD": Counter(), "ST": Counter()}
+    accesses: dict[str, Counter[int]] = {"LD": Counter(), "ST": Counter()}
     for op, modifiers in re.findall(r"\b(LD|ST)G?\b((?:\.\w+)*)", sass):
         accesses[op][next((SASS_WIDTH[m] for m in modifiers.split(".") if m in SASS_WIDTH), 4)] += 1
     return Code(
         loads=accesses["LD"],
         stores=accesses["ST"],
-        registers=usage["REG"],
-        spills=usage["STACK"] + usage["LOCAL"] + count(r"\b(?:LDL|STL)\b"),
-        shared=max(usage["SHARED"], kernel.metadata.shared),
-        barriers=count(r"\bBAR\.\w+"),
+        registers=_number(r"REG:(\d+)", usage),
+        spills=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage) + _count(r"\b(?:LDL|STL)\b", sass),
+        shared=max(_number(r"SHARED:(\d+)", usage), kernel.metadata.shared),
+        barriers=_count(r"\bBAR\.\w+", sass),
         loops=_backward_branches(sass),
-        atomics=count(r"\b(?:ATOM|ATOMG|RED|REDG)\b"),
+        atomics=_count(r"\b(?:ATOM|ATOMG|RED|REDG)\b", sass),
         # `HFMA2 R1, -RZ, RZ, ...` is how ptxas loads a constant.
-        fma=count(r"\b[FHD]FMA2?\b(?!\S*\s+\w+, -RZ, RZ,)"),
+        fma=_count(r"\b[FHD]FMA2?\b(?!\S*\s+\w+, -RZ, RZ,)", sass),
     )
 
 
@@ -81,19 +79,26 @@ def _run(tool: str, *args: str) -> str:
 
 def _read_amdgcn(kernel) -> Code:
     text = kernel.asm["amdgcn"]
-    count = lambda pattern: len(re.findall(pattern, text))  # noqa: E731
-    number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # noqa: E731
-    accesses = {"load": Counter(), "store": Counter()}
+    accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for op, width in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", text, re.M):
         accesses[op][AMD_WIDTH.get(width, 2)] += 1  # ushort, short_d16_hi, b16 ...
+    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)
     return Code(
         loads=accesses["load"],
         stores=accesses["store"],
-        registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count") + count(r"\bscratch_(?:load|store)"),
+        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+        spills=spilled + _count(r"\bscratch_(?:load|store)", text),
         shared=kernel.metadata.shared,
-        barriers=count(r"\bs_barrier"),
-        loops=count(r"\bs_cbranch"),  # straight-line code has no branch at all
-        atomics=count(r"\b(?:global|buffer|flat)_atomic"),
-        fma=count(r"\bv_(?:pk_)?(?:fma|fmac|mac|mad|dot\d\w*)_(?:mix\w*_)?f\d+"),
+        barriers=_count(r"\bs_barrier", text),
+        loops=_count(r"\bs_cbranch", text),  # straight-line code has no branch at all
+        atomics=_count(r"\b(?:global|buffer|flat)_atomic", text),
+        fma=_count(r"\bv_(?:pk_)?(?:fma|fmac|mac|mad|dot\d\w*)_(?:mix\w*_)?f\d+", text),
     )
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.findall(pattern, text)[0])

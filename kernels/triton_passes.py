@@ -82,10 +82,10 @@ def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constex
     g = _load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr)
     s = ()
     for k in tl.static_range(len(S.names)):
-        s = s + (_load(s_ptrs[k], offsets, n, EVEN),)
+        s = s + (_load(s_ptrs[k], offsets, n, EVEN),)  # type: ignore[assignment]
     h = ()
     for k in tl.static_range(len(H.names)):
-        h = h + (tl.load(scalars_ptr + 1 + k),)
+        h = h + (tl.load(scalars_ptr + 1 + k),)  # type: ignore[assignment]
     return offsets, x, g, S(*s), H(*h)
 
 
@@ -112,7 +112,7 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEN
     y = SEND(x, g, s, h)
     w = ()
     for k in tl.static_range(len(r_ptrs) // len(y)):
-        w = w + (tl.load(scalars_ptr + 1 + len(H.names) + k),)
+        w = w + (tl.load(scalars_ptr + 1 + len(H.names) + k),)  # type: ignore[assignment]
     pull = ()
     for m in tl.static_range(len(y)):
         total = tl.zeros([BLOCK], tl.float32)
@@ -123,7 +123,7 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEN
                 total = w[k] * (r - q)
             else:
                 total += w[k] * (r - q)
-        pull = pull + (total,)
+        pull = pull + (total,)  # type: ignore[assignment]
     x, s = UPDATE(x, g, s, pull, h)
     _store(x_ptr, offsets, x, n, EVEN)
     for k in tl.static_range(len(S.names)):

@@ -6,7 +6,8 @@ do not:
 - `pack` is within 2 float32 roundings of float64; with bfloat16 messages within one bfloat16 step (the interpreter
   truncates where a GPU rounds to nearest);
 - `combine` is within 6 float32 roundings of float64 whatever the messages' type, where float64 takes for the own
-  message what `pack` wrote: had `combine` recomputed another, it would be off by a bfloat16 step, 100 times as much;
+  message what `pack` wrote: had `combine` recomputed another, it would be off by a bfloat16 step, 100 times
+  as much and more;
 - nothing outside the buffers is written, and a stacked receive buffer, rows anywhere in memory and slices of buffers
   give the same bits;
 - with symmetric weights the workers' mean does not drift, though messages are bfloat16.
@@ -24,25 +25,15 @@ from fused_dlam.kernels.blocked import Blocked, Scalars
 
 import fused_dlam
 
-pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
+    pytest.importorskip("triton")
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
-            os.path.dirname(__file__),
-            __file__,
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
