@@ -9,7 +9,7 @@ gradient after `model.zero_grad()`, say) is copied back in once and the view is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -169,14 +169,13 @@ class Bucket:
 
 
 def build(
-    params: Iterable[torch.Tensor], bucket_bytes: int | None, start: int = 0, group: int = 0, shards: int = 1
+    params: Iterable[torch.Tensor], limit: Callable[[int], int], start: int = 0, group: int = 0, shards: int = 1
 ) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
     They are numbered from `start`, and their lengths are multiples of `shards`.
 
-    `bucket_bytes=None` takes a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to
-    send when the backward pass ends, large enough that latency does not count.
+    A bucket is full from `limit(bytes of all)` bytes on.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for p in reversed(list(params)):
@@ -184,14 +183,15 @@ def build(
     buckets: list[Bucket] = []
     for same in kinds.values():
         sizes = [p.numel() * p.element_size() for p in same]
-        limit = bucket_bytes or min(max(math.ceil(sum(sizes) / 12), 1 << 20), 32 << 20)
+        full = limit(sum(sizes))
         chunk: list[torch.Tensor] = []
         filled = 0
         for p, size in zip(same, sizes, strict=True):
-            if chunk and filled + size > limit:
-                buckets.append(Bucket(chunk, start + len(buckets), group, shards))
-                chunk, filled = [], 0
             chunk.append(p)
             filled += size
-        buckets.append(Bucket(chunk, start + len(buckets), group, shards))
+            if filled >= full:
+                buckets.append(Bucket(chunk, start + len(buckets), group, shards))
+                chunk, filled = [], 0
+        if chunk:
+            buckets.append(Bucket(chunk, start + len(buckets), group, shards))
     return buckets

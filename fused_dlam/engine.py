@@ -85,7 +85,7 @@ class Engine:
         """Moves the parameters into flat buffers. Same parameters in the same order on every rank."""
         group = len(self.passes)
         shards = 1 if self.machine is None else self.machine.size
-        new = flat.build(params, self.bucket_bytes, len(self.buckets), group, shards)
+        new = flat.build(params, self._full, len(self.buckets), group, shards)
         lonely = self.exchange is None or self.averages_gradient
         degree = 0 if lonely else max(self._rows(t) for t in range(self.topology.period))
         for b in new:
@@ -96,6 +96,17 @@ class Engine:
         elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
         self.passes.append({kind: backend.choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
         return new
+
+    def _full(self, total: int) -> int:
+        """Bytes from which a bucket is full.
+
+        By default a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to send when the
+        backward pass ends, large enough that latency does not count. Where x itself is sent, 32 MiB: there is no
+        backward pass to keep up with, and a bucket costs some 60 us of Python per step.
+        """
+        if self.bucket_bytes is not None:
+            return self.bucket_bytes
+        return 32 << 20 if self.awc else min(max(total // 12, 1 << 20), 32 << 20)
 
     def begin(self, step: int, scalars: Sequence[Scalars]) -> None:
         """Fixes the step's scalars, one entry per group without the weights."""

@@ -57,7 +57,7 @@ class GossipSGD(Optimizer):
         global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
         comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
         fused: None takes the best passes available for the parameters, True insists, False takes the reference.
-        bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32.
+        bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32, and 32 with "awc".
         timeout: seconds after which waiting for a peer is an error.
         allow_unstable: run although disagreement between workers grows.
         hyper: hyper-parameters of single methods, e.g. `mu` of "qg-dmsgd".

@@ -26,6 +26,7 @@ from .rule import Rule
 # Elements per block. At 25.5M parameters, d = 1: 60, 48, 41, 36, 33, 32 ms for 16k, 32k, 64k, 128k, 256k, 512k: smaller
 # blocks fit a nearer cache, but every operation costs 1 to 3 us before its first element.
 BLOCK = 1 << 18
+_scratch = threading.local()  # rows for each type: a hook's thread may pack while another combines
 
 
 class Scalars(NamedTuple):
@@ -49,7 +50,6 @@ class Blocked:
     def __init__(self, rule: Rule):
         self.rule = rule
         self.scalars = Scalars((), ())
-        self._local = threading.local()  # scratch rows: a hook's thread may pack while another combines
 
     def set(self, scalars: Scalars) -> None:
         self.scalars = scalars
@@ -67,11 +67,9 @@ class Blocked:
         self._run(d, x, g, tuple(state), rows, rows[0].dtype if rows else x.dtype)
 
     def _check(self, x, g, state, rows, expected: int) -> None:
-        if len(state) != len(self.rule.state) or len(rows) != expected:
-            raise ValueError(
-                f"{self.rule.name!r} needs {len(self.rule.state)} state buffers and {expected} rows of messages, not"
-                f" {len(state)} and {len(rows)}"
-            )
+        need, have = (len(self.rule.state), expected), (len(state), len(rows))
+        if need != have:
+            raise ValueError(f"{self.rule!r} takes {need} buffers of state and rows of messages here, not {have}")
         if x.dim() != 1 or any(t.shape != x.shape for t in (g, *state, *rows)):
             shapes = [tuple(t.shape) for t in (x, g, *state, *rows)]
             raise ValueError(f"buffers must be flat and of one length, not {shapes}")
@@ -82,9 +80,9 @@ class Blocked:
         equations = (rule.send.fn, rule.update.fn, rule.state, h._fields, rule.messages)
         replay, count = _replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
         n = max(1, min(BLOCK, x.numel()))
-        kept = vars(self._local).get(f"{x.dtype} {x.device}")
+        kept = vars(_scratch).get(f"{x.dtype} {x.device}")
         if kept is None or len(kept) < count * n:
-            kept = vars(self._local)[f"{x.dtype} {x.device}"] = x.new_empty(count * n)
+            kept = vars(_scratch)[f"{x.dtype} {x.device}"] = x.new_empty(count * n)
         narrow = x.new_empty(n if wire != x.dtype else 0, dtype=wire)
         replay(n, h, weights, scale, x, g, state, rows, kept[: count * n].view(count, n), narrow)
 
@@ -198,12 +196,8 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     x, g = buffer("x"), buffer("g", cast_g)
     if scaled:
         g = g * scalar("scale")
-    State: Any = namedtuple("State", state)
-    H: Any = namedtuple("H", fields)
-    s, h = (
-        State._make(buffer(f"s{k}") for k in range(len(state))),
-        H._make(scalar(f"h[{k}]") for k in range(len(fields))),
-    )
+    s = namedtuple("State", state)(*(buffer(f"s{k}") for k in range(len(state))))  # type: ignore[misc]
+    h = namedtuple("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))  # type: ignore[misc]
     own = [root.lift(y) for y in send(x, g, s, h)]
     if d is None:
         return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
