@@ -101,12 +101,13 @@ class Engine:
         """Bytes from which a bucket is full.
 
         By default a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to send when the
-        backward pass ends, large enough that latency does not count. Where x itself is sent, 32 MiB: there is no
-        backward pass to keep up with, and a bucket costs some 60 us of Python per step.
+        backward pass ends, large enough that latency does not count. Where x itself is sent, a quarter, between 8 and
+        32 MiB: there is no backward pass to keep up with, only the next bucket's pass, and one costs 60 us of Python.
         """
         if self.bucket_bytes is not None:
             return self.bucket_bytes
-        return 32 << 20 if self.awc else min(max(total // 12, 1 << 20), 32 << 20)
+        share, least = (4, 8 << 20) if self.awc else (12, 1 << 20)
+        return min(max(total // share, least), 32 << 20)
 
     def begin(self, step: int, scalars: Sequence[Scalars]) -> None:
         """Fixes the step's scalars, one entry per group without the weights."""

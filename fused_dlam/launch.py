@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -45,6 +47,7 @@ def run_workers(fn: Callable[..., Any], n: int, *args: Any, deadline: float = 60
 
 
 def _worker(rank: int, fn: Callable[..., Any], n: int, args: tuple, folder: str, deadline: float) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", n)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=deadline))
@@ -53,3 +56,11 @@ def _worker(rank: int, fn: Callable[..., Any], n: int, args: tuple, folder: str,
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _leave_with_parent() -> None:
+    """Ends this process when its parent ends, however that ends: no worker is left training behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -57,7 +57,8 @@ class GossipSGD(Optimizer):
         global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
         comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
         fused: None takes the best passes available for the parameters, True insists, False takes the reference.
-        bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32, and 32 with "awc".
+        bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32; with "awc" a quarter,
+            between 8 and 32.
         timeout: seconds after which waiting for a peer is an error.
         allow_unstable: run although disagreement between workers grows.
         hyper: hyper-parameters of single methods, e.g. `mu` of "qg-dmsgd".
@@ -312,7 +313,10 @@ class GossipSGD(Optimizer):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of payload this rank has sent since construction; an all-reduce counts as a ring, 2 (n-1)/n of it."""
+        """Bytes of payload this rank has sent since construction, `averaged` and `consensus_distance` included.
+
+        An all-reduce counts as a ring, 2 (n-1)/n of its tensor.
+        """
         assert self._engine is not None
         return 0 if self._engine.exchange is None else round(self._engine.exchange.bytes_sent)
 

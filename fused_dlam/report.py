@@ -65,7 +65,7 @@ def describe(topology: Topology, momentum: float) -> str:
     messages, volume = load(topology)
     degrees = [topology.degree(t) for t in range(topology.period)]
     low, high = min(degrees), max(degrees)
-    rate = rules.auto_correction_rate(momentum, rho)
+    rate = rules.auto_correction_rate(momentum, topology.slowest_rho)
     facts = {
         "period": f"{topology.period} step{'s' * (topology.period > 1)}",
         "degree": (f"{low}" if low == high else f"{low} to {high}") + ": whom a worker hears from in one step",
