@@ -31,7 +31,7 @@ def test_overlap_changes_when_not_what():
             for case, (path, early, buckets) in zip(cases, results, strict=True):
                 expected = results[cases.index({**case, "overlap": False})][0]
                 assert torch.equal(path, expected), (case, rank, delays)
-                assert buckets > 2
+                assert buckets >= 2
                 if case["overlap"] is False or case.get("method") == "pmsgd" or case.get("topology") == "full":
                     assert not any(early)  # all-reduces are not messages
                 elif "communicate_every" not in case and "global_average_every" not in case:
