@@ -25,11 +25,13 @@ from fused_dlam.kernels.blocked import Blocked, Scalars
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
 # (what, contender, yardstick, quantity, promise, margin): rate is bytes per second over the yardstick's, speed its time
-# over the contender's. The promise is what the package set out to reach, the margin what --gate holds it to.
+# over the contender's. The promise is what the package set out to reach; the margin is what --gate holds it to, below
+# the lowest of a dozen runs (the roof itself moved by 15% between them), above what a broken pass gives: plain stores
+# 0.55 for pack, a loop that is not vectorized or unrolled 0.4 for combine.
 GATES = [
-    ("compiled combine, of the roof", "compiled combine", "axpy", "rate", 0.95, 0.95),
+    ("compiled combine, of the roof", "compiled combine", "axpy", "rate", 0.95, 0.85),
     ("compiled combine, of fused SGD", "compiled combine", "SGD fused", "rate", 1 / 1.35, 1 / 1.35),
-    ("compiled pack, of the roof", "compiled pack", "axpy", "rate", 0.80, 0.80),
+    ("compiled pack, of the roof", "compiled pack", "axpy", "rate", 0.80, 0.70),
     ("blocked combine over naive combine", "blocked combine", "naive combine", "speed", 3.0, 1.4),
     ("blocked combine over naive update", "blocked combine", "naive both", "speed", 3.0, 1.8),
 ]
@@ -245,7 +247,11 @@ def main() -> int:
         print(f"{what}: {gate['ratio']:.2f}, promise {gate['promise']:.2f} {kept}, margin {gate['margin']:.2f}{fails}")
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"machine": before, "n": options.n, "rounds": options.rounds, "rows": rows, "gates": held}, file)
+            json.dump(
+                {"machine": before, "n": options.n, "rounds": options.rounds, "rows": rows, "gates": held},
+                file,
+                indent=1,
+            )
             file.write("\n")
     return int(options.gate and any(gate["ratio"] < gate["margin"] for gate in held))
 

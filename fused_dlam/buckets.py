@@ -2,8 +2,10 @@
 
     parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
 
-Nothing is copied in the steady state: autograd accumulates into the gradient views. What breaks a view (a fresh
-gradient after `model.zero_grad()`, say) is copied back in once and the view is put back.
+Parameters are never copied. A gradient that autograd makes anew, as after `zero_grad()`, moves into its slot right
+where it is made and is freed, and the view takes its place: 8 bytes per parameter, still in cache, in place of the 16
+of zeroing the slot and adding to it (8.4 MB of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost).
+From then on autograd accumulates into the view; after `zero_grad(set_to_none=False)` nothing is copied at all.
 """
 
 from __future__ import annotations
@@ -92,9 +94,6 @@ class Bucket:
         if had is not None:
             p.grad = had.to(p.dtype) if had.layout == torch.strided else had
             self.collect(slot)
-        elif p.requires_grad:
-            p.grad = slot.grad
-            slot.zeroed_at = slot.grad._version
 
     def collect(self, slot: Slot) -> None:
         """Copies a gradient that is not the view into the view, and puts the view back."""
@@ -110,15 +109,16 @@ class Bucket:
         slot.grad.copy_(grad.detach())
         slot.p.grad = slot.grad
 
-    def zero_grad(self) -> None:
-        """Zeros the gradients with one write per bucket and keeps the views installed."""
-        self.g.zero_()
+    def zero_grad(self, set_to_none: bool) -> None:
+        """Forgets the gradients, or zeros them with one write and keeps the views installed."""
+        if not set_to_none:
+            self.g.zero_()
         for slot in self.slots:
-            if slot.p.requires_grad:
+            if set_to_none or slot.p.grad is None:
+                slot.p.grad = None
+            else:
                 slot.p.grad = slot.grad
                 slot.zeroed_at = slot.grad._version  # type: ignore[union-attr]
-            else:
-                slot.p.grad = None
 
     def refresh(self) -> None:
         """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""

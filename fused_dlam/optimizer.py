@@ -111,14 +111,15 @@ class GossipSGD(Optimizer):
         if "correction_gain" in rule.hyper:
             hyper["correction_gain"] = correction_gain
         rule.check_hyper(hyper)
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
+        defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         defaults.update(rule_defaults(rule, hyper))
         _check_group(defaults)
 
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         if size < 1:
             raise ValueError("this rank is not in the given process group")
-        local, across = [], []
+        local: list[int] = []
+        across: list[int] = []
         if hierarchical and size > 1:
             if rule.average == "gradient":
                 raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
@@ -296,12 +297,12 @@ class GossipSGD(Optimizer):
         return f"a parameter of shape {tuple(slot.p.shape)}"
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeros all gradients in place, whatever `set_to_none` says: they are views of flat buffers."""
+        """As in torch. With `set_to_none=False` gradients stay views of flat buffers, zeroed by one write a bucket."""
         if self._engine is None:
             super().zero_grad(set_to_none)
             return
         for b in self._engine.buckets:
-            b.zero_grad()
+            b.zero_grad(set_to_none)
 
     # -- what the workers have in common -----------------------------------------------------------------------------
 

@@ -180,13 +180,13 @@ class Topology:
         if self.n == 1:
             return 0.0, 0
         if all(isinstance(p, Circulant) for p in self.phases):
-            log_size = np.zeros(self.n - 1)
+            log_sizes = np.zeros(self.n - 1)
             for t, phase in enumerate(self.phases):
                 size = abs(phase.symbol()[1:])  # type: ignore[union-attr]
-                log_size += np.log(size, out=np.full(self.n - 1, -np.inf), where=size > 1e-13)
-                if log_size.max() == -np.inf:
+                log_sizes += np.log(size, out=np.full(self.n - 1, -np.inf), where=size > 1e-13)
+                if log_sizes.max() == -np.inf:
                     return 0.0, t + 1
-            return float(np.exp(log_size.max() / self.period)), 0
+            return float(np.exp(log_sizes.max() / self.period)), 0
         weights = [self.weights(t) for t in range(self.period)]
         limits = [self.limit_weights]  # of a period that begins with phase 0; now of those that begin later:
         for W in weights[:0:-1]:
@@ -275,12 +275,12 @@ class Topology:
     def _check_connected(self) -> None:
         if all(isinstance(phase, Circulant) for phase in self.phases):
             offsets = {k for phase in self.phases for k, w in phase.weights if w}  # type: ignore[union-attr]
-            parts = math.gcd(self.n, *offsets)
-            if parts > 1:
-                raise ValueError(f"topology {self.name!r} is not connected: it falls into {parts} parts")
+            count = math.gcd(self.n, *offsets)
+            if count > 1:
+                raise ValueError(f"topology {self.name!r} is not connected: it falls into {count} parts")
             return
-        union = sum(self.weights(t) for t in range(self.period))
-        graph = nx.from_numpy_array((union.T != 0).astype(int), create_using=nx.DiGraph)
+        union = np.any([self.weights(t) for t in range(self.period)], axis=0)
+        graph = nx.from_numpy_array(union.T.astype(int), create_using=nx.DiGraph)
         if not nx.is_strongly_connected(graph):
             parts = sorted(sorted(part) for part in nx.strongly_connected_components(graph))
             raise ValueError(

@@ -74,11 +74,13 @@ class Transfer:
             host = exchange.pinned(message, "send").copy_(message, non_blocking=True)
             copied = torch.cuda.current_stream(message.device).record_event() if message.is_cuda else None
             # The host must wait for the copy, but not this thread, which has the rest of the backward pass to launch.
-            self._posting = courier(exchange).run(lambda: (copied and copied.synchronize(), self._post(host)))
+            self._posting = courier(exchange).run(lambda: self._post(host, copied))
         exchange.messages_sent += len(peers.destinations)
         exchange.bytes_sent += len(peers.destinations) * message.numel() * message.element_size()
 
-    def _post(self, message: torch.Tensor) -> None:
+    def _post(self, message: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
+        if copied is not None:
+            copied.synchronize()
         for j in self.peers.destinations:
             with self.exchange.watched("sending to", self.step, j):
                 work = dist.isend(message, self.exchange.ranks[j], self.exchange.group, self._tag)
@@ -169,7 +171,8 @@ class Errand:
     """Something a courier does; `wait` raises what it raised."""
 
     def __init__(self, job: Callable[[], object]):
-        self._job, self._done, self._error = job, threading.Event(), None
+        self._job, self._done = job, threading.Event()
+        self._error: BaseException | None = None
 
     def run(self) -> None:
         try:

@@ -15,13 +15,12 @@ the number of threads shows in a result.
 from __future__ import annotations
 
 import threading
-from collections import namedtuple
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from .rule import Rule
+from .rule import Rule, named
 
 # Elements per block. At 25.5M parameters, d = 1: 60, 48, 41, 36, 33, 32 ms for 16k, 32k, 64k, 128k, 256k, 512k: smaller
 # blocks fit a nearer cache, but every operation costs 1 to 3 us before its first element.
@@ -196,8 +195,8 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     x, g = buffer("x"), buffer("g", cast_g)
     if scaled:
         g = g * scalar("scale")
-    s = namedtuple("State", state)(*(buffer(f"s{k}") for k in range(len(state))))  # type: ignore[misc]
-    h = namedtuple("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))  # type: ignore[misc]
+    s = named("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
+    h = named("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
     own = [root.lift(y) for y in send(x, g, s, h)]
     if d is None:
         return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]

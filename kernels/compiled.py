@@ -7,7 +7,8 @@ recomputes is the one that `pack` wrote, bit for bit, and equals what plain torc
 torch passes use FMA where there is one: theirs may differ in the last bit.)
 
 `pack` writes past the cache: a plain store first reads the line it overwrites, and pack reached 54% of the in-place
-axpy rate with plain stores, 83% with non-temporal ones.
+axpy rate with plain stores, 83% with non-temporal ones. `combine` needs none of that, it has read what it overwrites;
+it reads as fast as axpy does, which for many neighbors (more reading to the byte) is what bounds it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ LINE = 64
 # Bytes of a message, per thread, from which its stores pass the cache by. With the transport reading the message right
 # afterwards: 64 KiB 0.52 ns per element against 0.38 with plain stores, 256 KiB 0.61 against 0.73, 16 MiB 0.76 : 0.94.
 STREAM = 1 << 18
-# Elements per thread at least: handing a slice to a thread costs some 30 us, as much as computing 2^16 elements.
-GRAIN = 1 << 16
+# Elements per thread at least. Handing a slice to a thread costs 40 us, in which one thread updates 2^17 elements that
+# are in the cache; two threads first won at 2^20 elements in all (227 us against 280, DecentLaM at d = 1).
+GRAIN = 1 << 19
 # Types of buffers that the loop can read and write, by the type that carries them in numpy (which has no bfloat16).
 _CARRIERS = {
     torch.float32: torch.float32,

@@ -72,7 +72,7 @@ def load_rule(text: str) -> Rule:
     if not colon:
         return rules.get(text)
     if where.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        spec = importlib.util.spec_from_file_location(f"gated_{Path(where).stem}", where)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # Triton looks a function's module up there

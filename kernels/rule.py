@@ -65,9 +65,9 @@ class Rule:
         self.state = tuple(state)
         self.hyper = dict(hyper or {})
         self.derive = derive
-        self.State = namedtuple("State", self.state)  # type: ignore[misc]
+        self.State = named("State", self.state)
         values = self._values(lr=1.0, momentum=0.5, weight_decay=0.0, rho=0.5, hyper={}, memory={})
-        self.H = namedtuple("H", tuple(values))  # type: ignore[misc]
+        self.H = named("H", tuple(values))
         # One trial on plain floats tells the number of messages, and that the equations have the promised form.
         h, s = self.H(**values), self.State(*(0.0 for _ in self.state))
         messages = send.fn(1.0, 0.0, s, h)
@@ -120,3 +120,8 @@ class Rule:
         if self.send is send_parameter:
             return self
         return Rule(self.name, send_parameter, self.update, self.state, self.hyper, self.derive)
+
+
+def named(name: str, fields: tuple[str, ...]) -> Any:
+    """A named tuple class whose fields are known only now."""
+    return namedtuple(name, fields)  # type: ignore[misc]

@@ -6,6 +6,7 @@ Promises, for every rule, degree, type and size:
 - the message that `combine` recomputes is the one that `pack` wrote, bit for bit;
 - `Compiled` equals the text on torch tensors, one operation after the other, bit for bit; `Blocked` contracts
   a + s * b where the processor can and is held to the first promise only;
+- with symmetric weights the workers' mean does not drift, though messages are bfloat16;
 - the results do not depend on the number of threads, on how buffers are cut, or on who else is computing;
 - no pass allocates anything of the size of a buffer.
 """
@@ -158,7 +159,7 @@ def test_compiled_in_float32(rule):
 @pytest.mark.parametrize("types", [t for t in TYPES if t != "fff"])
 @pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd], ids=lambda r: r.name)
 def test_compiled_in_other_types(rule, types):
-    for n in (1, 3, 1000, BLOCK + 7):  # the last one: non-temporal stores, two threads
+    for n in (1, 3, 1000, BLOCK + 7):  # the last one: non-temporal stores
         p = problem(rule, n, 2, TYPES[types])
         check_against_float64(Compiled, p)
         own, x, state = text(p, p.x.dtype)
@@ -192,6 +193,29 @@ def test_recomputed_message_is_the_sent_one(backend, rule, types):
         passes.combine(x, p.g, state, p.messages[None])
         results.append((p.messages.clone(), x, state))
     assert same(*results)
+
+
+@both
+def test_the_mean_does_not_drift(backend):
+    """DecentLaM on a ring of 4, weights 1/3, bfloat16 messages, gradients x - b: the workers' mean is momentum SGD."""
+    n, size, lr, momentum, rule = 4, 100, 0.05, 0.9, rules.decentlam
+    random = torch.Generator().manual_seed(0)
+    b, x = torch.randn(n, size, generator=random), torch.randn(1, size, generator=random).repeat(n, 1)
+    m, messages, memory = torch.zeros(n, size), torch.empty(n, 1, size, dtype=B), {}
+    mean, velocity, worst = x[0].to(D), torch.zeros(size, dtype=D), 0.0
+    passes = backend(rule)
+    for _ in range(2000):
+        passes.set(Scalars(rule.scalars(lr, momentum, 0.0, memory=memory), (1 / 3, 1 / 3)))
+        g = x - b
+        for i in range(n):
+            passes.pack(x[i], g[i], (m[i],), messages[i])
+        for i in range(n):
+            passes.combine(x[i], g[i], (m[i],), (messages[i - 1], messages[(i + 1) % n]))
+        velocity = momentum * velocity + mean - b.to(D).mean(0)
+        mean = mean - lr * velocity
+        worst = max(worst, float((x.to(D).mean(0) - mean).abs().max()))
+    assert worst < 2e-6, "a bfloat16 message is rounded by up to 4e-3"
+    assert float((x - x.mean(0)).abs().max()) > 0.05, "the workers must differ, or nothing is rounded away"
 
 
 @both
@@ -237,7 +261,8 @@ def threads():
 
 @both
 @pytest.mark.parametrize("types", ["fff", "fbb"])
-def test_threads_do_not_show(backend, types, threads):
+def test_threads_do_not_show(backend, types, threads, monkeypatch):
+    monkeypatch.setattr(compiled, "GRAIN", 1 << 16)
     p = problem(rules.pc_dmsgd, 3 * BLOCK + 7, 2, TYPES[types])
     results = []
     for count in (1, 2, 3):
@@ -273,10 +298,11 @@ def test_cuts_do_not_show(backend):
 
 
 @both
-def test_passes_at_once(backend, threads):
+def test_passes_at_once(backend, threads, monkeypatch):
     """As the hooks of several backward passes call them."""
     threads(2)
-    problems = [problem(rules.pc_dmsgd, 2 * compiled.GRAIN + k, 1, seed=k) for k in range(8)]
+    monkeypatch.setattr(compiled, "GRAIN", 1 << 16)
+    problems = [problem(rules.pc_dmsgd, 2**17 + k, 1, seed=k) for k in range(8)]
     expected = [run(backend, p) for p in problems]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
@@ -286,9 +312,10 @@ def test_passes_at_once(backend, threads):
 @needs_numba
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_threads_after_a_fork(threads):
+def test_threads_after_a_fork(threads, monkeypatch):
     threads(2)
-    p = problem(rules.decentlam, 2 * compiled.GRAIN, 1)
+    monkeypatch.setattr(compiled, "GRAIN", 1 << 16)
+    p = problem(rules.decentlam, 2**17, 1)
     expected = run(Compiled, p)[1].numpy().tobytes()
     child = os.fork()
     if child == 0:

@@ -199,7 +199,7 @@ def step(rule, n, d, message=torch.float32, lr=0.1, passes=None):
 
 
 def aligned(n, dtype=torch.float32):
-    """CPU tensors start at multiples of 64 bytes or, rarely and for small ones, 16: never rely on it."""
+    """Zeros that start at a multiple of 64 bytes, as on a GPU: on a CPU not all tensors do."""
     t = torch.zeros(n + 32, dtype=dtype)
     start = -t.data_ptr() % 64 // t.element_size()
     return t[start : start + n]

@@ -56,13 +56,15 @@ def test_one_worker_is_torch_sgd(method, dtype):
                 n.copy_(m)
 
 
-def test_gradients_and_parameters_stay_views():
-    """After backward, zero_grad, clipping and accumulation no gradient was copied: the same storage throughout."""
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_and_parameters_are_views(set_to_none):
+    """After backward, accumulation and clipping all gradients lie in one flat buffer, and parameters always do."""
     model = network()
     optimizer = GossipSGD(model.parameters(), lr=0.1)
     (bucket,) = optimizer._engine.buckets
     for _ in range(3):
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none)
+        assert not set_to_none or all(p.grad is None for p in model.parameters())
         loss_of(model).backward()
         loss_of(model, 1).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
