@@ -97,14 +97,15 @@ def train(rank: int, images, labels, build: Callable[..., GossipSGD], lr: float,
     return run._replace(bytes_per_step=bytes_sent / steps, seconds=seconds)
 
 
-def worker(rank: int, images, labels, lr: float, steps: int, seeds: int) -> dict[str, list[Run]]:
+def worker(rank: int, images, labels, lr: float, steps: int, seeds: int, schedule: str) -> dict[str, list[Run]]:
     """All trainings, one after the other, in one set of worker processes."""
     from tqdm import tqdm
 
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(total=len(METHODS) * seeds * steps, unit="step", disable=None if rank == 0 else True) as bar:
         runs: dict[str, list[Run]] = {}
-        for name, build in METHODS.items():
+        for name, method in METHODS.items():
+            build = method if name.startswith("all-reduce") else partial(method, schedule=schedule)
             bar.set_description(name)
             runs[name] = [train(rank, images, labels, build, lr, steps, seed, bar.update) for seed in range(seeds)]
     return runs
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=count, default=200, help="steps of each training (200)")
     parser.add_argument("--seeds", type=count, default=1, help="repetitions with other images and starts (1)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate at the start, cosine to zero (0.1)")
+    parser.add_argument("--schedule", choices=("atc", "awc"), default="atc", help="of the gossip methods (atc)")
     parser.add_argument("--out", type=picture, default="fused-dlam-demo.png", help="the picture's file")
     options = parser.parse_args(argv)
     need(parser, "sklearn.datasets", "matplotlib", "tqdm")
@@ -224,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         f" momentum {MOMENTUM}, learning rate {options.lr:g} (cosine), {seeds} seed{'s' * (seeds > 1)}.",
         flush=True,
     )
-    runs = run_workers(worker, n, images, labels, options.lr, steps, seeds, deadline=86400.0)[0]
+    runs = run_workers(worker, n, images, labels, options.lr, steps, seeds, options.schedule, deadline=86400.0)[0]
     print(f"\n{summary(runs)}\n")
     print(f"Seconds: {n} processes sharing this machine's cores, no network; evaluation is left out.")
     if seeds > 1:

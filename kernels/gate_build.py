@@ -71,7 +71,7 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
     }
     constants = {
         "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
-        "BLOCK": block, "VECTOR": vector, "EVEN": even,
+        "BLOCK": block, "VECTOR": vector, "EVEN": even, "EVICT": "",
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {}

@@ -57,11 +57,11 @@ def _tuple_class(names):
 
 
 @triton.jit
-def _load(ptr, offsets, n, EVEN: tl.constexpr):
+def _load(ptr, offsets, n, EVEN: tl.constexpr, EVICT: tl.constexpr = ""):
     if EVEN:
-        value = tl.load(ptr + offsets)
+        value = tl.load(ptr + offsets, eviction_policy=EVICT)
     else:
-        value = tl.load(ptr + offsets, mask=offsets < n, other=0.0)
+        value = tl.load(ptr + offsets, mask=offsets < n, other=0.0, eviction_policy=EVICT)
     return value.to(tl.float32)  # at once: arithmetic in bfloat16 would round, and the interpreter gets it wrong
 
 
@@ -75,11 +75,11 @@ def _store(ptr, offsets, value, n, EVEN: tl.constexpr):
 
 @triton.jit
 def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-            VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+            VECTOR: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr = ""):  # fmt: skip
     """This program's offsets, and x, g, s, h as an equation takes them."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     x = _load(x_ptr, offsets, n, EVEN)
-    g = _load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr)
+    g = _load(g_ptr, offsets, n, EVEN, EVICT) * tl.load(scalars_ptr)
     s = ()
     for k in tl.static_range(len(S.names)):
         s = s + (_load(s_ptrs[k], offsets, n, EVEN),)  # type: ignore[assignment]
@@ -102,13 +102,14 @@ def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexp
 @triton.jit
 def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                     UPDATE: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-                    EVEN: tl.constexpr):  # fmt: skip
+                    EVEN: tl.constexpr, EVICT: tl.constexpr = ""):  # fmt: skip
     """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
 
     r_ptrs are pointers to the messages of the first neighbor, of the second, and so on. next_ptrs is empty, or one
-    pointer: the new x is written there too, in the type of the messages.
+    pointer: the new x is written there too, in the type of the messages. EVICT: how L2 treats what is read for the
+    last time here, gradients and received messages.
     """
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, EVICT)
     y = SEND(x, g, s, h)
     w = ()
     for k in tl.static_range(len(r_ptrs) // len(y)):
@@ -117,7 +118,7 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEN
     for m in tl.static_range(len(y)):
         total = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(len(w)):
-            r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN)
+            r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN, EVICT)
             q = y[m].to(r_ptrs[0].dtype.element_ty).to(tl.float32)  # my message as it was sent
             if k == 0:
                 total = w[k] * (r - q)
@@ -167,8 +168,16 @@ class Fused:
 
     name = "triton"
 
-    def __init__(self, rule: Rule, device: torch.device | str = "cuda", block: int = BLOCK):
-        self.rule, self.device, self.block = rule, torch.device(device), block
+    def __init__(
+        self,
+        rule: Rule,
+        device: torch.device | str = "cuda",
+        block: int = BLOCK,
+        warps: int = WARPS,
+        evict: str = "",
+    ):
+        self.rule, self.device, self.block, self.evict = rule, torch.device(device), block, evict
+        self._options = {**OPTIONS, "num_warps": warps}
         self.scalars = Scalars((), ())
         self._send, self._update = _equation(rule.send), _equation(rule.update)
         self._fields = {"S": Fields(rule.state), "H": Fields(rule.H._fields)}
@@ -206,7 +215,7 @@ class Fused:
             with self._ready():
                 _pack_kernel[self._grid(x)](
                     x, g, tuple(state), messages, self._values, x.numel(),
-                    SEND=self._send, **self._fields, **self._shape(x), **OPTIONS,
+                    SEND=self._send, **self._fields, **self._shape(x), **self._options,
                 )  # fmt: skip
 
     def combine(self, x, g, state, received, next_message=None) -> None:
@@ -230,7 +239,8 @@ class Fused:
             with self._ready():
                 _combine_kernel[self._grid(x)](
                     x, g, tuple(state), rows, emit, self._values, x.numel(),
-                    SEND=self._send, UPDATE=self._update, **self._fields, **self._shape(x), **OPTIONS,
+                    SEND=self._send, UPDATE=self._update, **self._fields, **self._shape(x), EVICT=self.evict,
+                    **self._options,
                 )  # fmt: skip
 
     def _grid(self, x):

@@ -24,20 +24,22 @@ STEPS = {"dsgd": 8000}
 
 
 @cache
-def error(method, name, n, gain=None):
+def error(method, name, n, gain=None, schedule="atc"):
     """The error after every step, from x = 0 on, where it is one."""
     problem = oracle.LeastSquares(n, d=10, rows=50, seed=3)
     hyper = {} if gain is None else {"correction_gain": gain}
     with np.errstate(over="ignore", invalid="ignore"):
-        x = simulate(method, name, problem, np.zeros((n, 10)), STEPS.get(method, 1500), LR, BETA, **hyper)
+        x = simulate(
+            method, name, problem, np.zeros((n, 10)), STEPS.get(method, 1500), LR, BETA, schedule=schedule, **hyper
+        )
         e = problem.error(x)
     assert e[0] == 1.0
     return e
 
 
-def bias(method, name, n, gain=None):
+def bias(method, name, n, gain=None, schedule="atc"):
     """The error in the end: the mean over the last 60 steps, for on a time-varying graph the workers go in circles."""
-    e = error(method, name, n, gain)
+    e = error(method, name, n, gain, schedule)
     assert e[-60:].max() < 1e-20 or e[-60:].mean() == pytest.approx(e[-120:-60].mean(), rel=1e-3)  # it has arrived
     return e[-60:].mean()
 
@@ -86,3 +88,15 @@ def test_the_gain_sets_what_is_left_of_the_bias(n):
     for gain in (3.0, 10.0):
         assert one / bias("pc-dmsgd", graph, n, gain) == pytest.approx((1 + BETA * (gain - 1)) ** 2, rel=0.05)
     assert bias("pc-dmsgd", graph, n, gain=math.inf) < 1e-20
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_what_awc_costs(n):
+    """PC-DmSGD on the one-peer graph: the AWC schedule takes as many steps, and ends at 1.5 to 6 times ATC's bias."""
+    graph = "one-peer-exponential"
+    ratio = bias("pc-dmsgd", graph, n, schedule="awc") / bias("pc-dmsgd", graph, n)
+    print(f"\n{graph}, n = {n}: AWC ends at {ratio:.2f} x ATC's bias")
+    assert 1.5 < ratio < 6
+    for target in (1e-1, 1e-2, 1e-3, 1e-4):
+        steps = int((error("pc-dmsgd", graph, n, schedule="awc") < target).argmax())
+        assert steps <= 1.03 * steps_to("pmsgd", graph, n, target) + 1
