@@ -19,6 +19,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
 from fused_dlam.kernels import compiled, rules
 from fused_dlam.kernels.blocked import Blocked, Scalars
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import triton
+
 from fused_dlam.kernels import rules
 from fused_dlam.kernels.backend import Scalars
 from fused_dlam.kernels.triton_passes import BLOCK, WARPS, Fused

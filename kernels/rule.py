@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -83,6 +85,17 @@ class Rule:
     def __repr__(self) -> str:
         return f"Rule({self.name!r}, state={self.state}, messages={self.messages})"
 
+    def __reduce__(self):
+        """Rules travel to other processes by name: as a variable of the module that holds their equations."""
+        module = sys.modules[self.update.fn.__module__]
+        for name, value in vars(module).items():
+            if value is self:
+                return _find, (module.__name__, name)
+        raise TypeError(f"rule {self.name!r} must be a variable of module {module.__name__!r} to be pickled")
+
+    def __deepcopy__(self, memo: dict) -> Rule:
+        return self
+
     def _values(self, lr, momentum, weight_decay, rho, hyper, memory) -> dict[str, float]:
         values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, default in self.hyper.items():
@@ -120,6 +133,10 @@ class Rule:
         if self.send is send_parameter:
             return self
         return Rule(self.name, send_parameter, self.update, self.state, self.hyper, self.derive)
+
+
+def _find(module: str, name: str) -> Rule:
+    return getattr(importlib.import_module(module), name)
 
 
 def named(name: str, fields: tuple[str, ...]) -> Any:

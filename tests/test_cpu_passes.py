@@ -22,11 +22,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+from fused_dlam import Rule, jit
 from fused_dlam.kernels import blocked, compiled, rules
 from fused_dlam.kernels.blocked import BLOCK, Blocked, Scalars
 from fused_dlam.kernels.compiled import Compiled
-
-from fused_dlam import Rule, jit
 
 needs_numba = pytest.mark.skipif(not compiled.available(), reason="needs numba")
 both = pytest.mark.parametrize("backend", [Blocked, pytest.param(Compiled, marks=needs_numba)])

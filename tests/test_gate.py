@@ -12,10 +12,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from fused_dlam.kernels import rules
-from fused_dlam.kernels.blocked import Scalars
 
 import fused_dlam
+from fused_dlam.kernels import rules
+from fused_dlam.kernels.blocked import Scalars
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

@@ -20,10 +20,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fused_dlam.kernels import rules
-from fused_dlam.kernels.blocked import Blocked, Scalars
 
 import fused_dlam
+from fused_dlam.kernels import rules
+from fused_dlam.kernels.blocked import Blocked, Scalars
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
