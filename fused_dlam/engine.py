@@ -2,7 +2,8 @@
 
     begin(step)    scalars and peers of the step are fixed
     send_next()    the next bucket in line: pack, send           (in the backward pass when overlapped, else in step())
-                   between machines: average the gradient inside the machine first; the bucket before it is sent
+                   where gradients are averaged first (over all, or inside a machine), that is started here, and
+                   between machines the bucket before it is sent
     complete()     the rest is sent; then bucket by bucket: wait -> combine -> parameters
                    and for the next step: receives are posted (atc), or x itself is sent (awc)
 
@@ -76,8 +77,9 @@ class Engine:
         self.step: int | None = None  # the step that has begun
         self.sent = 0  # buckets in line for which it has begun
         self.posted = 0  # those whose message has left
-        # Averages inside the machine, and which parameters had gradients, by bucket.
-        self.inside: dict[int, tuple[Averaging, list[bool]]] = {}
+        # Gradients are averaged over these ranks first: all of them, a machine's, or none but this one.
+        self.averager = exchange if self.averages_gradient else machine.inside if machine is not None else None
+        self.averages: dict[int, tuple[Averaging, list[bool]]] = {}  # by bucket, with what had gradients here
         self.flights: dict[int, Flight] = {}  # by bucket, of this step
         self.next_flights: dict[int, Flight] = {}  # started early, for the next one
 
@@ -120,41 +122,38 @@ class Engine:
 
     def send_next(self) -> None:
         """Sends the next bucket in line; between machines, the one before it, whose average is there by now."""
-        b = self.buckets[self.sent]
+        self.start_average(self.buckets[self.sent])
         self.sent += 1
-        if self.machine is None or self.awc:
-            self._post_until(self.sent)
-        else:
-            self.average_inside(b)
-            self._post_until(self.sent - 1)
+        self._post_until(self.sent if self.machine is None or self.awc else self.sent - 1)
 
     def _post_until(self, count: int) -> None:
         assert self.step is not None
         while self.posted < count:
             b = self.buckets[self.posted]
             self.posted += 1
-            flight = self.flights.setdefault(b.index, self.flights.get(b.index) or self._open(b, self.step))
-            if flight.message is None:
-                self._send(b, flight, self.step)
+            if b.index not in self.flights:
+                self.flights[b.index] = self._open(b, self.step)
+            if self.flights[b.index].message is None:
+                self._send(b, self.flights[b.index], self.step)
 
-    def average_inside(self, b: Bucket) -> None:
-        """Starts averaging a bucket's gradient inside the machine, once per step."""
-        if self.machine is not None and b.index not in self.inside:
+    def start_average(self, b: Bucket) -> None:
+        """Starts averaging a bucket's gradient, where gradients are averaged, once per step."""
+        if self.averager is not None and b.index not in self.averages:
             active = b.active()
             with self.lanes[b.x.device].outbound():
                 b.raise_flags(active)
-                self.inside[b.index] = Averaging(self.machine.inside, b.g, self.step), active
+                self.averages[b.index] = Averaging(self.averager, b.g, self.step), active
 
     def active(self, b: Bucket) -> list[bool]:
-        """Which of a bucket's parameters take a local step: those with a gradient, on any rank of the machine."""
-        if self.machine is None:
+        """Which of a bucket's parameters take a local step: those with a gradient, here or where it is averaged."""
+        if self.averager is None:
             return b.active()
-        self.average_inside(b)
-        average, active = self.inside[b.index]
+        self.start_average(b)
+        average, active = self.averages[b.index]
         if not average.done:
             average.wait_received()
-            self.inside[b.index] = average, b.lower_flags(active)
-        return self.inside[b.index][1]
+            self.averages[b.index] = average, b.lower_flags(active)
+        return self.averages[b.index][1]
 
     def complete(self) -> None:
         """Sends what is left, then waits for and combines every bucket."""
@@ -162,8 +161,6 @@ class Engine:
         while self.sent < len(self.buckets):
             self.send_next()
         self._post_until(len(self.buckets))
-        for b in self.buckets:
-            self.average_inside(b)
         for b in self.buckets:
             self._finish(b, self.flights[b.index])
             if self.ahead and self.exchange is not None and not self.averages_gradient:
@@ -173,7 +170,7 @@ class Engine:
                 self.next_flights[b.index] = flight
         for flight in self.flights.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.inside, self.step = {}, {}, None
+        self.flights, self.averages, self.step = {}, {}, None
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was changed while its message was in flight."""
@@ -230,20 +227,12 @@ class Engine:
         return Flight(peers, b.received, Transfer(self.exchange, rows, peers, step, b.index))
 
     def _send(self, b: Bucket, flight: Flight, step: int) -> None:
-        flight.message = b.messages
-        if self.exchange is None:
-            flight.active = b.active()
+        flight.message, peers = b.messages, flight.peers
+        if self.exchange is None or not (peers.sources or peers.destinations):
             return
         with self.lanes[b.x.device].outbound():
             if not self.awc:  # where x is sent, gradients may come later
                 flight.active = self.active(b)
-            if self.averages_gradient:
-                b.raise_flags(flight.active)
-                flight.transfer = Averaging(self.exchange, b.g, step)
-                return
-            peers = flight.peers
-            if not (peers.sources or peers.destinations):
-                return
             if self._sends_x(b):
                 flight.message = b.x.view(1, -1)
             else:
@@ -275,13 +264,11 @@ class Engine:
             flight.wait_received()
             if self.awc:
                 flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
-                flight.active = self.active(b)
+            flight.active = flight.active or self.active(b)
             if self.machine is not None:
                 for k in range(len(flight.peers.sources)):
                     self.machine.gather(flight.received[k], self.step or 0)
         lane.join()
-        if self.averages_gradient and self.exchange is not None:
-            flight.active = b.lower_flags(flight.active)
         for span, now in b.runs(flight.active):
             if now:
                 state = tuple(t[span] for t in b.state)

@@ -260,7 +260,7 @@ class GossipSGD(Optimizer):
             return 1.0
         assert self._engine is not None
         for b in self._engine.buckets:
-            self._engine.average_inside(b)
+            self._engine.start_average(b)
         squares = [
             torch.linalg.vector_norm(b.g[span], dtype=torch.float32).square()
             for b in self._engine.buckets

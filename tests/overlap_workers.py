@@ -53,7 +53,9 @@ class Log(logging.Handler):
 def script(rank, what, overlap):
     """A training script that does `what` between backward and step; parameters, warnings, errors, early messages."""
     log, model, x = Log(), Tied(), data(rank)
-    options = {"max_grad_norm": 0.1} if what == "max_grad_norm" else {}
+    options = {"max_grad_norm": 0.1} if what.startswith("max_grad_norm") else {}
+    if what.endswith("all-reduce"):
+        options["method"] = "pmsgd"
     optimizer = optimizer_for(model, overlap=overlap, **options)
     early = 0
     try:

@@ -85,6 +85,15 @@ def test_max_grad_norm_is_clip_grad_norm():
         torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=1e-6)
 
 
+def test_max_grad_norm_clips_the_averaged_gradient_where_it_is_averaged():
+    """All-reduce momentum SGD: all ranks bit-equal, and clipped (otherwise than without)."""
+    clipped = [got[0] for got in run_workers(workers.script, 3, "max_grad_norm, all-reduce", "auto")]
+    free = [got[0] for got in run_workers(workers.script, 3, "all-reduce", "auto")]
+    for paths in (clipped, free):
+        assert all(torch.equal(p, paths[0]) for p in paths)
+    assert not torch.equal(clipped[0], free[0])
+
+
 def test_parameters_changed_in_flight():
     """A load without synchronize() is refused and names the remedy; with it, and under averaged(), all is well."""
     assert all("synchronize()" in text for text in run_workers(workers.awc_interference, 3, "load"))
