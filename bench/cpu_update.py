@@ -27,11 +27,11 @@ from fused_dlam.kernels.blocked import Blocked, Scalars
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
 # (what, contender, yardstick, quantity, promise, margin): rate is bytes per second over the yardstick's, reads the same
-# of the bytes read, speed the yardstick's time over the contender's. The promise is what the package set out to reach; the margin is what --gate holds it to, below
-# the lowest of a dozen runs (the roof itself moved by 15% between them), above what a broken pass gives: plain stores
-# 0.55 for pack, a loop that is not vectorized or unrolled 0.4 for combine.
+# of bytes read, speed the yardstick's time over the contender's. The promise is what the package set out to reach; the
+# margin is what --gate holds it to, below the lowest of a dozen runs (axpy itself moved from 37 to 51 GB/s between
+# them) and above what a broken pass gives: plain stores 0.55 for pack, a loop not vectorized or unrolled 0.4.
 GATES = [
-    ("compiled combine, of the roof", "compiled combine", "axpy", "rate", 0.95, 0.85),
+    ("compiled combine, of the roof", "compiled combine", "axpy", "rate", 0.95, 0.80),
     ("compiled combine's reads, of dot", "compiled combine", "dot", "reads", 0.90, 0.80),
     ("compiled combine, of fused SGD", "compiled combine", "SGD fused", "rate", 1 / 1.35, 1 / 1.35),
     ("compiled pack, of the roof", "compiled pack", "axpy", "rate", 0.80, 0.70),

@@ -11,11 +11,11 @@ from .exchange import ExchangeError  # noqa: E402
 from .kernels import rules  # noqa: E402
 from .kernels.jit import jit  # noqa: E402
 from .kernels.rule import Rule  # noqa: E402
+from .mixing import Topology  # noqa: E402
 from .neighbor import neighbor_allreduce  # noqa: E402
 from .optimizer import DecentLaM, GossipSGD  # noqa: E402
 from .simulator import simulate  # noqa: E402
 from .stability import consensus_growth  # noqa: E402
-from .topology import Topology  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

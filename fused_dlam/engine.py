@@ -24,7 +24,7 @@ from .hierarchy import Machine
 from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.rule import Rule, send_parameter
-from .topology import Peers, Topology
+from .mixing import Peers, Topology
 from .transfer import Averaging, Lane, Transfer
 
 NOBODY = Peers((), (), ())

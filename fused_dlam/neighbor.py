@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from . import topology as topologies
 from .exchange import Exchange
-from .topology import Topology
+from .mixing import Topology
 from .transfer import Transfer, average
 
 _exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one per process group

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from . import checkpoint, settings
 from . import topology as topologies
 from .buckets import Slot
 from .engine import Engine
@@ -19,9 +20,9 @@ from .hierarchy import Machine, advise, layout
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
+from .mixing import Topology
 from .overlap import Overlap
 from .stability import consensus_growth, remedies
-from .topology import Topology
 from .transfer import average
 
 LARGEST_MAP = 3000  # rows of the largest dense map the certificate is computed from: about half a minute
@@ -112,8 +113,8 @@ class GossipSGD(Optimizer):
             hyper["correction_gain"] = correction_gain
         rule.check_hyper(hyper)
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
-        defaults.update(rule_defaults(rule, hyper))
-        _check_group(defaults)
+        defaults.update(settings.defaults(rule, hyper))
+        settings.check(defaults)
 
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         if size < 1:
@@ -149,7 +150,7 @@ class GossipSGD(Optimizer):
         self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
-        self.register_state_dict_post_hook(_detach_state)
+        self.register_state_dict_post_hook(checkpoint.detach)
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class GossipSGD(Optimizer):
         group["memory"] = dict(group["memory"])
         group["step"] = self.param_groups[0]["step"]
         try:
-            _check_group(group)
+            settings.check(group)
             self._certify(group)
         except ValueError:
             self.param_groups.pop()
@@ -188,7 +189,7 @@ class GossipSGD(Optimizer):
         inside = None if engine.machine is None else engine.machine.inside
         exchanges = [e for e in (inside, engine.exchange) if e is not None]
         for exchange in exchanges:
-            exchange.agree(_facts(group, params))
+            exchange.agree(settings.facts(group, params))
         buckets = engine.add_group(params)
         for b in buckets:
             for exchange in exchanges:
@@ -385,42 +386,16 @@ class GossipSGD(Optimizer):
 
         Raises ValueError for a checkpoint of another method or topology.
         """
-        for theirs, ours in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            for what in ("method", "topology", "schedule"):
-                if what in theirs and theirs[what] != ours[what]:
-                    raise ValueError(f"the checkpoint is of {what} {theirs[what]!r}, this optimizer of {ours[what]!r}")
-            if theirs.get("dampening") or theirs.get("nesterov"):
-                raise ValueError("the checkpoint uses dampening or nesterov, which this method does not define")
+        checkpoint.check(state_dict, self.param_groups)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 group.setdefault(name, value)  # a checkpoint of torch.optim.SGD lacks ours
             group["memory"] = dict(group["memory"])
-        loaded = {  # uncast: torch rounds state to the parameter's type, which would ruin float32 state of 16-bit ones
-            p: state_dict["state"].get(key, {})
-            for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
-            for key, p in zip(theirs["params"], group["params"], strict=True)
-        }
         assert self._engine is not None
         self._engine.forget()
-        with torch.no_grad():
-            for b in self._engine.buckets:
-                views = dict(zip(self._rule.state, b.state, strict=True))
-                if b.low is not None:
-                    views["master"] = b.x
-                for slot in b.slots:
-                    values = self.state[slot.p]
-                    for name, buffer in views.items():
-                        view = slot.view(buffer)
-                        value = loaded[slot.p].get(name)
-                        if value is not None:
-                            view.copy_(value)
-                        elif name == "master":
-                            view.copy_(slot.p)
-                        else:
-                            view.zero_()
-                        values[name] = view
+        checkpoint.restore(state_dict, self, self._engine)
 
 
 class DecentLaM(GossipSGD):
@@ -445,54 +420,3 @@ class DecentLaM(GossipSGD):
         if "method" in options:
             raise TypeError("DecentLaM is a method; pass method= to GossipSGD")
         super().__init__(params, lr, momentum, weight_decay, "decentlam", topology, **options)
-
-
-def rule_defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group for a rule's own hyper-parameters: plain numbers, or "auto"."""
-    return {
-        name: hyper[name] if hyper.get(name) is not None else ("auto" if callable(default) else default)
-        for name, default in rule.hyper.items()
-    }
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= float(lr) < math.inf:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= float(momentum) < 1.0:
-        raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
-    if not 0.0 <= float(weight_decay) < math.inf:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    rate, gain, mu = group.get("correction_rate", "auto"), group.get("correction_gain", 10.0), group.get("mu", "auto")
-    if rate != "auto" and not (not isinstance(rate, str) and 0.0 <= float(rate) <= 1.0):
-        raise ValueError(f"Invalid correction_rate: {rate!r}, must be 'auto' or in [0, 1]")
-    if not float(gain) >= 1.0:
-        raise ValueError(f"Invalid correction_gain: {gain}, must be >= 1 (math.inf: no leak)")
-    if mu != "auto" and not 0.0 <= float(mu) < 1.0:
-        raise ValueError(f"Invalid mu: {mu!r}, must be in [0, 1)")
-
-
-def _facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
-    """What all ranks must have in common."""
-    shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
-    first = ("method", "topology", "schedule")  # what explains the rest
-    settings = [*first, *(k for k in group if k not in (*first, "params", "memory"))]
-    return {
-        "the number of parameters": str(len(params)),
-        "parameter shapes, strides or types": str(shapes),
-        **{name: str(group.get(name)) for name in settings},
-    }
-
-
-def _detach_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Copies the views, so that a checkpoint holds plain tensors and not whole flat buffers."""
-    state = {
-        key: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()} if isinstance(s, dict) else s
-        for key, s in state_dict["state"].items()
-    }
-    groups = [
-        {k: dict(v) if isinstance(v, dict) else v for k, v in group.items()} for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "state": state, "param_groups": groups}

@@ -12,8 +12,8 @@ from . import topology as topologies
 from .cli import Parser, count, need, picture
 from .kernels import rules
 from .kernels.rule import Rule
+from .mixing import Circulant, Topology
 from .stability import consensus_growth
-from .topology import Circulant, Topology
 
 LARGEST = 1 << 20  # workers, of circulant graphs: half a minute
 LARGEST_DENSE = 1024  # of the others, whose [n, n] matrices are formed and decomposed

@@ -9,7 +9,7 @@ import numpy as np
 from . import topology as topologies
 from .kernels import rules
 from .kernels.rule import Rule
-from .topology import Circulant, Topology
+from .mixing import Circulant, Topology
 
 
 def simulate(

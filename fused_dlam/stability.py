@@ -11,7 +11,7 @@ import numpy as np
 
 from .kernels import rules
 from .kernels.rule import Rule, send_parameter
-from .topology import Topology
+from .mixing import Topology
 
 
 def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> float:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from .exchange import Exchange
-from .topology import Peers
+from .mixing import Peers
 
 
 class Transfer:
