@@ -132,7 +132,6 @@ class GossipSGD(Optimizer):
         self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self._topology = graph
         self._allow_unstable = allow_unstable
-        self._engine: Engine | None = None
         defaults.update(method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={})
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
@@ -144,13 +143,24 @@ class GossipSGD(Optimizer):
             if hierarchical is None and rule.average == "neighbors":
                 advise(size)
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
-        self._engine = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
+        self._running = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
         self._max_grad_norm = max_grad_norm
         clips = max_grad_norm is not None
         self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_post_hook(checkpoint.detach)
+
+    _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
+
+    @property
+    def _engine(self) -> Engine:
+        if self._running is None:
+            raise RuntimeError(
+                "this optimizer was copied or unpickled, which leaves flat buffers and process group behind; build a"
+                " new one over the parameters and load its state_dict"
+            )
+        return self._running
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
 
@@ -166,7 +176,7 @@ class GossipSGD(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._engine is not None:
+        if self._running is not None:
             self._enter(group)
 
     def _certify(self, group: dict[str, Any]) -> None:
@@ -184,7 +194,6 @@ class GossipSGD(Optimizer):
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
-        assert engine is not None
         params = [p for p in group["params"]]
         inside = None if engine.machine is None else engine.machine.inside
         exchanges = [e for e in (inside, engine.exchange) if e is not None]
@@ -219,7 +228,6 @@ class GossipSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        assert engine is not None
         for b in engine.buckets:
             b.refresh()
         engine.check_unchanged()
@@ -239,7 +247,6 @@ class GossipSGD(Optimizer):
 
     def _begin(self) -> None:
         """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
-        assert self._engine is not None
         self._begun = self._settings()
         self._engine.begin(self.param_groups[0]["step"], [self._scalars(group) for group in self.param_groups])
 
@@ -259,7 +266,6 @@ class GossipSGD(Optimizer):
         """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
         if self._max_grad_norm is None:
             return 1.0
-        assert self._engine is not None
         for b in self._engine.buckets:
             self._engine.start_average(b)
         squares = [
@@ -286,7 +292,6 @@ class GossipSGD(Optimizer):
 
         All ranks must call it, before `model.load_state_dict`, say. The next step exchanges anew.
         """
-        assert self._engine is not None
         self._engine.forget()
 
     def _name_of(self, slot: Slot) -> str:
@@ -299,7 +304,7 @@ class GossipSGD(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. With `set_to_none=False` gradients stay views of flat buffers, zeroed by one write a bucket."""
-        if self._engine is None:
+        if self._running is None:
             super().zero_grad(set_to_none)
             return
         for b in self._engine.buckets:
@@ -310,7 +315,6 @@ class GossipSGD(Optimizer):
     @property
     def backend(self) -> str:
         """What runs the element-wise passes, e.g. "torch"."""
-        assert self._engine is not None
         return ", ".join(sorted({p.name for passes in self._engine.passes for p in passes.values()}))
 
     @property
@@ -319,19 +323,16 @@ class GossipSGD(Optimizer):
 
         An all-reduce counts as a ring, 2 (n-1)/n of its tensor.
         """
-        assert self._engine is not None
         return 0 if self._engine.exchange is None else round(self._engine.exchange.bytes_sent)
 
     @property
     def messages_sent(self) -> int:
         """Messages this rank has sent to neighbors since construction."""
-        assert self._engine is not None
         return 0 if self._engine.exchange is None else self._engine.exchange.messages_sent
 
     @torch.no_grad()
     def consensus_distance(self) -> float:
         """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
-        assert self._engine is not None
         exchange = self._engine.exchange
         if exchange is None:
             return 0.0
@@ -354,7 +355,6 @@ class GossipSGD(Optimizer):
 
         All ranks must enter it together. Costs a copy of the parameters.
         """
-        assert self._engine is not None
         exchange = self._engine.exchange
         if exchange is None:
             yield
@@ -393,7 +393,6 @@ class GossipSGD(Optimizer):
             for name, value in old.items():
                 group.setdefault(name, value)  # a checkpoint of torch.optim.SGD lacks ours
             group["memory"] = dict(group["memory"])
-        assert self._engine is not None
         self._engine.forget()
         checkpoint.restore(state_dict, self, self._engine)
 
