@@ -196,10 +196,17 @@ class Engine:
                 flight.wait_sent()
 
     def forget(self) -> None:
-        """Waits for what was started for the next step and drops it: that step exchanges anew. On all ranks."""
-        self.settle()
-        if self.awc:
-            self.next_flights = {}
+        """Ends what was started for the next step and drops it: that step exchanges anew. On all ranks."""
+        for b in self.buckets:
+            flight = self.next_flights.get(b.index)
+            if flight is None:
+                continue
+            if flight.message is None and isinstance(flight.transfer, Transfer):
+                # Receives are posted and cannot be taken back: they would take the next message for theirs.
+                flight.transfer.send(self._part(b.messages))
+            flight.wait_received()
+            flight.wait_sent()
+        self.next_flights = {}
 
     def _peers(self, step: int) -> Peers:
         if self.exchange is None or self.averages_gradient:
@@ -221,10 +228,12 @@ class Engine:
         if peers is EVERYBODY or not (peers.sources or peers.destinations):
             return Flight(peers, b.received)
         assert self.exchange is not None
-        rows = [b.received[k] for k in range(len(peers.sources))]
-        if self.machine is not None:
-            rows = [self.machine.shard(row) for row in rows]
+        rows = [self._part(b.received[k]) for k in range(len(peers.sources))]
         return Flight(peers, b.received, Transfer(self.exchange, rows, peers, step, b.index))
+
+    def _part(self, buffer: torch.Tensor) -> torch.Tensor:
+        """What this rank carries of a message: all of it, or its shard among the ranks of its machine."""
+        return buffer if self.machine is None else self.machine.shard(buffer)
 
     def _send(self, b: Bucket, flight: Flight, step: int) -> None:
         flight.message, peers = b.messages, flight.peers
@@ -243,12 +252,10 @@ class Engine:
                     self._pack(b, span, now, flight.message)
             if peers is EVERYBODY:
                 flight.received = flight.message[None].clone()
-                part = flight.received if self.machine is None else self.machine.shard(flight.received)
-                flight.transfer = Averaging(self.exchange, part, step)
+                flight.transfer = Averaging(self.exchange, self._part(flight.received), step)
             else:
                 assert isinstance(flight.transfer, Transfer)
-                part = flight.message if self.machine is None else self.machine.shard(flight.message)
-                flight.transfer.send(part)
+                flight.transfer.send(self._part(flight.message))
 
     def _pack(self, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
         if not active:

@@ -288,9 +288,9 @@ class GossipSGD(Optimizer):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """With schedule="awc": waits for the exchange in flight and drops it, so that parameters may be changed.
+        """Ends the exchange that was started for the next step and drops it, so that parameters may be changed.
 
-        All ranks must call it, before `model.load_state_dict`, say. The next step exchanges anew.
+        All ranks must call it, with schedule="awc" before `model.load_state_dict`, say. The next step exchanges anew.
         """
         self._engine.forget()
 
@@ -382,7 +382,7 @@ class GossipSGD(Optimizer):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`.
+        """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`. On all ranks.
 
         Raises ValueError for a checkpoint of another method or topology.
         """

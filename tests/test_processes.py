@@ -122,6 +122,13 @@ def test_local_steps_and_global_averages():
         assert abs(got["path"][-1].double().numpy() - expected[-1, rank]).max() < 1e-5
 
 
+@pytest.mark.parametrize("options", [{}, {"schedule": "awc"}, {"method": "da-dmsgd", "overlap": False}])
+def test_going_back_to_a_checkpoint_repeats_the_run(options):
+    """Bit-equal, in the middle of the graph's period, although the next exchange had already begun."""
+    for first, second in run_workers(workers.roll_back, 4, options):
+        assert torch.equal(first, second)
+
+
 def test_bfloat16_messages_take_half_the_bytes():
     """Exactly half; after 50 steps the workers are within 1e-2 of the float64 oracle, their mean within 1e-3."""
     wires = ({}, {"comm_dtype": torch.bfloat16})

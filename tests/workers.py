@@ -182,3 +182,26 @@ def wrong_machines(rank):
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def roll_back(rank, options):
+    """Twelve steps; then back to the checkpoint of step 5, another phase of the graph, and on to step 12 again."""
+    model, x = Tied(), data(rank)
+    optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.05, bucket_mb=1e-4, **options)
+
+    def run(steps):
+        for step in steps:
+            if step == 5:
+                saved["model"] = {k: v.clone() for k, v in model.state_dict().items()}
+                saved["optimizer"] = optimizer.state_dict()
+            optimizer.zero_grad()
+            model.loss(x).backward()
+            optimizer.step()
+        return trained(model).clone()
+
+    saved = {}
+    first = run(range(12))
+    optimizer.synchronize()
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return first, run(range(5, 12))
