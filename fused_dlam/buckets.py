@@ -173,9 +173,8 @@ def build(
 ) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
-    They are numbered from `start`, and their lengths are multiples of `shards`.
-
-    A bucket is full from `limit(bytes of all)` bytes on.
+    They are numbered from `start`, and their lengths are multiples of `shards`. A bucket is full from
+    `limit(bytes of all)` bytes on.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for p in reversed(list(params)):

@@ -22,11 +22,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 
 class Machine:
-    """The ranks of one machine. `layout` says which ranks those are.
-
-    Args:
-        local: global ranks of this machine, in order; across: the ranks with this one's number on every machine.
-    """
+    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them."""
 
     def __init__(self, local: list[int], timeout: float):
         self.inside = Exchange(None, timeout, ranks=local)

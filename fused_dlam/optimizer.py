@@ -194,7 +194,7 @@ class GossipSGD(Optimizer):
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
-        params = [p for p in group["params"]]
+        params = group["params"]
         inside = None if engine.machine is None else engine.machine.inside
         exchanges = [e for e in (inside, engine.exchange) if e is not None]
         for exchange in exchanges:
@@ -248,19 +248,21 @@ class GossipSGD(Optimizer):
     def _begin(self) -> None:
         """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
         self._begun = self._settings()
-        self._engine.begin(self.param_groups[0]["step"], [self._scalars(group) for group in self.param_groups])
+        clip = self._clip_coefficient()  # of the whole gradient: once, whatever the number of groups
+        scalars = [self._scalars(group, clip) for group in self.param_groups]
+        self._engine.begin(self.param_groups[0]["step"], scalars)
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", *self._rule.hyper)
         return [tuple(float(v) if isinstance(v := group[k], torch.Tensor) else v for k in names)
                 for group in self.param_groups]  # fmt: skip
 
-    def _scalars(self, group: dict[str, Any]) -> Scalars:
+    def _scalars(self, group: dict[str, Any], clip: float) -> Scalars:
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
         lr, momentum, weight_decay = (float(group[k]) for k in ("lr", "momentum", "weight_decay"))
         h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, group["memory"])
-        return Scalars(h, (), (-1.0 if group["maximize"] else 1.0) * self._clip_coefficient())
+        return Scalars(h, (), -clip if group["maximize"] else clip)
 
     def _clip_coefficient(self) -> float:
         """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
