@@ -14,7 +14,8 @@ from .kernels.rule import Rule  # noqa: E402
 from .mixing import Topology  # noqa: E402
 from .neighbor import neighbor_allreduce  # noqa: E402
 from .optimizer import DecentLaM, GossipSGD  # noqa: E402
-from .simulator import simulate  # noqa: E402
+from .simulator import Simulation, simulate  # noqa: E402
+from .slowmo import SlowMo  # noqa: E402
 from .stability import consensus_growth  # noqa: E402
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "ExchangeError",
     "GossipSGD",
     "Rule",
+    "Simulation",
+    "SlowMo",
     "Topology",
     "consensus_growth",
     "jit",

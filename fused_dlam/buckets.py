@@ -67,6 +67,7 @@ class Bucket:
         self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
         self.g = torch.zeros(self.N, dtype=dtype, device=first.device)
         self.state: tuple[torch.Tensor, ...] = ()
+        self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
             self._adopt(slot)

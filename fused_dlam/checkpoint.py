@@ -13,11 +13,15 @@ from .engine import Engine
 def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for a checkpoint of another method or topology."""
     for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
-        for what in ("method", "topology", "schedule"):
+        for what in ("method", "topology", "schedule", "slowmo"):
             if what in theirs and theirs[what] != ours[what]:
                 raise ValueError(f"the checkpoint is of {what} {theirs[what]!r}, this optimizer of {ours[what]!r}")
-        if theirs.get("dampening") or theirs.get("nesterov"):
-            raise ValueError("the checkpoint uses dampening or nesterov, which this method does not define")
+        if theirs.get("dampening"):
+            raise ValueError("the checkpoint uses dampening, which no method here defines")
+        if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
+            raise ValueError(
+                f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same nesterov="
+            )
 
 
 def restore(state_dict: dict[str, Any], optimizer: Optimizer, engine: Engine) -> None:
@@ -29,16 +33,13 @@ def restore(state_dict: dict[str, Any], optimizer: Optimizer, engine: Engine) ->
     }
     with torch.no_grad():
         for b in engine.buckets:
-            views = dict(zip(engine.rule.state, b.state, strict=True))
-            if b.low is not None:
-                views["master"] = b.x
             for slot in b.slots:
                 values = optimizer.state[slot.p]
-                for name, buffer in views.items():
+                for name, buffer in engine.buffers(b).items():
                     view, value = slot.view(buffer), loaded[slot.p].get(name)
                     if value is not None:
                         view.copy_(value)
-                    elif name == "master":
+                    elif name in ("master", "slow_anchor"):
                         view.copy_(slot.p)
                     else:
                         view.zero_()

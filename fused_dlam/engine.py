@@ -13,7 +13,7 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -74,6 +74,11 @@ class Engine:
         # Per group, for it has scalars of its own: passes by device and type of the master values.
         self.passes: list[dict[tuple[torch.device, torch.dtype], backend.Blocked]] = []
         self.lanes: dict[torch.device, Lane] = {}
+        # Layers around the rule: called once per step and bucket, when its gradient is what the rule will see, and when
+        # its parameters are what the rule made of them.
+        self.before: Callable[[Bucket, list[bool]], None] | None = None
+        self.after: Callable[[Bucket], None] | None = None
+        self.prepared: set[int] = set()
         self.step: int | None = None  # the step that has begun
         self.sent = 0  # buckets in line for which it has begun
         self.posted = 0  # those whose message has left
@@ -99,6 +104,11 @@ class Engine:
         self.passes.append({kind: backend.choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
         return new
 
+    def buffers(self, b: Bucket) -> dict[str, torch.Tensor]:
+        """A bucket's flat buffers that make up the optimizer's state, by name."""
+        named = dict(zip(self.rule.state, b.state, strict=True)) | b.slow
+        return named if b.low is None else {**named, "master": b.x}
+
     def _full(self, total: int) -> int:
         """Bytes from which a bucket is full.
 
@@ -117,7 +127,7 @@ class Engine:
         for passes, s in zip(self.passes, scalars, strict=True):
             for one in passes.values():
                 one.set(s._replace(weights=weights))
-        self.step, self.sent, self.posted = step, 0, 0
+        self.step, self.sent, self.posted, self.prepared = step, 0, 0, set()
         self.flights, self.next_flights = self.next_flights, {}
 
     def send_next(self) -> None:
@@ -242,6 +252,7 @@ class Engine:
         with self.lanes[b.x.device].outbound():
             if not self.awc:  # where x is sent, gradients may come later
                 flight.active = self.active(b)
+                self._prepare(b, flight.active)
             if self._sends_x(b):
                 flight.message = b.x.view(1, -1)
             else:
@@ -276,6 +287,7 @@ class Engine:
                 for k in range(len(flight.peers.sources)):
                     self.machine.gather(flight.received[k], self.step or 0)
         lane.join()
+        self._prepare(b, flight.active)
         for span, now in b.runs(flight.active):
             if now:
                 state = tuple(t[span] for t in b.state)
@@ -283,7 +295,14 @@ class Engine:
                 self._passes(b).combine(b.x[span], b.g[span], state, received)
             elif flight.peers.sources:
                 self._mix_only(b, span, flight)
+        if self.after is not None:
+            self.after(b)
         b.publish()
+
+    def _prepare(self, b: Bucket, active: list[bool]) -> None:
+        if self.before is not None and b.index not in self.prepared:
+            self.prepared.add(b.index)
+            self.before(b, active)
 
     def _mix_only(self, b: Bucket, span: slice, flight: Flight) -> None:
         """A parameter without a gradient: averaged, and nothing else."""

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, settings
+from . import lars as layerwise
 from . import topology as topologies
-from .buckets import Slot
+from .buckets import Bucket, Slot
 from .engine import Engine
 from .exchange import Exchange, log
 from .hierarchy import Machine, advise, layout
@@ -22,6 +23,7 @@ from .kernels.backend import Scalars
 from .kernels.rule import Rule
 from .mixing import Topology
 from .overlap import Overlap
+from .slowmo import SlowMo
 from .stability import consensus_growth, remedies
 from .transfer import average
 
@@ -51,6 +53,11 @@ class GossipSGD(Optimizer):
             insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
         max_grad_norm: clips the gradient of each worker to this norm, in `step`.
         maximize: ascend instead of descend.
+        nesterov: the method with Nesterov's lookahead, as in `torch.optim.SGD`; for methods in `rules.NESTEROV`.
+        lars: eta, scales every layer's gradient to this share of its weights' size (LARS; see fused_dlam/lars.py).
+            Biases and normalization parameters are left alone; None in a parameter group leaves out that group.
+        slowmo: a `SlowMo(every, momentum, lr)`: every so many steps the workers are averaged exactly, by all-reduce,
+            and take a slow momentum step.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):
             gradients are averaged inside a machine and machines gossip, so that a network card carries one message per
             machine; the workers of the topology are the machines.
@@ -86,6 +93,9 @@ class GossipSGD(Optimizer):
         overlap: bool | str = "auto",
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        nesterov: bool = False,
+        lars: float | None = None,
+        slowmo: SlowMo | None = None,
         hierarchical: Any = None,
         communicate_every: int = 1,
         global_average_every: int | None = None,
@@ -97,6 +107,13 @@ class GossipSGD(Optimizer):
         **hyper: Any,
     ):
         rule = rules.get(method)
+        if nesterov:
+            if rule.name not in rules.NESTEROV:
+                known = ", ".join(rules.NESTEROV)
+                raise ValueError(f"method {rule.name!r} has no Nesterov form; these have: {known}")
+            rule = rules.NESTEROV[rule.name]
+        if slowmo is not None and not isinstance(slowmo, SlowMo):
+            raise TypeError(f"slowmo must be a fused_dlam.SlowMo(every=...), not {type(slowmo).__name__}")
         if schedule not in ("atc", "awc"):
             raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
         if bucket_mb is not None and not bucket_mb > 0:
@@ -113,7 +130,7 @@ class GossipSGD(Optimizer):
             hyper["correction_gain"] = correction_gain
         rule.check_hyper(hyper)
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
-        defaults.update(settings.defaults(rule, hyper))
+        defaults.update(settings.defaults(rule, hyper), lars=lars, slowmo=str(slowmo) if slowmo else None)
         settings.check(defaults)
 
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
@@ -145,6 +162,9 @@ class GossipSGD(Optimizer):
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
         self._running = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
         self._max_grad_norm = max_grad_norm
+        self._slowmo = slowmo
+        if slowmo is not None:
+            self._engine.after = self._slow_step
         clips = max_grad_norm is not None
         self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
@@ -204,10 +224,10 @@ class GossipSGD(Optimizer):
             for exchange in exchanges:
                 exchange.broadcast(b.x)
             b.publish()
+            if self._slowmo is not None:
+                b.slow = {"slow_anchor": b.x.clone(), "slow_momentum_buffer": torch.zeros_like(b.x)}
             for slot in b.slots:
-                self.state[slot.p] = {name: slot.view(t) for name, t in zip(engine.rule.state, b.state, strict=True)}
-                if b.low is not None:
-                    self.state[slot.p]["master"] = slot.view(b.x)
+                self.state[slot.p] = {name: slot.view(t) for name, t in engine.buffers(b).items()}
                 if slot.p.requires_grad:
                     slot.p.register_post_accumulate_grad_hook(self._overlap.hook(b, slot))
         self._overlap.reset()
@@ -250,10 +270,16 @@ class GossipSGD(Optimizer):
         self._begun = self._settings()
         clip = self._clip_coefficient()  # of the whole gradient: once, whatever the number of groups
         scalars = [self._scalars(group, clip) for group in self.param_groups]
+        if any(group["lars"] is not None for group in self.param_groups):
+            self._engine.before, self._scales = self._lars, [s.grad_scale for s in scalars]
+            scalars = [
+                s if group["lars"] is None else s._replace(h=s.h._replace(weight_decay=0.0), grad_scale=1.0)
+                for group, s in zip(self.param_groups, scalars, strict=True)
+            ]
         self._engine.begin(self.param_groups[0]["step"], scalars)
 
     def _settings(self) -> list[tuple]:
-        names = ("lr", "momentum", "weight_decay", "maximize", *self._rule.hyper)
+        names = ("lr", "momentum", "weight_decay", "maximize", "lars", *self._rule.hyper)
         return [tuple(float(v) if isinstance(v := group[k], torch.Tensor) else v for k in names)
                 for group in self.param_groups]  # fmt: skip
 
@@ -263,6 +289,30 @@ class GossipSGD(Optimizer):
         lr, momentum, weight_decay = (float(group[k]) for k in ("lr", "momentum", "weight_decay"))
         h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, group["memory"])
         return Scalars(h, (), -clip if group["maximize"] else clip)
+
+    def _lars(self, b: Bucket, active: list[bool]) -> None:
+        """Scales the gradients of a bucket, before the rule sees them."""
+        group = self.param_groups[b.group]
+        if group["lars"] is None:
+            return
+        slots = [slot for slot, now in zip(b.slots, active, strict=True) if now]
+        xs, gs = ([slot.view(flat) for slot in slots] for flat in (b.x, b.g))
+        adapt = [slot.p.ndim > 1 for slot in slots]
+        layerwise.scale_(xs, gs, adapt, group["lars"], float(group["weight_decay"]), self._scales[b.group])
+
+    def _slow_step(self, b: Bucket) -> None:
+        """SlowMo's average and step, every so many steps."""
+        group, slowmo = self.param_groups[b.group], self._slowmo
+        inverse = rules.inverse_lr({"lr": float(group["lr"])}, group["memory"])
+        if slowmo is None or not slowmo.due(group["step"]):
+            return
+        if self._engine.exchange is not None:
+            average(self._engine.exchange, b.x)
+        x_0, u = b.slow.values()
+        new, momentum = slowmo(b.x, x_0, u, float(group["lr"]), inverse)
+        u.copy_(momentum)
+        x_0.copy_(new)
+        b.x.copy_(new)
 
     def _clip_coefficient(self) -> float:
         """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""

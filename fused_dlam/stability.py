@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .kernels import rules
+from .kernels.jit import Array
 from .kernels.rule import Rule, send_parameter
 from .mixing import Topology
 
@@ -89,6 +90,7 @@ def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
 
 def _step(rule: Rule, h, unit: np.ndarray, pull, one: np.ndarray) -> list[np.ndarray]:
     """The rule's own equations at zero gradient, from (x, state) = unit * one."""
+    one = one.view(Array)
     x, *s = (c * one for c in unit)
     state = rule.State(*s)
     messages = rule.send.fn(x, 0.0 * one, state, h)

@@ -18,6 +18,7 @@ import threading
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .rule import Rule, named
@@ -164,6 +165,9 @@ class _Value:
     def __neg__(self):
         return self.times(self.lift(-1.0))
 
+    def sqrt(self):
+        return self.new("scalar", scalar=f"{self.scalar} ** 0.5") if self.op == "scalar" else self.new("sqrt", self)
+
 
 # How an operation is written. {0}, {1}: operands, {s}: a scalar of the prologue, {out}: where the result goes.
 _SOURCE = {
@@ -174,6 +178,7 @@ _SOURCE = {
     "div": "div({0}, {1}, out={out})",
     "part": "div({0}, {s}, out={out})",
     "inverse": "div({0}.new_tensor({s}), {0}, out={out})",
+    "sqrt": "sqrt({0}, out={out})",
     "copy": "{out}.copy_({0})",
     "fill": "{out}.fill_({s})",
     "round": "{out}.copy_(narrow_.copy_({0}))",  # to the type of the messages (to nearest even) and back
@@ -211,6 +216,14 @@ def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
     return [("x", root.lift(new_x)), *((f"s{k}", root.lift(v)) for k, v in enumerate(new_s))]
 
 
+def _sqrt(a: torch.Tensor, out: torch.Tensor) -> None:
+    """Rounded once. On CPUs torch takes MKL's, which is off by a rounding for every fifth value of float32."""
+    if a.device.type == "cpu":
+        np.sqrt(a.numpy(), out=out.numpy())
+    else:
+        torch.sqrt(a, out=out)
+
+
 # -- Replaying them --------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +254,7 @@ def _replay(equations, d, cast_g, cast_wire, scaled):
         *(f"            {name} = {name}[:n]" for name in (*scratch, "narrow_")),
         *(f"        {line}" for line in lines),
     ]
-    namespace: dict[str, Any] = {"add": torch.add, "mul": torch.mul, "div": torch.div}
+    namespace: dict[str, Any] = {"add": torch.add, "mul": torch.mul, "div": torch.div, "sqrt": _sqrt}
     exec("\n".join(source), namespace)
     return namespace["replay"], len(scratch)
 

@@ -2,7 +2,7 @@
 
 The equations are compiled as they stand and called from a loop whose source is generated with neighbors, messages and
 state buffers unrolled: a loop over `range(len(weights))` inside cost a factor of 3. Everything is computed in the type
-of x, one rounding per + - * /: without `fastmath` LLVM contracts nothing to FMA, so the message that `combine`
+of x, one rounding per + - * / and sqrt: without `fastmath` LLVM contracts nothing to FMA, so the message that `combine`
 recomputes is the one that `pack` wrote, bit for bit, and equals what plain torch operations on the text give. (The
 torch passes use FMA where there is one: theirs may differ in the last bit.)
 
@@ -204,7 +204,11 @@ def _tools() -> dict:
     """What the generated loops call beside the rule: conversions that numba lacks, and non-temporal stores."""
     from llvmlite import ir  # type: ignore[import-untyped]
     from numba import njit, types
-    from numba.extending import intrinsic
+    from numba.extending import intrinsic, overload_method
+
+    @overload_method(types.Float, "sqrt")
+    def _(value):
+        return lambda value: np.sqrt(value)
 
     def cast(name, start, end, llvm):
         """An intrinsic that takes the same 32 bits for a value of another type."""

@@ -15,7 +15,7 @@ SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Traced:
-    """A value that remembers its inputs through + - * /."""
+    """A value that remembers its inputs through + - * / and sqrt."""
 
     def __init__(self, *inputs: str):
         self.inputs = frozenset(inputs)
@@ -27,6 +27,8 @@ class Traced:
 
     def __neg__(self):
         return self
+
+    sqrt = __neg__
 
 
 class Traffic(NamedTuple):
@@ -67,7 +69,9 @@ def _trace(rule: Rule):
         sent = rule.send.fn(x, g, s, h)
         new_x, new_s = rule.update.fn(x, g, s, tuple(Traced(f"pull {m}") for m in range(rule.messages)), h)
     except TypeError as error:
-        raise TypeError(f"the equations of {rule.name!r} may use + - * / and nothing else: {error}") from error
+        raise TypeError(
+            f"the equations of {rule.name!r} may use + - * / and .sqrt() and nothing else: {error}"
+        ) from error
     return [_inputs(y) for y in sent], frozenset().union(*map(_inputs, (new_x, *new_s)))
 
 

@@ -10,7 +10,7 @@ Row = list[str]
 KEPT = Path(__file__).resolve().parent.parent / "bench" / "results" / "gate.txt"  # there in a source checkout
 KEY = ("rule", "schedule", "pass", "message", "gradient", "d")
 HEADER = (*KEY, "B/param", "loads", "stores")  # and the registers of each architecture
-LINE = "{:14}{:9}{:8}{:8}{:9}{:>2}{:>8} {:>15}{:>12}"
+LINE = "{:20}{:9}{:8}{:8}{:9}{:>2}{:>8} {:>15}{:>12}"
 
 
 def show(row: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 try:
     from triton import jit
 except ImportError:  # no triton on this platform: the equations still run everywhere but in a Triton kernel
@@ -19,4 +21,11 @@ except ImportError:  # no triton on this platform: the equations still run every
         return PlainFunction(fn)
 
 
-__all__ = ["jit"]
+class Array(np.ndarray):
+    """A numpy array with the one method of equations that numpy's lack: view one as this to hand it to an equation."""
+
+    def sqrt(self):
+        return np.sqrt(self)
+
+
+__all__ = ["Array", "jit"]

@@ -8,6 +8,8 @@ from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from .jit import jit
 
 #: A hyper-parameter's default: a number, or a function of (momentum, rho) with rho the topology's contraction per step.
@@ -23,7 +25,7 @@ def send_parameter(x, g, s, h):
 
 
 class Rule:
-    """A decentralized method, written once as two element-wise functions with + - * / only.
+    """A decentralized method, written once as two element-wise functions with + - * / and `.sqrt()` only.
 
         send(x, g, s, h)          -> tuple of messages
         update(x, g, s, pull, h)  -> x', tuple of new state buffers
@@ -70,14 +72,15 @@ class Rule:
         self.State = named("State", self.state)
         values = self._values(lr=1.0, momentum=0.5, weight_decay=0.0, rho=0.5, hyper={}, memory={})
         self.H = named("H", tuple(values))
-        # One trial on plain floats tells the number of messages, and that the equations have the promised form.
-        h, s = self.H(**values), self.State(*(0.0 for _ in self.state))
-        messages = send.fn(1.0, 0.0, s, h)
+        # One trial on single numbers tells the number of messages, and that the equations have the promised form.
+        one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        h, s = self.H(**values), self.State(*(zero for _ in self.state))
+        messages = send.fn(one, zero, s, h)
         if not isinstance(messages, tuple) or not messages:
             raise ValueError(f"rule {name!r}: send must return a non-empty tuple of messages, not {messages!r}")
         self.messages = len(messages)
-        self._sends_x = messages[0] == 1.0
-        result = update.fn(1.0, 0.0, s, (0.0,) * self.messages, h)
+        self._sends_x = bool(messages[0] == 1.0)
+        result = update.fn(one, zero, s, (zero,) * self.messages, h)
         buffers = result[1] if isinstance(result, tuple) and len(result) == 2 else None
         if not isinstance(buffers, tuple) or len(buffers) != len(self.state):
             raise ValueError(f"rule {name!r}: update must return x', (one value for each of {self.state})")

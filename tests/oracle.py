@@ -17,55 +17,90 @@ written with pulls, so they cannot check each other; this file can check all of 
     decentlam   g~ = (x - combine(lr g)) / lr;  m = beta m + g~;  x = x - lr m
     pc-dmsgd    u  = beta m + g;  x+ = combine(lr u);  p = (1 - e/kappa) p + e (x+ - (x - lr u)) / den
                 m  = u - p;  x = x+
+    d2-dmsgd    m  = beta m + g;  x+ = combine(lr ((x_prev - x) / lr_prev + m - m_prev)), at first combine(lr m)
+    exact-diffusion     the same with (W + I)/2 for W
+    gradient-tracking   y = W y_prev + g - g_prev, at first g;  m = beta m + y;  x = W (x - lr m)
+    momentum-tracking   m = beta m + g;  x = W x - lr (m - c);  c = W (c - m) + m, at first 0
+    adam        g = g + lambda x;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+                x = combine(lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
+    adamw       the same with lambda x beside the fraction in place of in g
+    nesterov-*  g + beta u in the place of u = beta m + g as the step
+
+Layers around any of them:
+
+    lars        g <- r (g + lambda x), r = eta |x| / (|g| + lambda |x| + 1e-8) for every layer; then no other decay
+    slowmo      every H steps: y = J x;  u = beta_s u + (x_0 - y) / lr;  x_0 = x_0 - alpha lr u;  x = x_0
 """
 
 import numpy as np
 
+ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking")
 
-def run(method, Ws, grad, x0, lrs, momentum, weight_decay, *, steps, schedule="atc", **hyper):
+
+def run(method, Ws, grad, x0, lrs, momentum, weight_decay, *, steps, schedule="atc", lars=None, slowmo=None, **hyper):
     """Every worker's parameters before and after each of `steps` steps, [steps + 1, n, d].
 
     Ws(step) is the mixing matrix, lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
-    hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc-dmsgd.
+    hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc-dmsgd; `beta2`
+    and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
-    if schedule not in ("atc", "awc") or (schedule == "awc" and method in ("psgd", "pmsgd", "da-dmsgd")):
+    nesterov, method = method.startswith("nesterov-"), method.removeprefix("nesterov-")
+    if schedule not in ("atc", "awc") or (schedule == "awc" and method in ONLY_ATC):
         raise ValueError(f"{method} has no schedule {schedule!r}")
     x = np.array(x0, dtype=np.float64)
     n, beta = len(x), momentum
     J = np.full((n, n), 1 / n)
     m, p = np.zeros_like(x), np.zeros_like(x)
-    lr_max, lr_mean = 0.0, None
+    c, u_prev, x_prev, y, g_prev, v = (np.zeros_like(x) for _ in range(6))
+    x_0, slow_u = x, np.zeros_like(x)
+    lr_max, lr_mean, undo = 0.0, None, None
+    W_prev = lr_prev = last_inverse = before_pull = mixed = None
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
         lr_max = max(lr_max, lr)
         literal = 0 < lr >= lr_max / 100  # elsewhere the division by lr is bounded: by lr_max / 100, and 0 at lr = 0
         inverse = 100 / lr_max if lr > 0 else 0.0
-        local = grad(k, x)
-        g = local + weight_decay * x
+        local, decay = grad(k, x), weight_decay
+        if lars:
+            if method in ("psgd", "pmsgd"):
+                local = J @ local
+            for i in range(n):
+                for layer in (slice(None),) if lars[1] is None else lars[1]:
+                    x_norm, g_norm = np.linalg.norm(x[i, layer]), np.linalg.norm(local[i, layer])
+                    ratio = lars[0] * x_norm / (g_norm + decay * x_norm + 1e-8) if x_norm and g_norm else 1.0
+                    local[i, layer] = ratio * (local[i, layer] + decay * x[i, layer])
+            outside = np.ones(x.shape[1], bool)
+            for layer in lars[1] or (slice(None),):
+                outside[layer] = False
+            local[:, outside] += decay * x[:, outside]
+            decay = 0.0
+        g = local + decay * x
 
         def combine(d, W=W, x=x):
             return W @ (x - d) if schedule == "atc" else W @ x - d
 
         if method == "psgd":
-            x = x - lr * (J @ local + weight_decay * x)
+            x = x - lr * (J @ local + decay * x)
         elif method == "pmsgd":
-            m = beta * m + J @ local + weight_decay * x
-            x = x - lr * m
+            G = J @ local + decay * x
+            m = beta * m + G
+            x = x - lr * ((G + beta * m) if nesterov else m)
         elif method == "dsgd":
             x = combine(lr * g)
         elif method == "dmsgd":
             m = beta * m + g
-            x = combine(lr * m)
+            x = combine(lr * ((g + beta * m) if nesterov else m))
         elif method == "da-dmsgd":
             u = beta * m + g
             x, m = W @ (x - lr * u), W @ u
         elif method == "awc-dmsgd":
             m = beta * m + g
-            x = W @ x - lr * m
+            x = W @ x - lr * ((g + beta * m) if nesterov else m)
         elif method == "qg-dmsgd":
             mu = hyper.get("mu", beta)
             u = beta * m + g
+            u = g + beta * u if nesterov else u
             moved = combine(lr * u)
             step = (x - moved) / lr if literal else u + inverse * (x - lr * u - moved)
             x, m = moved, mu * m + (1 - mu) * step
@@ -81,11 +116,42 @@ def run(method, Ws, grad, x0, lrs, momentum, weight_decay, *, steps, schedule="a
             lr_mean = lr if lr_mean is None else (1 - e) * lr_mean + e * lr
             den = max(lr, lr_mean, lr_max / 100)
             u = beta * m + g
-            moved = combine(lr * u)
-            p = (1 - e / gain) * p + (e / den * (moved - (x - lr * u)) if den > 0 else 0.0)
+            step = g + beta * u if nesterov else u
+            moved = combine(lr * step)
+            p = (1 - e / gain) * p + (e / den * (moved - (x - lr * step)) if den > 0 else 0.0)
             x, m = moved, u - p
+        elif method in ("d2-dmsgd", "exact-diffusion"):
+            W = W if method == "d2-dmsgd" else (W + np.eye(n)) / 2
+            m = beta * m + g
+            if undo == "divide":
+                c = (x_prev - mixed) / lr_prev - u_prev
+            elif undo == "bounded":  # the rate was below a hundredth of the largest: divide by that, or not at all
+                c = c - last_inverse * (mixed - before_pull)
+            before_pull = x - lr * (m + c)
+            lr_prev, last_inverse, undo = lr, inverse, "divide" if literal else "bounded"
+            x_prev, u_prev, x = x, m, W @ before_pull if schedule == "atc" else W @ x - lr * (m + c)
+        elif method == "gradient-tracking":
+            y, g_prev = W_prev @ y + g - g_prev if k else g, g
+            m = beta * m + y
+            x = W @ (x - lr * m)
+        elif method == "momentum-tracking":
+            m = beta * m + g
+            x, c = W @ x - lr * (m - c), W @ (c - m) + m
+        elif method in ("adam", "adamw"):
+            b2, eps, t = hyper.get("beta2", 0.999), hyper.get("eps", 1e-8), k + 1
+            g = local if method == "adamw" else g
+            m, v = beta * m + (1 - beta) * g, b2 * v + (1 - b2) * g**2
+            step = (m / (1 - beta**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+            x = combine(lr * (step + decay * x if method == "adamw" else step))
         else:
             raise ValueError(f"unknown method {method!r}")
+        W_prev, mixed = W, x  # a slow step is none of the method's
+        if slowmo and (k + 1) % slowmo[0] == 0:
+            _, beta_s, alpha = slowmo
+            mean = J @ x
+            x = x_0 - alpha * (x_0 - mean + lr * beta_s * slow_u)
+            slow_u = beta_s * slow_u + ((x_0 - mean) / lr if literal else inverse * (x_0 - mean))
+            x_0 = x
         trajectory.append(x)
     return np.stack(trajectory)
 

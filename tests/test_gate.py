@@ -92,7 +92,7 @@ def test_the_floor_is_traced_from_the_equations():
         assert words(rules.dsgd, d) == (3, 3 + d)
     assert words(rules.decentlam, 0) == (3, 5)  # as torch's fused SGD
     assert combine_floor(rules.decentlam, "bf16", "bf16", 2, emit=True).bytes == 4 + 2 + 4 + 2 * 2 + 8 + 2
-    with pytest.raises(TypeError, match=r"'squares' may use \+ - \* / and nothing else"):
+    with pytest.raises(TypeError, match=r"'squares' may use \+ - \* / and .sqrt\(\) and nothing else"):
         pack_floor(fused_dlam.Rule("squares", send_square, rules.dsgd.update), "fp32", "fp32")
 
 

@@ -15,11 +15,12 @@ import oracle
 import pytest
 import torch
 
-from fused_dlam import Rule, Topology, consensus_growth, jit, rules, simulate, topology
+from fused_dlam import Rule, Simulation, SlowMo, Topology, consensus_growth, jit, rules, simulate, topology
+from fused_dlam.lars import Lars
 
 STEPS, LR = 500, 0.02
-METHODS = ["psgd", "pmsgd", "dsgd", "dmsgd", "da-dmsgd", "awc-dmsgd", "qg-dmsgd", "decentlam", "pc-dmsgd"]
-AWC = ["dsgd", "dmsgd", "qg-dmsgd", "decentlam", "pc-dmsgd"]
+METHODS = list(rules.ALL)
+AWC = [m for m in METHODS if m not in oracle.ONLY_ATC and "awc" not in m]
 VARIANTS = [(method, "atc") for method in METHODS] + [(method, "awc") for method in AWC]
 
 LRS = {
@@ -77,7 +78,7 @@ def disagreement_with_oracle(method, schedule, top, lr, steps=STEPS, momentum=0.
     start = np.random.default_rng(1).standard_normal(3)
     x0 = np.tile(start, (n, 1))
     ours = simulate(method, top, grad, start, steps, lr, momentum, 0.01, schedule, **hyper)
-    if method == "pc-dmsgd":
+    if "correction_rate" in rules.ALL[method].hyper:
         hyper.setdefault("correction_rate", oracle.auto_rate(momentum, top.rho))
     theirs = oracle.run(
         method, Ws or matrices(top), grad, x0, lr, momentum, 0.01, steps=steps, schedule=schedule, **hyper
@@ -147,6 +148,85 @@ def test_decentlam_is_the_papers_second_form():
         assert (abs(ours - expected).max(axis=(1, 2)) <= 1e-12 * np.maximum(growing_scale(expected), 1e-3)).all()
 
 
+def test_exact_diffusion_is_its_published_form():
+    """psi = x - lr g; phi = psi + x - psi_prev; x = (I + W)/2 phi, a constant rate, no momentum, to 1e-11."""
+    for top in (topology.symmetric_exponential(8), topology.ring(5)):
+        grad, W = oracle.LeastSquares(top.n), (top.weights() + np.eye(top.n)) / 2
+        x = [np.zeros((top.n, 3))]
+        psi_prev = x[0]
+        for k in range(1500):
+            psi = x[-1] - LR * grad(k, x[-1])
+            x.append(W @ (psi + x[-1] - psi_prev))
+            psi_prev = psi
+        ours = simulate("exact-diffusion", top, grad, x[0], 1500, LR, momentum=0.0)
+        assert abs(ours - np.stack(x)).max() < 1e-11
+        assert grad.error(ours)[-1] < 1e-4  # and exact, where DSGD keeps a bias
+
+
+def test_momentum_tracking_is_gradient_tracking_of_momentum():
+    """y = m - c follows y' = W y + m' - m, y_0 = m_0: Takezawa et al.'s form is a tracked momentum, to 1e-12."""
+    top = topology.exponential(5)
+    grad, W = oracle.LeastSquares(5), top.weights()
+    x, m, y = np.zeros((5, 3)), np.zeros((5, 3)), np.zeros((5, 3))
+    for k in range(200):
+        m, before = 0.9 * m + grad(k, x), m
+        y = W @ y + m - before
+        x = W @ x - 0.005 * y
+    ours = simulate("momentum-tracking", top, grad, np.zeros((5, 3)), 200, 0.005)
+    assert abs(ours[-1] - x).max() < 1e-12
+
+
+# -- layers around any rule --------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "lars": ({"lars": Lars(0.02, [slice(0, 2)])}, {"lars": (0.02, [slice(0, 2)])}),
+    "slowmo": ({"slowmo": SlowMo(12, 0.7, 0.9)}, {"slowmo": (12, 0.7, 0.9)}),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_around_every_method(method, layer):
+    """LARS (biases, here the third parameter, left out) and SlowMo, under the schedule with zero and tiny rates."""
+    ours, theirs = LAYERS[layer]
+    for top in (topology.one_peer_exponential(6), topology.star(5), topology.ring(1)):
+        n, start = top.n, np.random.default_rng(1).standard_normal(3)
+        grad = oracle.LeastSquares(n, gradient_noise=0.3, seed=n)
+        lr = everything if layer == "slowmo" else (lambda k: 5 * everything(k))
+        got = simulate(method, top, grad, start, STEPS, lr, 0.5, 0.01, **ours)
+        hyper = {}
+        if "correction_rate" in rules.ALL[method].hyper:
+            hyper["correction_rate"] = oracle.auto_rate(0.5, top.slowest_rho)
+        x0 = np.tile(start, (n, 1))
+        want = oracle.run(method, matrices(top), grad, x0, lr, 0.5, 0.01, steps=STEPS, **theirs, **hyper)
+        assert np.isfinite(want).all() and abs(want[-1] - want[0]).max() > 1e-3
+        assert (abs(got - want).max(axis=(1, 2)) / growing_scale(want)).max() < 1e-11, top
+
+
+def test_slowmo_without_slow_momentum_averages_exactly():
+    """beta_s = 0, alpha = 1: after every H steps the workers are at their mean, to 1e-12, also at a zero rate; DmSGD
+    then is Gossip-PGA, whose average takes the place of the last exchange."""
+    grad, top = oracle.LeastSquares(6, gradient_noise=0.3), topology.one_peer_exponential(6)
+    slow = simulate("decentlam", top, grad, np.ones(3), STEPS, everything, momentum=0.5, slowmo=SlowMo(8, 0.0))
+    assert abs(slow - slow.mean(axis=1, keepdims=True))[8::8].max() < 1e-12
+    pga = simulate("dmsgd", top.with_global_average(8), grad, np.ones(3), STEPS, everything)
+    slow = simulate("dmsgd", top, grad, np.ones(3), STEPS, everything, slowmo=SlowMo(8, 0.0))
+    assert abs(pga - slow).max() < 1e-12
+
+
+@pytest.mark.parametrize("method", ["pc-dmsgd", "adamw", "psgd", "gradient-tracking"])
+def test_a_simulation_in_torch_is_the_one_in_numpy(method):
+    """float64 to 1e-12; float32 stays float32."""
+    grad, top = oracle.LeastSquares(5), topology.one_peer_exponential(5)
+    layers = {"lars": Lars(0.1, [slice(0, 2)]), "slowmo": SlowMo(7)}
+    want = simulate(method, top, grad, np.ones(3), 60, LR, 0.9, 0.01, **layers)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        workers = Simulation(method, top, torch.ones(5, 3, dtype=dtype), 0.9, 0.01, **layers)
+        for k in range(60):
+            x = workers.step(torch.from_numpy(grad(k, workers.x.double().numpy())).to(dtype), LR)
+        assert x.dtype == dtype and abs(x.double().numpy() - want[-1]).max() < tolerance
+
+
 # -- laws ------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +253,7 @@ def heavy_ball(gradients, x0, lr, momentum, weight_decay):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("method", ["dmsgd", "decentlam", "pc-dmsgd"])
+@pytest.mark.parametrize("method", ["dmsgd", "decentlam", "pc-dmsgd", "exact-diffusion", "momentum-tracking"])
 def test_the_mean_moves_like_all_reduce_momentum_sgd(method, top, schedule, lr):
     """With doubly stochastic W the pulls cancel: the mean is momentum SGD on the mean of the workers' gradients, to
     1e-12, whatever the graph and the noise. (beta = 0.5 for DecentLaM, which diverges on most of these at 0.9: the
@@ -213,13 +293,25 @@ def test_pc_dmsgd_without_correction_is_dmsgd(top, schedule):
     assert np.array_equal(pc, simulate("dmsgd", top, grad, np.ones(3), STEPS, everything, 0.9, 0.01, schedule))
 
 
+TORCH = {  # what every method is with one worker
+    **dict.fromkeys(["psgd", "dsgd"], (torch.optim.SGD, {})),
+    **dict.fromkeys(
+        [m for m in METHODS if m.startswith("nesterov")], (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})
+    ),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+SELF_AVERAGING = ("qg-dmsgd", "nesterov-qg-dmsgd")  # their momentum is a mean of displacements
+
+
 @pytest.mark.parametrize("lr", [*LRS.values(), everything], ids=[*LRS, "everything"])
-@pytest.mark.parametrize("method", ["dmsgd", "pmsgd", "decentlam", "pc-dmsgd"])
-def test_one_worker_is_torch_sgd(method, lr):
-    """torch.optim.SGD with momentum and weight decay, in float64, to 1e-12 under any schedule."""
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in SELF_AVERAGING])
+def test_one_worker_is_torchs_optimizer(method, lr):
+    """torch.optim.SGD, Adam or AdamW with momentum and weight decay, in float64, to 1e-12 under any schedule."""
     grad = oracle.LeastSquares(1, gradient_noise=1.0)
     p = torch.nn.Parameter(torch.ones(1, 3, dtype=torch.float64))
-    sgd = torch.optim.SGD([p], lr=1.0, momentum=0.9, weight_decay=0.01)
+    build, options = TORCH.get(method, (torch.optim.SGD, {"momentum": 0.9}))
+    sgd = build([p], lr=1.0, weight_decay=0.01, **options)
     expected = [p.detach().numpy().copy()]
     for k in range(STEPS):
         p.grad = torch.from_numpy(grad(k, p.detach().numpy()))
@@ -305,8 +397,8 @@ def simulate_two_steps(method="dmsgd", top="ring", grad=lambda k, x: x, x0=None,
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(ValueError, match="unknown method 'adam'; known: psgd, .*pc-dmsgd"):
-        simulate_two_steps("adam")
+    with pytest.raises(ValueError, match="unknown method 'lion'; known: psgd, .*pc-dmsgd"):
+        simulate_two_steps("lion")
     with pytest.raises(TypeError, match="method must be a name or a Rule"):
         simulate_two_steps(3)
     with pytest.raises(TypeError, match="'dmsgd' has no hyper-parameter 'mu'; it has lr, momentum, weight_decay"):
@@ -324,7 +416,7 @@ def test_schedules_are_checked(certify):
             return consensus_growth(method, topology.ring(4), schedule=schedule)
         return simulate_two_steps(method, schedule=schedule)
 
-    for method in ("psgd", "pmsgd", "da-dmsgd"):
+    for method in oracle.ONLY_ATC:
         with pytest.raises(ValueError, match=f"'awc' needs .*'{method}' is not one"):
             attempt(method, "awc")
     with pytest.raises(ValueError, match="'atc' or 'awc', not 'overlap'"):

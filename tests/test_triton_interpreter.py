@@ -83,7 +83,7 @@ class Problem:
         torch.manual_seed(seed)
         self.rule, self.n, self.d = rule, n, d
         self.x, self.g = torch.randn(n), torch.randn(n).to(gradient)
-        self.state = tuple(torch.randn(n) for _ in rule.state)
+        self.state = tuple(torch.randn(n).square() if name.endswith("sq") else torch.randn(n) for name in rule.state)
         self.received = torch.randn(d, rule.messages, n).to(message)
         self.scalars = Scalars(rule.scalars(0.125, 0.9, 0.01, rho=0.5), WEIGHTS[:d], 0.5)
         self.message = message

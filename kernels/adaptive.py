@@ -1,0 +1,66 @@
+"""Decentralized Adam: every worker's moments are its own, parameters are averaged.
+
+    x' = W (x - lr d),  d = m^ / (sqrt(v^) + eps),  m^ and v^ the bias-corrected moments of the worker's own gradients
+
+As BlueFog's adapt-then-combine optimizer does it; with schedule="awc" as Decent-DP does, W x - lr d. The moments are
+not averaged and the bias is at least DSGD's: workers with unlike data take steps of like size in unlike directions.
+beta_1 is `momentum`, so that schedules of momentum reach it. With one worker: torch.optim.Adam and AdamW.
+"""
+
+from __future__ import annotations
+
+from .jit import jit
+from .rule import Rule
+
+
+@jit
+def send_adam(x, g, s, h):
+    g = g + h.weight_decay * x
+    m = h.momentum * s.exp_avg + h.one_minus_momentum * g
+    v = h.beta2 * s.exp_avg_sq + h.one_minus_beta2 * (g * g)
+    return (x - h.step_size * (m / (h.root_scale * v.sqrt() + h.eps)),)
+
+
+@jit
+def update_adam(x, g, s, pull, h):
+    g = g + h.weight_decay * x
+    m = h.momentum * s.exp_avg + h.one_minus_momentum * g
+    v = h.beta2 * s.exp_avg_sq + h.one_minus_beta2 * (g * g)
+    return x - h.step_size * (m / (h.root_scale * v.sqrt() + h.eps)) + pull[0], (m, v)
+
+
+@jit
+def send_adamw(x, g, s, h):
+    m = h.momentum * s.exp_avg + h.one_minus_momentum * g
+    v = h.beta2 * s.exp_avg_sq + h.one_minus_beta2 * (g * g)
+    return (h.keep * x - h.step_size * (m / (h.root_scale * v.sqrt() + h.eps)),)
+
+
+@jit
+def update_adamw(x, g, s, pull, h):
+    m = h.momentum * s.exp_avg + h.one_minus_momentum * g
+    v = h.beta2 * s.exp_avg_sq + h.one_minus_beta2 * (g * g)
+    return h.keep * x - h.step_size * (m / (h.root_scale * v.sqrt() + h.eps)) + pull[0], (m, v)
+
+
+def derive_adam(h: dict, memory: dict) -> dict:
+    """Bias corrections, from the number of steps: step_size = lr / (1 - beta_1^t), root_scale = (1 - beta_2^t)^(-1/2).
+
+    keep = 1 - lr lambda: AdamW's decoupled decay. (Adam's is coupled, lambda x in the gradient.)
+    """
+    t = memory["adam_steps"] = memory.get("adam_steps", 0) + 1
+    beta1, beta2 = h["momentum"], h["beta2"]
+    return {
+        "one_minus_momentum": 1.0 - beta1,
+        "one_minus_beta2": 1.0 - beta2,
+        "step_size": h["lr"] / (1.0 - beta1**t),
+        "root_scale": (1.0 - beta2**t) ** -0.5,
+        "keep": 1.0 - h["lr"] * h["weight_decay"],
+    }
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+HYPER = {"beta2": 0.999, "eps": 1e-8}
+
+adam = Rule("adam", send_adam, update_adam, MOMENTS, hyper=HYPER, derive=derive_adam)
+adamw = Rule("adamw", send_adamw, update_adamw, MOMENTS, hyper=HYPER, derive=derive_adam)

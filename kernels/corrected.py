@@ -1,0 +1,101 @@
+"""Methods that correct a worker's drag by what its neighbors tell: D2, exact diffusion, and the tracking methods.
+
+Letters as in momentum.py; c is a correction in gradient units that starts at zero and sums to zero over the workers.
+The published forms keep the last x and the last g. Written with pulls, what they keep is one buffer: of D2's
+x' = W (x - lr (c + m)), c = (x_prev - x) / lr_prev - m_prev, is left c' = c - pull / lr, an integral of the pull
+without a leak; of a tracked gradient y' = W y + g' - g is left t' = y + pull - g, and y = t + g in the next step.
+"""
+
+from __future__ import annotations
+
+from .jit import jit
+from .momentum import inverse_lr
+from .rule import Rule
+
+
+@jit
+def send_corrected(x, g, s, h):
+    u = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
+    return (x - h.lr * (u + s.correction_buffer),)
+
+
+@jit
+def update_d2_dmsgd(x, g, s, pull, h):
+    u = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
+    c = s.correction_buffer - h.inverse_lr * pull[0]
+    return x - h.lr * (u + s.correction_buffer) + pull[0], (u, c)
+
+
+# D2 (Tang et al., ICML 2018) on the momentum m in the place of the gradient. Needs lambda_min(W) > -1/3 (the
+# certificate sees to it) and a static W: on time-varying graphs it diverges.
+d2_dmsgd = Rule(
+    "d2-dmsgd",
+    send_corrected,
+    update_d2_dmsgd,
+    ("momentum_buffer", "correction_buffer"),
+    derive=lambda h, memory: {"inverse_lr": inverse_lr(h, memory)},
+)
+
+
+@jit
+def update_exact_diffusion(x, g, s, pull, h):
+    u = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
+    c = s.correction_buffer - h.half_inverse_lr * pull[0]
+    return x - h.lr * (u + s.correction_buffer) + h.half * pull[0], (u, c)
+
+
+# Exact diffusion (Yuan et al. 2019): D2 over the lazy (I + W)/2, half of every pull; any symmetric W. With momentum
+# it is EDM (Huang et al. 2025); momentum=0 is the original.
+exact_diffusion = Rule(
+    "exact-diffusion",
+    send_corrected,
+    update_exact_diffusion,
+    ("momentum_buffer", "correction_buffer"),
+    derive=lambda h, memory: {"half": 0.5, "half_inverse_lr": 0.5 * inverse_lr(h, memory)},
+)
+
+
+@jit
+def send_tracked(x, g, s, h):
+    y = s.tracking_buffer + (g + h.weight_decay * x)
+    m = h.momentum * s.momentum_buffer + y
+    return x - h.lr * m, y
+
+
+@jit
+def update_gradient_tracking(x, g, s, pull, h):
+    g = g + h.weight_decay * x
+    y = s.tracking_buffer + g
+    m = h.momentum * s.momentum_buffer + y
+    return x - h.lr * m + pull[0], (m, y - g + pull[1])
+
+
+# Gradient tracking with one exchange per step: x' = W (x - lr m), m = beta m_prev + y, y' = W y + g' - g, y_0 = g_0
+# (Xu et al. 2015, Di Lorenzo and Scutari 2016, Nedic et al. 2017; momentum on y as in Lin et al.'s code). The variant
+# y' = W (y + g' - g) would need the average before the step that is averaged: two exchanges in turn.
+gradient_tracking = Rule(
+    "gradient-tracking", send_tracked, update_gradient_tracking, ("momentum_buffer", "tracking_buffer")
+)
+
+
+@jit
+def send_momentum_tracking(x, g, s, h):
+    u = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
+    return x, u - s.correction_buffer
+
+
+@jit
+def update_momentum_tracking(x, g, s, pull, h):
+    u = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
+    y = u - s.correction_buffer
+    return x - h.lr * y + pull[0], (u, s.correction_buffer - pull[1])
+
+
+# Momentum tracking (Takezawa et al., TMLR 2023): m' = beta m + g, x' = W x - lr (m' - c), c' = W (c - m') + m'. The
+# paper starts m and c at (g_0 - mean g_0) / (1 - beta), by one all-reduce; here they start at zero, like all buffers.
+momentum_tracking = Rule(
+    "momentum-tracking",
+    send_momentum_tracking,
+    update_momentum_tracking,
+    ("momentum_buffer", "correction_buffer"),
+)
