@@ -18,6 +18,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": ("fused_dlam.demo", "train on handwritten digits with worker processes on this machine"),
     "topology": ("fused_dlam.report", "what a graph costs per step, and which methods are stable on it"),
+    "compare": ("fused_dlam.compare", "distance to the optimum of any methods on any graphs, and the bias's exponents"),
     "bench": ("fused_dlam.bench", "exchange and training step against all-reduce, on this machine"),
     "gate": ("fused_dlam.kernels.gate", "compile every kernel and hold its machine code to the floor"),
 }
