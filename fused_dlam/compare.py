@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def draw(runs: Sequence[Run], title: str, path: Path) -> None:
     methods = list(dict.fromkeys(r.method for r in runs if r.method != YARDSTICK))
     figure = Figure(figsize=(max(8.0, 1.5 + 5.2 * len(graphs)), 4.8), layout="constrained")
     figure.suptitle(title)
-    handles: dict[str, object] = {}
+    handles: dict[str, Any] = {}
     for axes, graph in zip(np.atleast_1d(figure.subplots(1, len(graphs), sharey=True)), graphs, strict=True):
         for r in runs:
             if r.method == YARDSTICK:
@@ -105,7 +105,7 @@ def draw(runs: Sequence[Run], title: str, path: Path) -> None:
         axes.set_xlim(left=3)
         axes.set_ylim(max(1e-12, 0.3 * min(r.error[np.isfinite(r.error)].min() for r in runs)), 30)
         axes.grid(alpha=0.3)
-    np.atleast_1d(figure.axes)[0].set_ylabel("mean squared distance to the optimum, relative")
+    figure.axes[0].set_ylabel("mean squared distance to the optimum, relative")
     figure.legend(
         handles.values(),
         handles.keys(),

@@ -16,7 +16,31 @@ from .mixing import Topology
 from .simulator import Simulation
 
 
-class Regression:
+class Quadratic:
+    """n workers, f_i(x) = x^T H_i x / 2 - c_i^T x, for H of [n, d, d] and c of [n, d]."""
+
+    def __init__(self, H: np.ndarray, c: np.ndarray):
+        self.H, self.c = H, c
+        self.n, self.d = c.shape
+        self.optimum = np.linalg.solve(H.mean(axis=0), c.mean(axis=0))
+
+    def grad(self, x: np.ndarray) -> np.ndarray:
+        """Every worker's gradient at its own parameters, [n, d]; or at each of many points, [n, points, d]."""
+        if x.ndim == 3:
+            return np.einsum("nde,npe->npd", self.H, x) - self.c[:, None]
+        return np.einsum("nde,ne->nd", self.H, x) - self.c
+
+    def error(self, x: np.ndarray) -> np.ndarray:
+        """Mean over the workers of |x_i - optimum|^2 / |optimum|^2, for x of [..., n, d]."""
+        return ((x - self.optimum) ** 2).sum(-1).mean(-1) / (self.optimum**2).sum()
+
+    @property
+    def heterogeneity(self) -> float:
+        """b^2 of the theorems: the mean of |gradient of f_i|^2 at the optimum."""
+        return float((self.grad(np.tile(self.optimum, (self.n, 1))) ** 2).sum(-1).mean())
+
+
+class Regression(Quadratic):
     """n workers, d unknowns, `rows` data points each.
 
     Args:
@@ -32,35 +56,15 @@ class Regression:
         A = random.standard_normal((n, rows, d))
         solutions = random.standard_normal(d) + spread * random.standard_normal((n, d))
         b = np.einsum("nrd,nd->nr", A, solutions) + label_noise * random.standard_normal((n, rows))
-        self.n, self.d = n, d
-        self.H = np.einsum("nrd,nre->nde", A, A) / rows  # the workers' Hessians
-        self.c = np.einsum("nrd,nr->nd", A, b) / rows
-        self.optimum = np.linalg.solve(self.H.mean(axis=0), self.c.mean(axis=0))
-
-    def grad(self, x: np.ndarray) -> np.ndarray:
-        """Every worker's gradient at its own parameters, [n, d]; or [n, d] for each of many points, [n, points, d]."""
-        if x.ndim == 3:
-            return np.einsum("nde,npe->npd", self.H, x) - self.c[:, None]
-        return np.einsum("nde,ne->nd", self.H, x) - self.c
-
-    def error(self, x: np.ndarray) -> np.ndarray:
-        """Mean over the workers of |x_i - optimum|^2 / |optimum|^2, for x of [..., n, d]."""
-        return ((x - self.optimum) ** 2).sum(-1).mean(-1) / (self.optimum**2).sum()
-
-    @property
-    def heterogeneity(self) -> float:
-        """b^2 of the theorems: the mean of |gradient of f_i|^2 at the optimum."""
-        return float((self.grad(np.tile(self.optimum, (self.n, 1))) ** 2).sum(-1).mean())
+        super().__init__(np.einsum("nrd,nre->nde", A, A) / rows, np.einsum("nrd,nr->nd", A, b) / rows)
 
 
-def limiting_bias(
-    method: str | Rule, topology: Topology, problem: Regression, lr: float, momentum: float = 0.9, **hyper
-) -> float:
-    """The error with which a linear rule ends at a constant learning rate, the mean over a period of the topology.
+def period_map(
+    method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
+) -> tuple[np.ndarray, np.ndarray]:
+    """(A, offset) of z <- A z + offset, what one period of the topology does to z = (x, state), flattened [k, n, d].
 
-    The period's map of (x, state) is formed column by column by the rule's own equations, and its fixed point solved
-    for, O((k n d)^3) with k = 1 + the number of state buffers. Conserved quantities (the mean of a correction) stay at
-    their start, zero. inf where the steps do not contract: the workers never arrive.
+    Formed column by column by the rule's own equations, which must be linear; k = 1 + the number of state buffers.
     """
     rule = rules.get(method)
     n, d, k = problem.n, problem.d, 1 + len(rule.state)
@@ -70,21 +74,27 @@ def limiting_bias(
     x, *state = points.transpose(0, 1, 3, 2).reshape(k, n, -1)
     workers = Simulation(rule, topology, x, momentum, **hyper)
     workers.state = workers.rule.State(*state)
-
-    def image() -> np.ndarray:
-        values = np.stack([workers.x, *workers.state]).reshape(k, n, size + 1, d)
-        return np.asarray(values.transpose(0, 1, 3, 2).reshape(size, size + 1))
-
     for _ in range(topology.period):
         workers.step(problem.grad(workers.x.reshape(n, -1, d)).reshape(n, -1), lr)
-    affine = image()
-    offset = affine[:, -1]
-    A = affine[:, :-1] - offset[:, None]
+    values = np.stack([workers.x, *workers.state]).reshape(k, n, size + 1, d)
+    affine = values.transpose(0, 1, 3, 2).reshape(size, size + 1)
+    return affine[:, :-1] - affine[:, -1:], affine[:, -1]
+
+
+def limiting_bias(
+    method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
+) -> float:
+    """The error with which a linear rule ends at a constant learning rate, the mean over a period of the topology.
+
+    The fixed point of the period's map is solved for, O((k n d)^3). Conserved quantities (the mean of a correction)
+    stay at their start, zero. inf where the steps do not contract: the workers never arrive.
+    """
+    A, offset = period_map(method, topology, problem, lr, momentum, **hyper)
     if abs(np.linalg.eigvals(A)).max() > 1 + 1e-9:
         return np.inf
-    z = _fixed_point(A, offset).reshape(k, n, d)
-    workers = Simulation(rule, topology, z[0], momentum, **hyper)
-    workers.state = workers.rule.State(*z[1:])
+    x, *state = _fixed_point(A, offset).reshape(-1, problem.n, problem.d)
+    workers = Simulation(method, topology, x, momentum, **hyper)
+    workers.state = workers.rule.State(*state)
     return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in range(topology.period)]))
 
 

@@ -49,7 +49,7 @@ class Simulation:
         rule = rules.get(method)
         self.rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self.rule.check_hyper(hyper)
-        self.x = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
+        self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
         self.topology = topologies.get(topology, len(x))
         self.momentum, self.weight_decay, self.hyper, self.lars, self.slowmo = (
             momentum,
@@ -137,7 +137,7 @@ def _pull(topology: Topology, step: int, y: Any) -> Any:
             if k:
                 pull = pull + w * (roll(y, k, 0) - y)
         return pull
-    others = phase - np.diag(np.diag(phase))
+    others: Any = phase - np.diag(np.diag(phase))
     if isinstance(y, torch.Tensor):
         others = torch.from_numpy(others).to(y)
     y = y - y[0]  # pulls between equal messages are exactly zero
