@@ -22,6 +22,10 @@ TARGETS = {
 ALIGNED = [["tt.divisibility", 16]]  # what Triton's launcher says of a pointer or a length that is a multiple of 16
 
 
+# FMAs that a division is made of on AMD GPUs, the same wherever it is computed. (NVIDIA's has none.)
+HIP_DIVISION = 5
+
+
 class Case(NamedTuple):
     """One row of the table."""
 
@@ -44,10 +48,11 @@ class Case(NamedTuple):
 
     def ceiling(self, target: str) -> int:
         """Registers allowed for each thread, where ptxas took at most 60 with up to 3 received messages and 66 with
-        more, on sm_100 72 and 78. An SM's 65,536 last for 1024, 768 and 640 threads at 64, 80 and 96."""
+        more, on sm_100 72 and 78; with a division 71 (AdamW at d = 3 on sm_80). An SM's 65,536 last for 1024, 768 and
+        640 threads at 64, 80 and 96."""
         if self.d * self.rule.messages > 3:
             return 96
-        return 80 if target == "sm_100" else 64
+        return 80 if target == "sm_100" or self.floor.divisions else 64
 
 
 def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector=VECTOR, even=True,
@@ -111,8 +116,12 @@ def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
         if shown[what] != _widths(wanted):
             failures.append(f"width: {what} {shown[what]}, not {_widths(wanted)}")
     for what in ("spills", "shared", "barriers", "loops", "atomics", "fma"):
-        if getattr(code, what):
-            failures.append(f"{what}: {getattr(code, what)}")
+        count = getattr(code, what)
+        if what == "fma" and TARGETS[target].backend == "hip":
+            divisions, other = divmod(count, HIP_DIVISION * elements)
+            count = count if other or divisions > floor.divisions else 0
+        if count:
+            failures.append(f"{what}: {count}")
     if code.registers > case.ceiling(target):
         failures.append(f"registers: {code.registers}, ceiling {case.ceiling(target)}")
     return Verdict(code, moved, **shown, failures=failures)
