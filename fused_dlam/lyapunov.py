@@ -57,11 +57,19 @@ def estimate(
     logs = np.log(np.where(np.array(sizes) == 0, VANISHED, sizes))
     if 0 in sizes:
         return Growth(0.0, 0.0, math.exp(logs.mean()))
-    # Slopes, which oscillations of V leave in peace: at momentum 0.9 the error of 0.95 is 0.0004, not 0.002.
-    parts = np.array_split(logs[len(logs) // 4 :].cumsum(), PARTS)
-    slopes = [np.polynomial.polynomial.polyfit(np.arange(len(part)), part, 1)[1] for part in parts]
-    growth = math.exp(np.mean(slopes))
-    return Growth(growth, growth * float(np.std(slopes, ddof=1)) / math.sqrt(PARTS), growth)
+    size = logs[len(logs) // 4 :].cumsum()
+    growth = math.exp(_slope(size))
+    # A drift between the halves is what is left of the start.
+    scatter = np.std([_slope(part) for part in np.array_split(size, PARTS)], ddof=1) / math.sqrt(PARTS)
+    first, second = (_slope(half) for half in np.array_split(size, 2))
+    return Growth(growth, growth * max(float(scatter), abs(second - first) / 2), growth)
+
+
+def _slope(log_size: np.ndarray) -> float:
+    """By least squares: oscillations, in which momentum abounds, then hardly count. At momentum 0.9 the error of a
+    growth of 0.95 is 0.0004 instead of 0.002."""
+    step = np.arange(len(log_size)) - (len(log_size) - 1) / 2
+    return float(step @ log_size / (step @ step))
 
 
 def _normalized(V: np.ndarray) -> tuple[np.ndarray, float]:

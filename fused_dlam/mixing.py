@@ -249,14 +249,15 @@ class Topology:
 def check_rows(phase: Phase, where: str) -> None:
     """Raises ValueError if a weight is negative or not finite or a row does not sum to one."""
     values = phase.values()
+    if values.min() >= 0 and abs(values.sum(axis=-1) - 1).max() <= TOLERANCE:  # not so if there is a NaN
+        return
     if not np.isfinite(values).all():
         raise ValueError(f"{where}: weights must be finite")
     if (values < 0).any():
         raise ValueError(f"{where}: weights must not be negative, found {values.min():g}")
     sums = np.atleast_1d(values.sum(axis=-1))
-    if abs(sums - 1).max() > TOLERANCE:
-        row = int(abs(sums - 1).argmax())
-        raise ValueError(f"{where}: every row must sum to one; row {row} sums to {sums[row]:.12g}")
+    row = int(abs(sums - 1).argmax())
+    raise ValueError(f"{where}: every row must sum to one; row {row} sums to {sums[row]:.12g}")
 
 
 def connects(phases: Iterable[Phase], n: int) -> bool:

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "list":
         print("fused-dlam topology NAME -n N, where NAME is one of\n")
         for known, build in topologies.FAMILY.items():
-            print(f"  {known:<23}{(build.__doc__ or '').splitlines()[0]}")
+            print(f"  {known:<25}{(build.__doc__ or '').splitlines()[0]}")
         return 0
     if name not in topologies.FAMILY:
         parser.error(f"unknown topology {options.name!r}; known: {', '.join(topologies.FAMILY)}")
