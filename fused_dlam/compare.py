@@ -143,9 +143,7 @@ class Sweep(NamedTuple):
 
 
 def lazier(graph: Topology, t: float) -> Topology:
-    return Topology(
-        [(1 - t) * np.eye(graph.n) + t * phase.dense() for phase in graph.phases], f"lazy {graph.name}"
-    )
+    return Topology([(1 - t) * np.eye(graph.n) + t * phase.dense() for phase in graph.phases], f"lazy {graph.name}")
 
 
 def sweep(method: str, graph: Topology, problem: Regression, momentum: float) -> list[Sweep]:

@@ -18,7 +18,7 @@ import torch
 import workers
 from test_processes import STEPS, network_gradient
 
-from fused_dlam import consensus_growth, rules, stability, topology
+from fused_dlam import consensus_growth, stability, topology
 from fused_dlam.launch import run_workers
 from fused_dlam.topology import RandomTopology, circulant, od_equidyn, ou_equidyn, random_match, sparse
 
@@ -146,12 +146,11 @@ def test_exact_averages_are_no_obstacle():
     pair, full = random_match(2), topology.full(2)
     assert pair.rho == 0.0 and pair.slowest_rho == pytest.approx(full.slowest_rho)
     averaged = random_match(6).with_global_average(3)
-    for method, rule in rules.ALL.items():
-        for top in (pair, random_match(1), averaged):
-            growth, error = stability.lyapunov(method, top)
-            assert 0 <= growth < 1.2 and 0 <= error < 0.01, (method, top)  # not so if there is a NaN
-        if rule.average == "neighbors":
-            agrees(*stability.lyapunov(method, pair), consensus_growth(method, full), 1e-4)
+    for method in ("dsgd", "dmsgd", "da-dmsgd", "decentlam", "qg-dmsgd", "pc-dmsgd"):
+        agrees(*stability.lyapunov(method, pair), consensus_growth(method, full), 1e-4)
+        growth, error = stability.lyapunov(method, averaged)
+        assert 0 <= growth < 1.2 and 0 <= error < 0.01, method  # not so if there is a NaN
+    assert stability.lyapunov("pmsgd", pair) == stability.lyapunov("dmsgd", random_match(1)) == (0.0, 0.0)
     assert random_match(4).rho == 0.0 and 0.3 < random_match(4).slowest_rho < 0.6
 
 
