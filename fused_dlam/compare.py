@@ -143,9 +143,7 @@ class Sweep(NamedTuple):
 
 
 def lazier(graph: Topology, t: float) -> Topology:
-    return Topology(
-        [(1 - t) * np.eye(graph.n) + t * graph.weights(k) for k in range(graph.period)], f"lazy {graph.name}"
-    )
+    return Topology([(1 - t) * np.eye(graph.n) + t * phase.dense() for phase in graph.phases], f"lazy {graph.name}")
 
 
 def sweep(method: str, graph: Topology, problem: Regression, momentum: float) -> list[Sweep]:
@@ -259,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(parser: Parser, options, methods, graphs, problem) -> int:
     if unknown := [m for m in methods if m not in THEOREMS]:
         parser.error(f"--sweep has theorems for {', '.join(THEOREMS)}, not for {', '.join(unknown)}")
-    if len(graphs) > 1 or graphs[0].period > 1 or not graphs[0].is_symmetric or graphs[0].n < 3:
+    if len(graphs) > 1 or graphs[0].period != 1 or not graphs[0].is_symmetric or graphs[0].n < 3:
         parser.error(
             "--sweep needs one static, symmetric graph of at least 3 workers: DecentLaM's theorem is for those"
         )

@@ -94,7 +94,7 @@ class Engine:
         shards = 1 if self.machine is None else self.machine.size
         new = flat.build(params, self._full, len(self.buckets), group, shards)
         lonely = self.exchange is None or self.averages_gradient
-        degree = 0 if lonely else max(self._rows(t) for t in range(self.topology.period))
+        degree = 0 if lonely else self.topology.most_messages
         for b in new:
             b.allocate(len(self.rule.state), self.rule.messages, degree, self.message_dtype, self._sends_x(b))
             self.lanes.setdefault(b.x.device, Lane(b.x.device))
@@ -225,9 +225,6 @@ class Engine:
 
     def _averages(self, step: int) -> bool:
         return self.topology.n > 2 and self.topology.averages_exactly(step)
-
-    def _rows(self, step: int) -> int:
-        return 1 if self._averages(step) else self.topology.degree(step)
 
     def _sends_x(self, b: Bucket) -> bool:
         return self.awc and self.message_dtype in (None, b.x.dtype)

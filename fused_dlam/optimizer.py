@@ -24,7 +24,7 @@ from .kernels.rule import Rule
 from .mixing import Topology
 from .overlap import Overlap
 from .slowmo import SlowMo
-from .stability import consensus_growth, remedies
+from .stability import REFUSED, lyapunov, remedies
 from .transfer import average
 
 LARGEST_MAP = 3000  # rows of the largest dense map the certificate is computed from: about half a minute
@@ -203,13 +203,13 @@ class GossipSGD(Optimizer):
         rule, graph = self._rule, self._topology
         if graph.n == 1 or self._allow_unstable:
             return
-        if (1 + len(rule.state)) * graph.n > LARGEST_MAP and graph.modes is None:
+        if graph.period is not None and (1 + len(rule.state)) * graph.n > LARGEST_MAP and graph.modes is None:
             log.warning("%s over %d workers is too large to certify here; see consensus_growth", graph.name, graph.n)
             return
         hyper = {name: group[name] for name in rule.hyper}
-        growth = consensus_growth(rule, graph, float(group["momentum"]), **hyper)
-        if growth >= 1 - 1e-9:
-            raise ValueError(remedies(rule, graph, float(group["momentum"]), growth, **hyper))
+        growth, error = lyapunov(rule, graph, float(group["momentum"]), **hyper)
+        if growth + 2 * error >= REFUSED:
+            raise ValueError(remedies(rule, graph, float(group["momentum"]), growth, error, **hyper))
 
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""

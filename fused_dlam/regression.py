@@ -66,6 +66,8 @@ def period_map(
 
     Formed column by column by the rule's own equations, which must be linear; k = 1 + the number of state buffers.
     """
+    if topology.period is None:
+        raise ValueError(f"topology {topology.name!r} never repeats: there is no period to be solved for")
     rule = rules.get(method)
     n, d, k = problem.n, problem.d, 1 + len(rule.state)
     size = k * n * d
@@ -95,7 +97,7 @@ def limiting_bias(
     x, *state = _fixed_point(A, offset).reshape(-1, problem.n, problem.d)
     workers = Simulation(method, topology, x, momentum, **hyper)
     workers.state = workers.rule.State(*state)
-    return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in range(topology.period)]))
+    return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in topology.phases]))
 
 
 def _fixed_point(A: np.ndarray, offset: np.ndarray) -> np.ndarray:

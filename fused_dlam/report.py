@@ -6,20 +6,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from . import topology as topologies
 from .cli import Parser, count, need, picture
 from .kernels import rules
 from .kernels.rule import Rule
-from .mixing import Circulant, Topology
-from .stability import consensus_growth
+from .mixing import Topology
+from .phases import Circulant
+from .random_topology import RandomTopology
+from .stability import REFUSED, lyapunov
 
 LARGEST = 1 << 20  # workers, of circulant graphs: half a minute
 LARGEST_DENSE = 1024  # of the others, whose [n, n] matrices are formed and decomposed
 LARGEST_MAP = 256  # of those without common eigenvectors: the whole map of x and state is decomposed
+LARGEST_RANDOM = 16384  # of random ones, whose workers are followed through thousands of steps
 LARGEST_DRAWN = 64
-REFUSED = 1 - 1e-9  # the growth from which on the optimizer refuses
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -44,32 +44,30 @@ def all_reduce(n: int) -> float:
 def load(topology: Topology) -> tuple[float, float]:
     """Messages per step that the busiest worker sends, and bytes per step in M, both as means over a period.
 
-    A step whose matrix is exact averaging is done by all-reduce, as the optimizer does it: no messages.
+    Of a random graph as means over its first steps. A step whose matrix is exact averaging is done by all-reduce, as
+    the optimizer does it: no messages.
     """
     messages = volume = 0.0
-    for t, phase in enumerate(topology.phases):
-        if topology.n > 2 and topology.averages_exactly(t):
+    for phase in topology.phases:
+        if topology.n > 2 and phase.averages():
             volume += all_reduce(topology.n)
-            continue
-        if isinstance(phase, Circulant):
-            sent = topology.degree(t)
         else:
-            sent = int((phase - np.diag(np.diag(phase)) != 0).sum(axis=0).max())
-        messages, volume = messages + sent, volume + sent
-    return messages / topology.period, volume / topology.period
+            sent = phase.degrees()[1]
+            messages, volume = messages + sent, volume + sent
+    return messages / len(topology.phases), volume / len(topology.phases)
 
 
 def describe(topology: Topology, momentum: float) -> str:
     """All that is printed about a topology."""
-    n, rho = topology.n, topology.rho
+    n, period = topology.n, topology.period
     messages, volume = load(topology)
-    degrees = [topology.degree(t) for t in range(topology.period)]
+    degrees = [phase.degrees()[0] for phase in topology.phases]
     low, high = min(degrees), max(degrees)
     rate = rules.auto_correction_rate(momentum, topology.slowest_rho)
     facts = {
-        "period": f"{topology.period} step{'s' * (topology.period > 1)}",
+        "period": f"{period} step{'s' * (period > 1)}" if period else "none: drawn anew at every step",
         "degree": (f"{low}" if low == high else f"{low} to {high}") + ": whom a worker hears from in one step",
-        "rho": "0: averages exactly within a period" if rho == 0 else f"{_near_one(rho)}: contraction per step",
+        "rho": _contraction(topology),
         "symmetric": "yes" if topology.is_symmetric else "no",
         "doubly stochastic": "yes" if topology.is_doubly_stochastic else "no",
         "messages": "none, by all-reduce" if messages == 0 < volume else f"{messages:g} per worker and step",
@@ -83,19 +81,32 @@ def describe(topology: Topology, momentum: float) -> str:
     return "\n".join([*lines, "", table(header, rows)])
 
 
+def _contraction(topology: Topology) -> str:
+    if topology.rho > 0:
+        error = f" ± {topology.contraction.error:.4f}" if isinstance(topology, RandomTopology) else ""
+        return f"{_near_one(topology.rho)}{error}: contraction per step"
+    if isinstance(topology, RandomTopology) and topology.n > 1:
+        return f"0: averages exactly sooner or later; {topology.slowest_rho:.4f} until then"
+    return "0: averages exactly within a period"
+
+
 def verdict(rule: Rule, topology: Topology, momentum: float, volume: float) -> tuple[str, ...]:
     """One method's row of the table."""
     if rule.average == "gradient":
         return rule.name, "exact", "", "", f"{all_reduce(topology.n):.4g} M"
     cost = f"{rule.messages * volume:.4g} M"
-    if topology.n > LARGEST_MAP and topology.modes is None:
+    random = topology.period is None
+    if not random and topology.n > LARGEST_MAP and topology.modes is None:
         return rule.name, "too large to tell", "", "", cost
-    growth = consensus_growth(rule, topology, momentum)
-    if growth >= REFUSED:
-        # The optimizer refuses both; a graph may also be so slow that nothing is forgotten in a lifetime.
-        return rule.name, _near_one(growth), "never", "unstable" if growth > 2 - REFUSED else "too slow", cost
-    tenth = max(topology.period, math.ceil(math.log(0.1) / math.log(growth))) if growth > 0 else topology.period
-    return rule.name, _near_one(growth), f"{tenth:,}", "stable", cost
+    growth, error = lyapunov(rule, topology, momentum)
+    figure = _near_one(growth) + (f" ± {error:.4f}" if random else "")
+    if growth + 2 * error >= REFUSED:
+        # The optimizer refuses all three; a graph may also be so slow that nothing is forgotten in a lifetime.
+        why = "unstable" if growth > 2 - REFUSED else "too near to tell" if error else "too slow"
+        return rule.name, figure, "never", why, cost
+    per_step = growth or (topology.slowest_rho if random else 0.0)
+    tenth = max(topology.period or 1, math.ceil(math.log(0.1) / math.log(per_step)) if per_step > 0 else 1)
+    return rule.name, figure, f"{tenth:,}", "stable", cost
 
 
 def _near_one(value: float) -> str:
@@ -112,7 +123,8 @@ def draw(topology: Topology, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    n, period = topology.n, topology.period
+    # Of a random graph the first steps: with more nothing could be told apart.
+    n, period = topology.n, topology.period or min(6, len(topology.phases))
     graphs = [topology.to_networkx(t) for t in range(period)]
     union = nx.compose_all(graphs)
     union.remove_edges_from(list(nx.selfloop_edges(union)))
@@ -147,7 +159,9 @@ def draw(topology: Topology, path: Path) -> None:
     axes.axis("off")
     if 1 < period <= 10:
         lines = [Line2D([], [], color=c, linewidth=2) for c in colors]
-        names = [f"steps {t}, {t + period}, {t + 2 * period}, ..." for t in range(period)]
+        names = [
+            f"steps {t}, {t + period}, {t + 2 * period}, ..." if topology.period else f"step {t}" for t in range(period)
+        ]
         figure.legend(lines, names, loc="outside lower center", ncols=min(3, period), frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -166,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "list":
         print("fused-dlam topology NAME -n N, where NAME is one of\n")
         for known, build in topologies.FAMILY.items():
-            print(f"  {known:<23}{(build.__doc__ or '').splitlines()[0]}")
+            print(f"  {known:<25}{(build.__doc__ or '').splitlines()[0]}")
         return 0
     if name not in topologies.FAMILY:
         parser.error(f"unknown topology {options.name!r}; known: {', '.join(topologies.FAMILY)}")
@@ -177,10 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     build = topologies.FAMILY[name]
     try:
         # A small one tells whether a large one would be built from dense matrices: 65,536 workers would take 34 GB.
-        circulant = all(isinstance(phase, Circulant) for phase in build(4).phases)
-        if n > (LARGEST if circulant else LARGEST_DENSE):
-            limit = f"{LARGEST:,}" if circulant else f"{LARGEST_DENSE:,}, for its matrices are dense"
-            parser.error(f"{name} is analyzed up to n = {limit}")
+        small = build(4)
+        if small.period is None:
+            largest, why = LARGEST_RANDOM, ", for it is followed step by step"
+        elif all(isinstance(phase, Circulant) for phase in small.phases):
+            largest, why = LARGEST, ""
+        else:
+            largest, why = LARGEST_DENSE, ", for its matrices are dense"
+        if n > largest:
+            parser.error(f"{name} is analyzed up to n = {largest:,}{why}")
         topology = build(n)
     except ValueError as error:
         parser.error(str(error))

@@ -13,7 +13,7 @@ from .kernels import rules
 from .kernels.jit import Array
 from .kernels.rule import Rule
 from .lars import Lars
-from .mixing import Circulant, Topology
+from .mixing import Topology
 from .slowmo import SlowMo
 
 
@@ -75,8 +75,8 @@ class Simulation:
             g, decay = self.lars(self.x, g, decay), 0.0
         rho = self.topology.slowest_rho
         h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory)
-        messages = self.rule.send.fn(self.x, g, self.state, h)
-        pull = tuple(y.mean(0) - y if averaged else _pull(self.topology, self.steps, y) for y in messages)
+        messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
+        pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
         inverse = rules.inverse_lr({"lr": lr}, self.memory)
@@ -125,20 +125,3 @@ def simulate(
         g = np.asarray(grad(step, workers.x.view(np.ndarray)), dtype=np.float64).view(Array)
         out[step + 1] = workers.step(g, lr(step) if callable(lr) else lr)
     return out
-
-
-def _pull(topology: Topology, step: int, y: Any) -> Any:
-    """sum_j W[i, j] (y_j - y_i)."""
-    phase = topology.phases[step % topology.period]
-    if isinstance(phase, Circulant):
-        roll = torch.roll if isinstance(y, torch.Tensor) else np.roll
-        pull = 0.0 * y
-        for k, w in phase.weights:
-            if k:
-                pull = pull + w * (roll(y, k, 0) - y)
-        return pull
-    others: Any = phase - np.diag(np.diag(phase))
-    if isinstance(y, torch.Tensor):
-        others = torch.from_numpy(others).to(y)
-    y = y - y[0]  # pulls between equal messages are exactly zero
-    return others @ y - others.sum(1)[:, None] * y

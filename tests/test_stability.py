@@ -125,6 +125,10 @@ def test_gain_and_rate_enter_the_certificate():
         assert measured_growth("qg-dmsgd", top, 0.9, mu=mu) == pytest.approx(growth, abs=1e-5), mu
 
 
+# Graphs whose matrices at n = 8 have no eigenvectors in common.
+WITHOUT_MODES = ["one-peer-ring", "inner-outer-exponential", "random-match", "od-equidyn", "ou-equidyn"]
+
+
 class WithoutModes(Topology):
     """The certificate must take the long way: the dense map of all workers."""
 
@@ -135,7 +139,7 @@ class WithoutModes(Topology):
 @pytest.mark.parametrize(
     "top",
     [
-        *(topology.get(name, 8) for name in topology.FAMILY if name != "full"),
+        *(topology.get(name, 8) for name in topology.FAMILY if name not in ("full", *WITHOUT_MODES)),
         topology.one_peer_exponential(12),
         topology.one_peer_exponential(5).every(3),
         Topology([topology.star(6).weights(), topology.full(6).weights(), topology.star(6).lazy().weights()], "stars"),

@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 
 from fused_dlam import Topology, topology
-from fused_dlam.topology import Circulant, circulant, from_networkx, metropolis_hastings
+from fused_dlam.topology import (
+    Circulant,
+    base_k,
+    circulant,
+    from_networkx,
+    metropolis_hastings,
+    od_equidyn,
+    ou_equidyn,
+    random_match,
+)
 
+RANDOM = ["random-match", "od-equidyn", "ou-equidyn"]
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24]
 DIRECTED = np.array([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.5, 0.0, 0.5]])  # 0 hears 1, 1 hears 2, 2 hears 0
 UNEVEN = np.array([[0.7, 0.3, 0.0], [0.0, 0.2, 0.8], [0.5, 0.4, 0.1]])  # rows sum to one, columns do not
@@ -20,6 +30,11 @@ UNEVEN = np.array([[0.7, 0.3, 0.0], [0.0, 0.2, 0.8], [0.5, 0.4, 0.1]])  # rows s
 
 def family(sizes):
     return [(name, n) for name in topology.FAMILY for n in sizes if "hypercube" not in name or n & (n - 1) == 0]
+
+
+def steps(top, more=1):
+    """All steps of a period and some more, or some of a graph that never repeats."""
+    return range((top.period or 5) + more)
 
 
 def quiet(weights, name="custom"):
@@ -71,10 +86,74 @@ def powers_of_two_below(n):
     return [2**t for t in range(n) if 2**t < n]
 
 
+def equistatic(n, seed=0, mirror=False):
+    """As the paper's code states it, workers numbered from 1: the mean of A_a over M offsets, or of A_a and A_a^T."""
+    M = next(t for t in itertools.count(1) if 2**t >= n)
+    offsets = np.random.RandomState(np.random.Philox(key=(seed, 0))).randint(1, n, size=M) if n > 1 else []
+    if math.gcd(n, *(int(a) for a in offsets)) > 1 and n > 1:
+        return equistatic(n, seed + 1, mirror)
+    K = np.zeros((n, n)) if n > 1 else np.eye(1)
+    for a in offsets:
+        W = np.zeros((n, n))
+        for i in range(1, n + 1):
+            j = (i + a) % n or n
+            W[i - 1, j - 1] = (n - 1) / n
+            W[i - 1, i - 1] = 1 / n
+        K += ((W + W.T) / 2 if mirror else W) / M
+    return K
+
+
+def one_peer(n, heard):
+    """Worker i hears from heard(i), half and half."""
+    W = np.zeros((n, n))
+    for i in range(n):
+        W[i, i] += 0.5
+        W[i, heard(i) % n] += 0.5
+    return W
+
+
+def inner_outer(n):
+    """As BlueFog's GetInnerOuterExpo2DynamicSendRecvRanks states it, rank by rank: whom a rank receives from. With
+    machines of one worker, or one machine, there is nobody to skip."""
+    m = {6: 3, 8: 4, 12: 3, 16: 4, 24: 4}.get(n, 1)
+    if m == 1:
+        return [one_peer(n, lambda i, p=p: i - p) for p in powers_of_two_below(n) or [0]]
+    machines = n // m
+    outer, inner = int(np.log2(machines - 1)) + 1, int(np.log2(m - 2)) + 1
+
+    def receives_from(rank, index):
+        machine, local, outside = rank // m, rank % m, index % m
+        if local == outside:
+            return (machine - 2 ** (index % outer)) % machines * m + local
+        distance = 2 ** (index % inner)
+        if distance >= (local - outside) % m:
+            distance += 1
+        return machine * m + (local - distance) % m
+
+    return [one_peer(n, lambda i, t=t: receives_from(i, t)) for t in range(math.lcm(m, outer, inner))]
+
+
+def alternating(n):
+    """The pairs of a ring by turns; if n is odd the pairs (i, i+1) for i = t, t+2, ... leave worker t-1 out."""
+    if n < 3:
+        return [np.full((n, n), 1 / n)]
+
+    def partner(i, t):
+        place = (i - t) % n
+        return i if place == n - 1 and n % 2 else i + (1 if place % 2 == 0 else -1)
+
+    return [one_peer(n, lambda i, t=t: partner(i, t)) for t in range(n if n % 2 else 2)]
+
+
 def definition(name, n):
     powers = powers_of_two_below(n)
     return {
         "full": lambda: [np.full((n, n), 1 / n)],
+        "one-way-ring": lambda: [one_peer(n, lambda i: i - 1)],
+        "d-equistatic": lambda: [equistatic(n)],
+        "u-equistatic": lambda: [equistatic(n, mirror=True)],
+        "one-peer-ring": lambda: alternating(n),
+        "inner-outer-exponential": lambda: inner_outer(n),
         "ring": lambda: [equal_weights(n, lambda i: [i - 1, i + 1])],
         "grid": lambda: [metropolis(n, lattice(n, wrap=False))],
         "torus": lambda: [metropolis(n, lattice(n, wrap=True))],
@@ -96,7 +175,10 @@ def contraction(matrices):
     return 0.0 if norm < 1e-13 else norm ** (1 / len(matrices))
 
 
-@pytest.mark.parametrize(("name", "n"), family(SIZES))
+DEFINED = [(name, n) for name, n in family(SIZES) if name not in (*RANDOM, "base-k")]  # those are further down
+
+
+@pytest.mark.parametrize(("name", "n"), DEFINED)
 def test_the_family_is_its_definition(name, n):
     top, expected = topology.get(name, n), definition(name, n)
     assert (top.name, top.n, top.period) == (name, n, len(expected))
@@ -113,7 +195,8 @@ def test_the_family_is_its_definition(name, n):
 def test_the_family_is_complete():
     assert set(topology.FAMILY) >= {
         *("full", "ring", "grid", "torus", "star", "hypercube", "exponential", "symmetric-exponential"),
-        *("one-peer-exponential", "one-peer-hypercube"),
+        *("one-peer-exponential", "one-peer-hypercube", "one-peer-ring", "one-way-ring", "inner-outer-exponential"),
+        *("base-k", "d-equistatic", "u-equistatic", *RANDOM),
     }
 
 
@@ -158,6 +241,14 @@ CUSTOM = [
     topology.one_peer_exponential(6).with_global_average(4),
     Topology([DIRECTED, circulant(3, [1])], "mixed"),
     Topology(circulant(4, {0: 0.5, 1: 0.5, 2: 0.0}), "a zero weight"),
+    base_k(7, 3),
+    base_k(7).lazy(),
+    topology.inner_outer_exponential(9).symmetrize(),
+    random_match(7),
+    random_match(6).with_global_average(3),
+    random_match(5).every(2).with_global_average(4).lazy(),
+    ou_equidyn(9).every(2),
+    od_equidyn(6).symmetrize(),
 ]
 
 
@@ -166,7 +257,7 @@ CUSTOM = [
 )
 def test_peers_degree_and_weights_agree(top):
     """For every rank and step: weights rebuilt from the peers are the matrix, sources and destinations are inverse."""
-    for step in range(top.period + 1):
+    for step in steps(top):
         W, rebuilt = top.weights(step), np.zeros((top.n, top.n))
         peers = [top.peers(rank, step) for rank in range(top.n)]
         for i, p in enumerate(peers):
@@ -180,6 +271,7 @@ def test_peers_degree_and_weights_agree(top):
         for i, j in itertools.product(range(top.n), repeat=2):
             assert (j in peers[i].sources) == (i in peers[j].destinations)
         assert top.degree(step) == max(len(p.sources) for p in peers)
+        assert top.averages_exactly(step) or top.degree(step) <= top.most_messages
 
 
 def test_degrees_are_the_designs():
@@ -411,12 +503,21 @@ def test_metropolis_hastings():
 
 
 @pytest.mark.parametrize(
-    "top", [topology.one_peer_exponential(6), topology.star(5), Topology([DIRECTED] * 2)], ids=repr
+    "top",
+    [
+        topology.one_peer_exponential(6),
+        topology.star(5),
+        Topology([DIRECTED] * 2),
+        base_k(6),
+        ou_equidyn(5),
+        od_equidyn(5),
+    ],
+    ids=repr,
 )
 def test_lazy_and_symmetrize(top):
     lazy, symmetric = top.lazy(), top.symmetrize()
     assert symmetric.is_symmetric and symmetric.is_doubly_stochastic and lazy.is_doubly_stochastic
-    for step in range(top.period):
+    for step in steps(top, 0):
         W = top.weights(step)
         np.testing.assert_allclose(lazy.weights(step), (np.eye(top.n) + W) / 2, rtol=0, atol=1e-15)
         np.testing.assert_allclose(symmetric.weights(step), (W + W.T) / 2, rtol=0, atol=1e-15)
@@ -432,24 +533,24 @@ def test_lazy_and_symmetrize_where_the_mean_is_weighted():
         top.symmetrize()
 
 
-@pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5)], ids=repr)
+@pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5), ou_equidyn(5)], ids=repr)
 def test_every_k(top):
     """k - 1 local steps, then the next exchange."""
-    sparse = top.every(3)
-    assert sparse.period == 3 * top.period and top.every(1) is top
-    for step in range(2 * sparse.period):
+    seldom = top.every(3)
+    assert seldom.period == (top.period and 3 * top.period) and top.every(1) is top
+    for step in range(2 * (seldom.period or 9)):
         expected = top.weights(step // 3) if step % 3 == 2 else np.eye(top.n)
-        np.testing.assert_array_equal(sparse.weights(step), expected)
+        np.testing.assert_array_equal(seldom.weights(step), expected)
     with pytest.raises(ValueError, match="every k >= 1 steps, not 0"):
         top.every(0)
 
 
-@pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5)], ids=repr)
+@pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5), random_match(5)], ids=repr)
 def test_global_averages(top):
     """Every fourth step J in place of the exchange; the phases go on underneath."""
     mixed = top.with_global_average(4)
-    assert mixed.period == math.lcm(4, top.period)
-    for step in range(2 * mixed.period):
+    assert mixed.period == (top.period and math.lcm(4, top.period))
+    for step in range(2 * (mixed.period or 8)):
         expected = np.full((top.n, top.n), 1 / top.n) if step % 4 == 3 else top.weights(step)
         np.testing.assert_allclose(mixed.weights(step), expected, rtol=0, atol=1e-15)
         assert mixed.averages_exactly(step) == (step % 4 == 3)

@@ -1,0 +1,276 @@
+"""One step's mixing matrix, in the form that suits it.
+
+`W[i, j]` weighs worker j's message at worker i; rows sum to one. A `Circulant` is a few numbers (every worker does the
+same, shifted: n may be 100,000), a `Sparse` a few per worker, a `Dense` all n^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+TOLERANCE = 1e-9  # on row and column sums
+
+
+@dataclass(frozen=True)
+class Peers:
+    """One worker's part in one exchange. The order of `sources` is the order of the sum, the same in every run."""
+
+    sources: tuple[int, ...]  # workers it hears from
+    weights: tuple[float, ...]  # W[rank, source], one for each source
+    destinations: tuple[int, ...]  # workers that hear from it
+
+
+@dataclass(frozen=True)
+class Circulant:
+    """W[i, (i - offset) mod n] = weight for each (offset, weight): worker i hears from i - offset."""
+
+    n: int
+    weights: tuple[tuple[int, float], ...]
+
+    def dense(self) -> np.ndarray:
+        W = np.zeros((self.n, self.n))
+        rows = np.arange(self.n)
+        for offset, weight in self.weights:
+            W[rows, (rows - offset) % self.n] += weight
+        return W
+
+    def symbol(self) -> np.ndarray:
+        """The n eigenvalues, in the order of the Fourier modes (mode 0 is the workers' mean)."""
+        first_column = np.zeros(self.n)
+        for offset, weight in self.weights:
+            first_column[offset] += weight
+        return np.fft.fft(first_column)
+
+    def values(self) -> np.ndarray:
+        """Every weight once; the last axis of it sums as the rows do."""
+        return np.array([w for _, w in self.weights])
+
+    def columns(self) -> np.ndarray:
+        """The sums of the columns, one number if they are all alike."""
+        return self.values().sum(keepdims=True)
+
+    def pull(self, y: Any) -> Any:
+        """sum_j W[i, j] (y_j - y_i) of y [n, ...], an array or a tensor: exactly zero between equal workers."""
+        if self.averages():
+            z = y - y[0]
+            return z.mean(0) - z
+        pull = 0.0 * y
+        for k, w in self.weights:
+            if k:
+                pull = pull + w * ((np.roll(y, k, 0) if isinstance(y, np.ndarray) else y.roll(k, 0)) - y)
+        return pull
+
+    @cached_property
+    def heard(self) -> tuple[np.ndarray, np.ndarray]:
+        """All (i, j) such that i hears from j, itself left out."""
+        rows, offsets = np.arange(self.n), np.array([k for k, w in self.weights if k and w], dtype=int)
+        return np.tile(rows, len(offsets)), (rows - offsets[:, None]).ravel() % self.n
+
+    def peers(self, rank: int) -> Peers:
+        hears = sorted(((rank - k) % self.n, w) for k, w in self.weights if k and w)
+        sends = sorted((rank + k) % self.n for k, w in self.weights if k and w)
+        return Peers(tuple(j for j, _ in hears), tuple(w for _, w in hears), tuple(sends))
+
+    def degrees(self) -> tuple[int, int]:
+        """The most workers that one worker hears from, and that one sends to."""
+        count = sum(1 for k, w in self.weights if k and w)
+        return count, count
+
+    def is_symmetric(self) -> bool:
+        weights = dict(self.weights)
+        return all(abs(weights.get(-k % self.n, 0.0) - w) < TOLERANCE for k, w in self.weights)
+
+    def transpose(self) -> Circulant:
+        return circulant(self.n, {-k: w for k, w in self.weights})
+
+    def averages(self) -> bool:
+        """Whether W = J, every entry 1/n."""
+        return len(self.weights) == self.n and all(abs(w * self.n - 1) < TOLERANCE for _, w in self.weights)
+
+
+class Sparse:
+    """W[i, sources[i, k]] = weights[i, k]; the rest of row i is worker i's own.
+
+    Args:
+        sources: whom each worker hears from, int [n, d], no worker twice in a row; a row with fewer than d has places
+            left, in which the source is the worker itself and the weight 0.
+        weights: float64 [n, d].
+    """
+
+    def __init__(self, sources: np.ndarray, weights: np.ndarray):
+        self.sources, self.others = sources, weights
+        self.n = len(sources)
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        return 1 - self.others.sum(axis=1)
+
+    def dense(self) -> np.ndarray:
+        W = np.diag(self.own)
+        i, k = np.nonzero(self.others)
+        W[i, self.sources[i, k]] = self.others[i, k]
+        return W
+
+    def values(self) -> np.ndarray:
+        return np.column_stack([self.own, self.others])
+
+    def columns(self) -> np.ndarray:
+        return self.own + np.bincount(self.sources.ravel(), self.others.ravel(), minlength=self.n)
+
+    def pull(self, y: Any) -> Any:
+        pull = 0.0 * y
+        for j, w in zip(self.sources.T, self.others.T, strict=True):
+            pull = pull + _like(w.reshape(-1, *(1,) * (y.ndim - 1)), y) * (y[j] - y)
+        return pull
+
+    @cached_property
+    def heard(self) -> tuple[np.ndarray, np.ndarray]:
+        i, k = np.nonzero(self.others)
+        return i, self.sources[i, k]
+
+    def peers(self, rank: int) -> Peers:
+        hears = sorted((int(j), float(w)) for j, w in zip(self.sources[rank], self.others[rank], strict=True) if w)
+        sends = np.flatnonzero(((self.sources == rank) & (self.others != 0)).any(axis=1))
+        return Peers(tuple(j for j, _ in hears), tuple(w for _, w in hears), tuple(sends.tolist()))
+
+    def degrees(self) -> tuple[int, int]:
+        i, j = self.heard
+        return _most(i), _most(j)
+
+    def is_symmetric(self) -> bool:
+        i, j = self.heard
+        there, back = (sparse(self.n, *pair, self.others[self.others != 0]) for pair in ((i, j), (j, i)))
+        return np.array_equal(there.sources, back.sources) and bool((abs(there.others - back.others) < TOLERANCE).all())
+
+    def transpose(self) -> Sparse:
+        i, j = self.heard
+        return sparse(self.n, j, i, self.others[self.others != 0])
+
+    def averages(self) -> bool:
+        return self.sources.shape[1] >= self.n - 1 and Dense(self.dense()).averages()
+
+
+class Dense:
+    """All of W, float64 [n, n]."""
+
+    def __init__(self, W) -> None:
+        W = np.array(W, dtype=np.float64)
+        if W.ndim != 2 or W.shape[0] != W.shape[1]:
+            raise ValueError(f"a mixing matrix must be square, not of shape {W.shape}")
+        self.W, self.n = W, len(W)
+
+    def dense(self) -> np.ndarray:
+        return self.W.copy()
+
+    def values(self) -> np.ndarray:
+        return self.W
+
+    def columns(self) -> np.ndarray:
+        return self.W.sum(axis=0)
+
+    def pull(self, y: Any) -> Any:
+        others = _like(off_diagonal(self.W), y)
+        z = (y - y[0]).reshape(self.n, -1)  # pulls between equal messages are exactly zero
+        return (others @ z - others.sum(1)[:, None] * z).reshape(y.shape)
+
+    @cached_property
+    def heard(self) -> tuple[np.ndarray, np.ndarray]:
+        i, j = np.nonzero(off_diagonal(self.W))
+        return i, j
+
+    def peers(self, rank: int) -> Peers:
+        hears = [(int(j), float(self.W[rank, j])) for j in np.flatnonzero(self.W[rank]) if j != rank]
+        sends = [int(i) for i in np.flatnonzero(self.W[:, rank]) if i != rank]
+        return Peers(tuple(j for j, _ in hears), tuple(w for _, w in hears), tuple(sends))
+
+    def degrees(self) -> tuple[int, int]:
+        present = off_diagonal(self.W) != 0
+        return int(present.sum(axis=1).max()), int(present.sum(axis=0).max())
+
+    def is_symmetric(self) -> bool:
+        return bool(np.allclose(self.W, self.W.T, rtol=0, atol=TOLERANCE))
+
+    def transpose(self) -> Dense:
+        return Dense(self.W.T)
+
+    def averages(self) -> bool:
+        return bool(np.allclose(self.W * self.n, 1, rtol=0, atol=TOLERANCE))
+
+
+Phase = Circulant | Sparse | Dense
+
+
+# -- building blocks ---------------------------------------------------------------------------------------------------
+
+
+def check_workers(n: int) -> int:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"the number of workers must be an integer >= 1, not {n!r}")
+    return int(n)
+
+
+def identity(n: int) -> Circulant:
+    return Circulant(n, ((0, 1.0),))
+
+
+def circulant(n: int, offsets: Mapping[int, float] | Sequence[int]) -> Circulant:
+    """One phase in which worker i hears from i - offset for each offset; a sequence gets equal weights, self included.
+
+    Offsets are taken mod n; equal ones are merged (their weights add up, if given).
+    """
+    if isinstance(offsets, Mapping):
+        merged: dict[int, float] = {}
+        for k, w in offsets.items():
+            merged[k % n] = merged.get(k % n, 0.0) + w
+    else:
+        distinct = sorted({0, *(k % n for k in offsets)})
+        merged = dict.fromkeys(distinct, 1 / len(distinct))
+    return Circulant(n, tuple(sorted(merged.items())))
+
+
+@lru_cache(maxsize=1)
+def average(n: int) -> Circulant:
+    """J, every entry 1/n."""
+    return circulant(n, range(n))
+
+
+def sparse(n: int, i, j, weights) -> Sparse:
+    """The phase in which worker i[e] hears from j[e] with weights[e], for every e; no pair twice."""
+    i, j, weights = np.asarray(i, dtype=int), np.asarray(j, dtype=int), np.broadcast_to(weights, np.shape(i))
+    order = np.lexsort((j, i))
+    i, j, weights = i[order], j[order], weights[order]
+    counts = np.bincount(i, minlength=n)
+    place = np.arange(len(i)) - (np.cumsum(counts) - counts)[i]
+    sources = np.repeat(np.arange(n)[:, None], counts.max(initial=0), axis=1)
+    others = np.zeros(sources.shape)
+    sources[i, place], others[i, place] = j, weights
+    return Sparse(sources, others)
+
+
+def blend(a: Phase, b: Phase, share: float) -> Phase:
+    """(1 - share) a + share b."""
+    if isinstance(a, Circulant) and isinstance(b, Circulant):
+        merged = {k: (1 - share) * w for k, w in a.weights}
+        for k, w in b.weights:
+            merged[k] = merged.get(k, 0.0) + share * w
+        return circulant(a.n, merged)
+    if isinstance(a, Sparse) and isinstance(b, Circulant) and b.weights == ((0, 1.0),):
+        return Sparse(a.sources, (1 - share) * a.others)
+    return Dense((1 - share) * a.dense() + share * b.dense())
+
+
+def off_diagonal(W: np.ndarray) -> np.ndarray:
+    return W - np.diag(np.diag(W))
+
+
+def _like(weights: np.ndarray, y: Any) -> Any:
+    return weights if isinstance(y, np.ndarray) else y.new_tensor(weights)
+
+
+def _most(workers: np.ndarray) -> int:
+    return int(np.bincount(workers).max(initial=0))
