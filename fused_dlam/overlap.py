@@ -7,6 +7,7 @@ the ranks agree on it once. If nothing touches the gradients, sending moves into
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -51,26 +52,35 @@ class Overlap:
     def hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
         """What autograd calls when a parameter's gradient has been accumulated."""
 
-        def arrived(_: torch.Tensor) -> None:
-            b.collect(slot)
-            if self.held or not (self.observing or self.sending):
-                return
-            if self.observing and self.seen is None:
-                self.seen = self.settings()
-            if slot.arrived_at is not None:
-                self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
-                if not self.observing:
-                    raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")
-                slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-                return
-            slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-            self.waiting[b.index] -= 1
-            if self.waiting[b.index] == 0:
-                self.arrivals.append(b.index)
-                if self.sending:
-                    self._send_complete_ones()
+        owner, bucket = weakref.ref(self), weakref.ref(b)
+        k = b.slots.index(slot)
 
-        return arrived
+        def hooked(_: torch.Tensor) -> None:
+            # A parameter outlives optimizers: one that is gone frees its buffers, one that was replaced stays silent.
+            self, b = owner(), bucket()
+            if self is not None and b is not None and b.slots[k].owns_parameter():
+                self._arrived(b, b.slots[k])
+
+        return hooked
+
+    def _arrived(self, b: Bucket, slot: Slot) -> None:
+        b.collect(slot)
+        if self.held or not (self.observing or self.sending):
+            return
+        if self.observing and self.seen is None:
+            self.seen = self.settings()
+        if slot.arrived_at is not None:
+            self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
+            if not self.observing:
+                raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")
+            slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
+            return
+        slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
+        self.waiting[b.index] -= 1
+        if self.waiting[b.index] == 0:
+            self.arrivals.append(b.index)
+            if self.sending:
+                self._send_complete_ones()
 
     def _send_complete_ones(self) -> None:
         """In the one order of all ranks: a bucket waits for those before it."""
@@ -98,6 +108,19 @@ class Overlap:
                         raise RuntimeError(
                             f"{self.late}, but its message leaves in the backward pass. {HOW}; overlap=False waits."
                         )
+
+    def hold_back(self, why: str) -> None:
+        """At the start of step(), for a reason that backward passes cannot know: messages leave in step().
+
+        Raises RuntimeError, on all ranks, if they leave in the backward pass already.
+        """
+        if self.sending:
+            raise RuntimeError(
+                f"{why}, but messages leave in the backward pass. Build with overlap='auto' and do so from the first"
+                " step on, or with overlap=False or schedule='awc'."
+            )
+        if self.observing:
+            self.late = why
 
     def finish(self) -> None:
         """At the end of step()."""

@@ -1,0 +1,34 @@
+"""Named ranges of a profiler's trace: "fused_dlam::pack bucket 3 step 7", and so on for each part of each exchange.
+
+exchange    from the moment a message leaves, mostly within the backward pass, until the neighbors' are there:
+            where it lies beside the backward pass's own ranges, communication is hidden
+pack, send, wait, combine    what this rank's own thread spends on it
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch.autograd import profiler
+
+_NOTHING: AbstractContextManager = nullcontext()
+
+
+def named(what: str, bucket: int, step: int | None) -> AbstractContextManager:
+    """A context that shows in a trace; without a profiler, 0.1 us (a `record_function` of this text, 3 us)."""
+    if not profiler._is_profiler_enabled:
+        return _NOTHING
+    return profiler.record_function(f"fused_dlam::{what} bucket {bucket} step {step}")
+
+
+class Span:
+    """A range that one function begins and another ends."""
+
+    def __init__(self, what: str, bucket: int, step: int | None):
+        self._range: AbstractContextManager | None = named(what, bucket, step)
+        self._range.__enter__()
+
+    def end(self) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
