@@ -199,7 +199,8 @@ class GossipSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
-        if self._running is not None and self._running.step is not None:
+        if "_rule" not in vars(self) or (self._running is not None and self._running.step is not None):
+            self._engine  # noqa: B018 -- in a copy that cannot work on, this says so
             raise RuntimeError("add parameter groups before the backward pass or after step(): messages have left")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -328,7 +329,8 @@ class GossipSGD(Optimizer):
         """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
         loss_scale = getattr(self, "grad_scale", None)
         unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
-        return unscale if self._max_grad_norm is None else unscale * self._clip_coefficient(unscale, self._max_grad_norm)
+        limit = self._max_grad_norm
+        return unscale if limit is None else unscale * self._clip_coefficient(unscale, limit)
 
     def _clip_coefficient(self, unscale: Scalar, limit: float) -> Scalar:
         """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
