@@ -239,6 +239,7 @@ class GossipSGD(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # a compiled caller breaks its graph here, as at any communication
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One local step and one exchange. Every rank must call it equally often.
@@ -337,7 +338,7 @@ class GossipSGD(Optimizer):
         for b in self._engine.buckets:
             self._engine.start_average(b)
         squares = [
-            torch.linalg.vector_norm(b.g[span], dtype=torch.float32).square()
+            torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
             for b in self._engine.buckets
             for span, active in b.runs(self._engine.active(b))
             if active

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .kernels import scalars
 from .kernels.rule import Rule
 
 
@@ -53,6 +54,8 @@ def check_parameters(params: list[torch.Tensor]) -> None:
             what = f"is sparse ({p.layout}): convert it with to_dense()"
         elif not (p.is_floating_point() or p.is_complex()):
             what = f"is of type {p.dtype}: only floating-point and complex parameters are optimized"
+        elif type(p).__name__ == "DTensor":
+            what = "is a DTensor, sharded over ranks that own its parts: gossip needs whole parameters on every rank"
         elif p.is_meta:
             what = "is on the meta device: give the model storage (to_empty) before building the optimizer"
         if what is not None:
@@ -63,7 +66,8 @@ def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
     """What tells whether a setting was changed since; a tensor on a device is known by its version, not read."""
     values = (group[name] for name in names)
     return tuple(
-        v if not isinstance(v, torch.Tensor) else float(v) if v.is_cpu else (id(v), v._version) for v in values
+        v if not isinstance(v, torch.Tensor) else float(v) if scalars.on_host(v) else (id(v), v._version)
+        for v in values
     )
 
 

@@ -11,9 +11,14 @@ import torch
 Scalar = float | torch.Tensor
 
 
+def on_host(value: torch.Tensor) -> bool:
+    """Whether reading it waits for nothing."""
+    return value.is_cpu
+
+
 def scalar(value: Scalar) -> Scalar:
     """A float; of a tensor on a device, a float64 copy there, so that nothing waits and no later write shows."""
-    if not isinstance(value, torch.Tensor) or value.is_cpu:
+    if not isinstance(value, torch.Tensor) or on_host(value):
         return float(value)
     return value.detach().reshape(()).to(torch.float64, copy=True)
 
