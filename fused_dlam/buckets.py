@@ -36,10 +36,6 @@ class Slot:
         self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
         self.published_at = -1  # the parameter's version when this package last wrote it
 
-    def owns_parameter(self) -> bool:
-        """Whether the parameter lives here still, not in the buffers of another optimizer."""
-        return self.p.data_ptr() == self.data.data_ptr()
-
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """This slot of a flat real buffer, in the parameter's shape (and complex if the parameter is)."""
         run = flat[self.span]

@@ -14,6 +14,7 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -25,7 +26,7 @@ from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.rule import Rule, send_parameter
 from .mixing import Peers, Topology
-from .ranges import Span, named
+from .ranges import begun, named
 from .transfer import Averaging, Lane, Transfer
 
 NOBODY = Peers((), (), ())
@@ -39,13 +40,14 @@ class Flight:
         self.peers, self.received, self.transfer = peers, received, transfer
         self.message: torch.Tensor | None = None  # [messages, N], once it is sent
         self.active: list[bool] = []  # which parameters take a local step
-        self.span: Span | None = None  # in a profiler's trace, from sent to received
+        self.span: AbstractContextManager | None = None  # in a profiler's trace, from sent to received
 
     def wait_received(self) -> None:
         if self.transfer is not None:
             self.transfer.wait_received()
         if self.span is not None:
-            self.span.end()
+            self.span.__exit__(None, None, None)
+            self.span = None
 
     def wait_sent(self) -> None:
         if self.transfer is not None:
@@ -266,7 +268,7 @@ class Engine:
                 with named("pack", b.index, step):
                     for span, now in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
                         self._pack(b, span, now, flight.message)
-            flight.span = Span("exchange", b.index, step)
+            flight.span = begun("exchange", b.index, step)
             with named("send", b.index, step):
                 if peers is EVERYBODY:
                     flight.received = flight.message[None].clone()

@@ -233,8 +233,7 @@ class GossipSGD(Optimizer):
                 b.slow = {"slow_anchor": b.x.clone(), "slow_momentum_buffer": torch.zeros_like(b.x)}
             for slot in b.slots:
                 self.state[slot.p] = {name: slot.view(t) for name, t in engine.buffers(b).items()}
-                if slot.p.requires_grad:
-                    slot.p.register_post_accumulate_grad_hook(self._overlap.hook(b, slot))
+            self._overlap.watch(b)
         self._overlap.reset()
 
     # -- the step ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buckets import Bucket, Slot
 from .engine import Engine
@@ -21,6 +22,8 @@ HOW = (
     "max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all but the last backward pass of an"
     " accumulation, schedule='awc' hides the exchange without regard to gradients"
 )
+
+_hooks = WeakTensorKeyDictionary()  # of each parameter, that of its present optimizer
 
 
 class Overlap:
@@ -49,16 +52,26 @@ class Overlap:
         self.waiting: dict[int, int] = {}
         self.reset()
 
-    def hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
-        """What autograd calls when a parameter's gradient has been accumulated."""
+    def watch(self, b: Bucket) -> None:
+        """Has autograd tell when a bucket's gradients have been accumulated.
 
-        owner, bucket = weakref.ref(self), weakref.ref(b)
-        k = b.slots.index(slot)
+        A parameter outlives its optimizers: hooks do not keep one alive that is gone, and one that another optimizer
+        took a parameter from hears no more of it, or both would collect its gradients in turn.
+        """
+        for slot in b.slots:
+            if slot.p.requires_grad:
+                former = _hooks.pop(slot.p, None)
+                if former is not None:
+                    former.remove()
+                _hooks[slot.p] = slot.p.register_post_accumulate_grad_hook(self._hook(b, slot))
+
+    def _hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
+
+        owner, bucket, k = weakref.ref(self), weakref.ref(b), b.slots.index(slot)
 
         def hooked(_: torch.Tensor) -> None:
-            # A parameter outlives optimizers: one that is gone frees its buffers, one that was replaced stays silent.
             self, b = owner(), bucket()
-            if self is not None and b is not None and b.slots[k].owns_parameter():
+            if self is not None and b is not None:
                 self._arrived(b, b.slots[k])
 
         return hooked

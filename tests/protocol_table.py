@@ -43,8 +43,8 @@ One optimizer per parameter, stepping in the backward pass
 Ranges in a profiler's trace
 `repr` prints every group
 CUDA-graph capture of `step`""".splitlines()
-HEAD = """What torch expects of an optimizer, and what `GossipSGD` does. `pytest tests/test_protocol.py` fails where this
-is not so, and with `PROTOCOL_TABLE=write` renews it. Refused: with the message quoted, as it is raised.
+HEAD = """What torch expects of an optimizer, and what `GossipSGD` does. `pytest tests/test_protocol.py` fails where
+that is not so; with `PROTOCOL_TABLE=write` it renews this file. Refused: with the message quoted, as it is raised.
 
 | | contract | outcome | how |
 |---|---|---|---|
