@@ -5,11 +5,13 @@ worker unless said otherwise; three gloo workers run protocol_workers.py.
 """
 
 import copy
+import gc
 import io
 import pickle
 import re
 import tempfile
 import warnings
+import weakref
 
 import protocol_workers as workers
 import pytest
@@ -247,6 +249,22 @@ def test_zero_grad(table):  # noqa: F811
         for slot in optimizer._engine.buckets[0].slots:
             assert slot.p.grad is slot.grad
     table.works(13, "a new gradient moves into its flat buffer where autograd makes it")
+
+
+def test_a_new_optimizer_takes_the_parameters_over():
+    """Gradients are the new one's views alone, and the old one's buffers are freed though the parameters live."""
+    model = network()
+    old = GossipSGD(model.parameters(), lr=0.1)
+    backward(model)
+    gone = [weakref.ref(b) for b in old._engine.buckets]
+    new = GossipSGD(model.parameters(), lr=0.1)
+    backward(model)
+    for slot in new._engine.buckets[0].slots:
+        assert slot.p.grad is slot.grad
+    assert all(slot.p.grad is not slot.grad for slot in old._engine.buckets[0].slots)
+    del old, slot
+    gc.collect()
+    assert [ref() for ref in gone] == [None]
 
 
 def test_no_gradient(table, ranks):  # noqa: F811
