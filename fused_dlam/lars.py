@@ -57,11 +57,10 @@ def scale_(
         return
     if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
         torch._foreach_mul_(gs, grad_scale)
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
     chosen = [k for k, yes in enumerate(adapt) if yes]
     sizes, steep = (
-        ([], [])
-        if not chosen
-        else (torch._foreach_norm([ts[k] for k in chosen], dtype=torch.float32) for ts in (xs, gs))
+        ([], []) if not chosen else (torch._foreach_norm([ts[k] for k in chosen], dtype=wide) for ts in (xs, gs))
     )
     if weight_decay:
         torch._foreach_add_(gs, [x.to(g.dtype) for x, g in zip(xs, gs, strict=True)], alpha=weight_decay)

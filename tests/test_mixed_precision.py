@@ -146,6 +146,23 @@ def test_one_worker_follows_torch_under_a_scaler(kind, clip):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
+def test_a_skipped_step_is_not_counted():
+    """AdamW's bias corrections, under an overflow in the first and in a later step: torch.optim.AdamW's within 1e-5."""
+    ours, theirs = network(), network()
+    a = fused_dlam.GossipSGD(ours.parameters(), lr=1e-2, method="adamw", weight_decay=0.1)
+    b = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.999))
+    scalers = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu")
+    for step in range(6):
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        for model, optimizer, scaler in ((ours, a, scalers[0]), (theirs, b, scalers[1])):
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean() * (1e38 if step in (0, 3) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_worker_follows_torch_under_autocast(dtype):
     ours, theirs = network(), network()

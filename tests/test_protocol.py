@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_dlam import DecentLaM, GossipSGD, amp, guards
+from fused_dlam import DecentLaM, GossipSGD, SlowMo, amp, guards
 from fused_dlam.buckets import build
 from fused_dlam.kernels import rules, scalars
 from fused_dlam.kernels.backend import Scalars
@@ -317,15 +317,19 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", sorted(rules.ALL))
-@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
-def test_a_learning_rate_on_a_device_is_not_read(method, max_grad_norm, monkeypatch):
-    """CPU tensors that count as a device's: not one read in eight steps but the passes', and bit-equal to numbers."""
+@pytest.mark.parametrize(
+    "options",
+    [{"method": name} for name in sorted(rules.ALL)]
+    + [{"max_grad_norm": 0.05}, {"lars": 0.01, "max_grad_norm": 0.05}, {"slowmo": SlowMo(every=3)}],
+    ids=str,
+)
+def test_a_learning_rate_on_a_device_is_not_read(options, monkeypatch):
+    """CPU tensors that count as a device's: not one read in eight steps but the passes', and the same values, bit-equal."""
 
     def run(tensor):
         model = network(torch.float64)
         lr = torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1
-        optimizer = GossipSGD(model.parameters(), lr=lr, method=method, max_grad_norm=max_grad_norm, weight_decay=0.01)
+        optimizer = GossipSGD(model.parameters(), lr=lr, weight_decay=0.01, **options)
         scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 8)
         reads = 0
         for step in range(8):
@@ -349,7 +353,9 @@ def test_a_learning_rate_on_a_device_is_not_read(method, max_grad_norm, monkeypa
     monkeypatch.setattr(Scalars, "numbers", numbers)
     on_device, reads = run(tensor=True)
     assert reads == 0 and len(asked) == 8 and min(asked) >= 1
-    torch.testing.assert_close(on_device, plain, rtol=1e-12 if max_grad_norm else 0, atol=0)
+    torch.testing.assert_close(
+        on_device, plain, rtol=1e-12 if options.keys() & {"max_grad_norm", "slowmo"} else 0, atol=0
+    )
 
 
 def test_tensor_learning_rate(table):  # noqa: F811
@@ -363,7 +369,8 @@ def test_tensor_learning_rate(table):  # noqa: F811
             memory = {}
             for _ in range(2):
                 h = rule.scalars(scalars.scalar(lr), 0.9, 0.0, 0.5, {}, memory)
-            assert h.lr.device.type == "cuda" and all(v.device.type == "cuda" for v in memory.values())
+            assert h.lr.device.type == "cuda"
+            assert all(v.device.type == "cuda" for name, v in memory.items() if name.startswith("lr"))
     table.works(16, "rules derive their scalars on the device, and the Triton kernels read them there; other passes on"
                     " a GPU take numbers and wait for it once per step")  # fmt: skip
 
