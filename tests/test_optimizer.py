@@ -291,8 +291,8 @@ def test_bad_input_is_refused_with_a_sentence(options, match):
 
 
 def test_unknown_options_and_types_are_refused():
-    with pytest.raises(TypeError, match="has no hyper-parameter 'nesterov'"):
-        GossipSGD(network().parameters(), lr=0.1, nesterov=True)
+    with pytest.raises(TypeError, match="has no hyper-parameter 'dampening'"):
+        GossipSGD(network().parameters(), lr=0.1, dampening=0.5)
     with pytest.raises(TypeError, match="method must be a name or a Rule"):
         GossipSGD(network().parameters(), lr=0.1, method=3)
     with pytest.raises(TypeError, match="pass method= to GossipSGD"):
