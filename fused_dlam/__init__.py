@@ -7,6 +7,7 @@ if not (_here / "kernels").is_dir():  # a source checkout keeps kernels/ beside 
     __path__.append(str(_here.parent))
 
 from . import topology  # noqa: E402
+from .amp import GradScaler  # noqa: E402
 from .exchange import ExchangeError  # noqa: E402
 from .kernels import rules  # noqa: E402
 from .kernels.jit import jit  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "DecentLaM",
     "ExchangeError",
     "GossipSGD",
+    "GradScaler",
     "Rule",
     "Simulation",
     "SlowMo",

@@ -24,19 +24,24 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
             )
 
 
-def restore(state_dict: dict[str, Any], optimizer: Optimizer, engine: Engine) -> None:
-    """Copies loaded state into the flat buffers and makes the optimizer's state views of them again."""
-    loaded = {  # uncast: torch rounds state to the parameter's type, which would ruin float32 state of 16-bit ones
+def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[torch.Tensor, dict]:
+    """A checkpoint's state by parameter, uncast: torch rounds state to the parameter's type when it loads, which would
+    ruin float32 state of 16-bit parameters."""
+    return {
         p: state_dict["state"].get(key, {})
-        for theirs, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+        for theirs, group in zip(state_dict["param_groups"], param_groups, strict=True)
         for key, p in zip(theirs["params"], group["params"], strict=True)
     }
+
+
+def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engine) -> None:
+    """Copies saved state into the flat buffers and makes the optimizer's state views of them again."""
     with torch.no_grad():
         for b in engine.buckets:
             for slot in b.slots:
                 values = optimizer.state[slot.p]
                 for name, buffer in engine.buffers(b).items():
-                    view, value = slot.view(buffer), loaded[slot.p].get(name)
+                    view, value = slot.view(buffer), saved[slot.p].get(name)
                     if value is not None:
                         view.copy_(value)
                     elif name in ("master", "slow_anchor"):
@@ -53,6 +58,11 @@ def detach(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         for key, s in state_dict["state"].items()
     }
     groups = [
-        {k: dict(v) if isinstance(v, dict) else v for k, v in group.items()} for group in state_dict["param_groups"]
+        {k: numbers(v) if isinstance(v, dict) else v for k, v in group.items()} for group in state_dict["param_groups"]
     ]
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def numbers(memory: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a rule remembers of its scalars, without tensors: a checkpoint may be loaded on another device."""
+    return {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in memory.items()}

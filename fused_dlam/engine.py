@@ -14,6 +14,7 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -25,6 +26,7 @@ from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.rule import Rule, send_parameter
 from .mixing import Peers, Topology
+from .ranges import begun, named
 from .transfer import Averaging, Lane, Transfer
 
 NOBODY = Peers((), (), ())
@@ -38,10 +40,14 @@ class Flight:
         self.peers, self.received, self.transfer = peers, received, transfer
         self.message: torch.Tensor | None = None  # [messages, N], once it is sent
         self.active: list[bool] = []  # which parameters take a local step
+        self.span: AbstractContextManager | None = None  # in a profiler's trace, from sent to received
 
     def wait_received(self) -> None:
         if self.transfer is not None:
             self.transfer.wait_received()
+        if self.span is not None:
+            self.span.__exit__(None, None, None)
+            self.span = None
 
     def wait_sent(self) -> None:
         if self.transfer is not None:
@@ -80,6 +86,7 @@ class Engine:
         self.after: Callable[[Bucket], None] | None = None
         self.prepared: set[int] = set()
         self.step: int | None = None  # the step that has begun
+        self.skip = False  # nobody takes a local step in it: all agree that a gradient overflowed
         self.sent = 0  # buckets in line for which it has begun
         self.posted = 0  # those whose message has left
         # Gradients are averaged over these ranks first: all of them, a machine's, or none but this one.
@@ -148,7 +155,7 @@ class Engine:
 
     def start_average(self, b: Bucket) -> None:
         """Starts averaging a bucket's gradient, where gradients are averaged, once per step."""
-        if self.averager is not None and b.index not in self.averages:
+        if self.averager is not None and b.index not in self.averages and not self.skip:
             active = b.active()
             with self.lanes[b.x.device].outbound():
                 b.raise_flags(active)
@@ -156,6 +163,8 @@ class Engine:
 
     def active(self, b: Bucket) -> list[bool]:
         """Which of a bucket's parameters take a local step: those with a gradient, here or where it is averaged."""
+        if self.skip:
+            return [False] * len(b.slots)
         if self.averager is None:
             return b.active()
         self.start_average(b)
@@ -180,7 +189,7 @@ class Engine:
                 self.next_flights[b.index] = flight
         for flight in self.flights.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.averages, self.step = {}, {}, None
+        self.flights, self.averages, self.step, self.skip = {}, {}, None, False
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was changed while its message was in flight."""
@@ -256,14 +265,17 @@ class Engine:
                 if peers is EVERYBODY and b.messages.dtype != b.x.dtype:
                     # A mean of rounded messages would move the workers' mean: exact steps send the full precision.
                     flight.message = b.x.new_empty(b.messages.shape)
-                for span, now in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
-                    self._pack(b, span, now, flight.message)
-            if peers is EVERYBODY:
-                flight.received = flight.message[None].clone()
-                flight.transfer = Averaging(self.exchange, self._part(flight.received), step)
-            else:
-                assert isinstance(flight.transfer, Transfer)
-                flight.transfer.send(self._part(flight.message))
+                with named("pack", b.index, step):
+                    for span, now in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
+                        self._pack(b, span, now, flight.message)
+            flight.span = begun("exchange", b.index, step)
+            with named("send", b.index, step):
+                if peers is EVERYBODY:
+                    flight.received = flight.message[None].clone()
+                    flight.transfer = Averaging(self.exchange, self._part(flight.received), step)
+                else:
+                    assert isinstance(flight.transfer, Transfer)
+                    flight.transfer.send(self._part(flight.message))
 
     def _pack(self, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
         if not active:
@@ -276,25 +288,27 @@ class Engine:
     def _finish(self, b: Bucket, flight: Flight) -> None:
         lane = self.lanes[b.x.device]
         with lane.outbound():
-            flight.wait_received()
-            if self.awc:
-                flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
+            with named("wait", b.index, self.step):
+                flight.wait_received()
+                if self.awc:
+                    flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
             flight.active = flight.active or self.active(b)
             if self.machine is not None:
                 for k in range(len(flight.peers.sources)):
                     self.machine.gather(flight.received[k], self.step or 0)
         lane.join()
         self._prepare(b, flight.active)
-        for span, now in b.runs(flight.active):
-            if now:
-                state = tuple(t[span] for t in b.state)
-                received = flight.received[: len(flight.peers.sources), :, span]
-                self._passes(b).combine(b.x[span], b.g[span], state, received)
-            elif flight.peers.sources:
-                self._mix_only(b, span, flight)
-        if self.after is not None:
-            self.after(b)
-        b.publish()
+        with named("combine", b.index, self.step):
+            for span, now in b.runs(flight.active):
+                if now:
+                    state = tuple(t[span] for t in b.state)
+                    received = flight.received[: len(flight.peers.sources), :, span]
+                    self._passes(b).combine(b.x[span], b.g[span], state, received)
+                elif flight.peers.sources:
+                    self._mix_only(b, span, flight)
+            if self.after is not None:
+                self.after(b)
+            b.publish()
 
     def _prepare(self, b: Bucket, active: list[bool]) -> None:
         if self.before is not None and b.index not in self.prepared:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .kernels.scalars import Scalar
+
 EPS = 1e-8
 
 
@@ -48,18 +50,17 @@ def scale_(
     adapt: list[bool],
     coefficient: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: Scalar,
 ) -> None:
     """Scales gradients in place. x, g: views of one parameter each; grad_scale multiplies g first. No host sync."""
     if not gs:
         return
-    if grad_scale != 1.0:
+    if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
         torch._foreach_mul_(gs, grad_scale)
+    wide = torch.promote_types(xs[0].dtype, torch.float32)
     chosen = [k for k, yes in enumerate(adapt) if yes]
     sizes, steep = (
-        ([], [])
-        if not chosen
-        else (torch._foreach_norm([ts[k] for k in chosen], dtype=torch.float32) for ts in (xs, gs))
+        ([], []) if not chosen else (torch._foreach_norm([ts[k] for k in chosen], dtype=wide) for ts in (xs, gs))
     )
     if weight_decay:
         torch._foreach_add_(gs, [x.to(g.dtype) for x, g in zip(xs, gs, strict=True)], alpha=weight_decay)

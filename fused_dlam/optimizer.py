@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,23 +11,23 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, settings
+from . import amp, checkpoint, settings
 from . import lars as layerwise
 from . import topology as topologies
 from .buckets import Bucket, Slot
+from .certificate import Certificate
 from .engine import Engine
 from .exchange import Exchange, log
+from .guards import check_place
 from .hierarchy import Machine, advise, layout
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
+from .kernels.scalars import Scalar, scalar, smallest
 from .mixing import Topology
 from .overlap import Overlap
 from .slowmo import SlowMo
-from .stability import REFUSED, lyapunov, remedies
 from .transfer import average
-
-LARGEST_MAP = 3000  # rows of the largest dense map the certificate is computed from: about half a minute
 
 
 class GossipSGD(Optimizer):
@@ -40,7 +40,8 @@ class GossipSGD(Optimizer):
 
     Args:
         params: parameters, groups, or named parameters, as for `torch.optim.SGD`.
-        lr: learning rate.
+        lr: learning rate; a number, or a tensor of one element. On a GPU the Triton kernels read a tensor there; every
+            other pass on a GPU waits for it once per step.
         momentum: beta, in [0, 1).
         weight_decay: lambda, added to the gradient as lambda x.
         method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "pc-dmsgd" (the default) suits directed and
@@ -74,8 +75,12 @@ class GossipSGD(Optimizer):
     Raises ValueError or TypeError for bad input, also if the method is unstable on the topology (the message says what
     would work), before anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
 
-    A parameter without a gradient takes no local step, as in torch, and is averaged all the same.
+    A parameter without a gradient takes no local step, as in torch, and is averaged all the same. Loss scalers: see
+    `fused_dlam.GradScaler`. With one worker a deep copy or an unpickled optimizer works on; with several it raises
+    RuntimeError at its first step, for it has no process group.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
 
     def __init__(
         self,
@@ -148,7 +153,7 @@ class GossipSGD(Optimizer):
             graph = graph.with_global_average(global_average_every)
         self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self._topology = graph
-        self._allow_unstable = allow_unstable
+        self._certificate = Certificate(self._rule, graph, allow_unstable)
         defaults.update(method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={})
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
@@ -160,6 +165,12 @@ class GossipSGD(Optimizer):
             if hierarchical is None and rule.average == "neighbors":
                 advise(size)
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
+        self._options = (rule, graph, schedule, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo)
+        self._start(exchange, machine)
+
+    def _start(self, exchange: Exchange | None, machine: Machine | None) -> None:
+        """Builds all that runs: flat buffers, passes, hooks."""
+        _, graph, _, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo = self._options
         self._running = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
         self._max_grad_norm = max_grad_norm
         self._slowmo = slowmo
@@ -171,7 +182,9 @@ class GossipSGD(Optimizer):
             self._enter(param_group)
         self.register_state_dict_post_hook(checkpoint.detach)
 
-    _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
+    _running: Engine | None = None  # not in copies of one worker of several
+    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
+    _loading: dict[str, Any] | None = None  # the checkpoint, within load_state_dict
 
     @property
     def _engine(self) -> Engine:
@@ -186,35 +199,27 @@ class GossipSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
+        if "_rule" not in vars(self) or (self._running is not None and self._running.step is not None):
+            self._engine  # noqa: B018 -- in a copy that cannot work on, this says so
+            raise RuntimeError("add parameter groups before the backward pass or after step(): messages have left")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["memory"] = dict(group["memory"])
         group["step"] = self.param_groups[0]["step"]
         try:
             settings.check(group)
-            self._certify(group)
-        except ValueError:
+            settings.check_parameters(group["params"])
+            self._certificate.check(group)
+            if self._running is not None:
+                self._enter(group)
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if self._running is not None:
-            self._enter(group)
-
-    def _certify(self, group: dict[str, Any]) -> None:
-        rule, graph = self._rule, self._topology
-        if graph.n == 1 or self._allow_unstable:
-            return
-        if graph.period is not None and (1 + len(rule.state)) * graph.n > LARGEST_MAP and graph.modes is None:
-            log.warning("%s over %d workers is too large to certify here; see consensus_growth", graph.name, graph.n)
-            return
-        hyper = {name: group[name] for name in rule.hyper}
-        growth, error = lyapunov(rule, graph, float(group["momentum"]), **hyper)
-        if growth + 2 * error >= REFUSED:
-            raise ValueError(remedies(rule, graph, float(group["momentum"]), growth, error, **hyper))
 
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
-        params = group["params"]
+        params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
         inside = None if engine.machine is None else engine.machine.inside
         exchanges = [e for e in (inside, engine.exchange) if e is not None]
         for exchange in exchanges:
@@ -228,12 +233,12 @@ class GossipSGD(Optimizer):
                 b.slow = {"slow_anchor": b.x.clone(), "slow_momentum_buffer": torch.zeros_like(b.x)}
             for slot in b.slots:
                 self.state[slot.p] = {name: slot.view(t) for name, t in engine.buffers(b).items()}
-                if slot.p.requires_grad:
-                    slot.p.register_post_accumulate_grad_hook(self._overlap.hook(b, slot))
+            self._overlap.watch(b)
         self._overlap.reset()
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # a compiled caller breaks its graph here, as at any communication
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One local step and one exchange. Every rank must call it equally often.
@@ -248,9 +253,12 @@ class GossipSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
+        check_place(engine)
         for b in engine.buckets:
             b.refresh()
         engine.check_unchanged()
+        if getattr(self, "found_inf", None) is not None:
+            amp.unscale(self, engine, self._overlap)
         self._overlap.check()
         if engine.step is None:
             self._begin()
@@ -267,9 +275,11 @@ class GossipSGD(Optimizer):
 
     def _begin(self) -> None:
         """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
+        for group in self.param_groups:
+            self._certificate.recheck(group)
         self._begun = self._settings()
-        clip = self._clip_coefficient()  # of the whole gradient: once, whatever the number of groups
-        scalars = [self._scalars(group, clip) for group in self.param_groups]
+        scale = self._gradient_scale()  # of the whole gradient: once, whatever the number of groups
+        scalars = [self._scalars(group, scale) for group in self.param_groups]
         if any(group["lars"] is not None for group in self.param_groups):
             self._engine.before, self._scales = self._lars, [s.grad_scale for s in scalars]
             scalars = [
@@ -280,15 +290,15 @@ class GossipSGD(Optimizer):
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", "lars", *self._rule.hyper)
-        return [tuple(float(v) if isinstance(v := group[k], torch.Tensor) else v for k in names)
-                for group in self.param_groups]  # fmt: skip
+        return [settings.snapshot(group, names) for group in self.param_groups]
 
-    def _scalars(self, group: dict[str, Any], clip: float) -> Scalars:
+    def _scalars(self, group: dict[str, Any], scale: Scalar) -> Scalars:
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
-        lr, momentum, weight_decay = (float(group[k]) for k in ("lr", "momentum", "weight_decay"))
-        h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, group["memory"])
-        return Scalars(h, (), -clip if group["maximize"] else clip)
+        lr, momentum, weight_decay = scalar(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
+        memory = dict(group["memory"]) if self._engine.skip else group["memory"]  # a skipped step is not remembered
+        h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, memory)
+        return Scalars(h, (), -scale if group["maximize"] else scale)
 
     def _lars(self, b: Bucket, active: list[bool]) -> None:
         """Scales the gradients of a bucket, before the rule sees them."""
@@ -303,31 +313,42 @@ class GossipSGD(Optimizer):
     def _slow_step(self, b: Bucket) -> None:
         """SlowMo's average and step, every so many steps."""
         group, slowmo = self.param_groups[b.group], self._slowmo
-        inverse = rules.inverse_lr({"lr": float(group["lr"])}, group["memory"])
+        lr = scalar(group["lr"])
+        inverse = rules.inverse_lr({"lr": lr}, group["memory"])
         if slowmo is None or not slowmo.due(group["step"]):
             return
         if self._engine.exchange is not None:
             average(self._engine.exchange, b.x)
         x_0, u = b.slow.values()
-        new, momentum = slowmo(b.x, x_0, u, float(group["lr"]), inverse)
+        new, momentum = slowmo(b.x, x_0, u, lr, inverse)
         u.copy_(momentum)
         x_0.copy_(new)
         b.x.copy_(new)
 
-    def _clip_coefficient(self) -> float:
+    def _gradient_scale(self) -> Scalar:
+        """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
+        loss_scale = getattr(self, "grad_scale", None)
+        unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
+        limit = self._max_grad_norm
+        return unscale if limit is None else unscale * self._clip_coefficient(unscale, limit)
+
+    def _clip_coefficient(self, unscale: Scalar, limit: float) -> Scalar:
         """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
-        if self._max_grad_norm is None:
-            return 1.0
         for b in self._engine.buckets:
             self._engine.start_average(b)
         squares = [
-            torch.linalg.vector_norm(b.g[span], dtype=torch.float32).square()
+            torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
             for b in self._engine.buckets
             for span, active in b.runs(self._engine.active(b))
             if active
         ]
-        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-        return min(1.0, self._max_grad_norm / (norm + 1e-6))
+        norm = scalar(torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()) if squares else 0.0
+        return smallest(1.0, limit / (norm * unscale + 1e-6))
+
+    def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
+        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
+        self._overflow_agreed = self.param_groups[0]["step"]
+        amp.agree(self._engine, found, self._overflow_agreed)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -438,15 +459,40 @@ class GossipSGD(Optimizer):
 
         Raises ValueError for a checkpoint of another method or topology.
         """
-        checkpoint.check(state_dict, self.param_groups)
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before, strict=True):
+
+        def last(_: Optimizer, final: dict[str, Any]) -> None:  # of the hooks, which may have made another dict of it
+            checkpoint.check(final, self.param_groups)
+            self._loading = final
+
+        handle = self.register_load_state_dict_pre_hook(last)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        alone = self._running is not None and self._running.exchange is None and self._running.machine is None
+        return {**super().__getstate__(), **({"_options": self._options} if alone else {})}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by load_state_dict, and on a copied or unpickled optimizer."""
+        before = [dict(group) for group in self.__dict__.get("param_groups", ())]
+        super().__setstate__(state)
+        for group, old in zip(self.param_groups, before, strict=False):
             for name, value in old.items():
                 group.setdefault(name, value)  # a checkpoint of torch.optim.SGD lacks ours
             group["memory"] = dict(group["memory"])
-        self._engine.forget()
-        checkpoint.restore(state_dict, self, self._engine)
+        if self._loading is not None:
+            self._engine.forget()
+            checkpoint.restore(checkpoint.by_parameter(self._loading, self.param_groups), self, self._engine)
+        elif "_options" in state:
+            rule, graph, schedule, *_ = self._options
+            self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
+            self._topology, self._certificate = graph, Certificate(self._rule, graph, True)
+            saved = {p: self.state.get(p, {}) for group in self.param_groups for p in group["params"]}
+            self._start(None, None)
+            checkpoint.restore(saved, self, self._engine)
 
 
 class DecentLaM(GossipSGD):

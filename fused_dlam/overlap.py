@@ -7,10 +7,12 @@ the ranks agree on it once. If nothing touches the gradients, sending moves into
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .buckets import Bucket, Slot
 from .engine import Engine
@@ -20,6 +22,8 @@ HOW = (
     "max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all but the last backward pass of an"
     " accumulation, schedule='awc' hides the exchange without regard to gradients"
 )
+
+_hooks = WeakTensorKeyDictionary()  # of each parameter, that of its present optimizer
 
 
 class Overlap:
@@ -48,29 +52,48 @@ class Overlap:
         self.waiting: dict[int, int] = {}
         self.reset()
 
-    def hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
-        """What autograd calls when a parameter's gradient has been accumulated."""
+    def watch(self, b: Bucket) -> None:
+        """Has autograd tell when a bucket's gradients have been accumulated.
 
-        def arrived(_: torch.Tensor) -> None:
-            b.collect(slot)
-            if self.held or not (self.observing or self.sending):
-                return
-            if self.observing and self.seen is None:
-                self.seen = self.settings()
-            if slot.arrived_at is not None:
-                self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
-                if not self.observing:
-                    raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")
-                slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-                return
+        A parameter outlives its optimizers: hooks do not keep one alive that is gone, and one that another optimizer
+        took a parameter from hears no more of it, or both would collect its gradients in turn.
+        """
+        for slot in b.slots:
+            if slot.p.requires_grad:
+                former = _hooks.pop(slot.p, None)
+                if former is not None:
+                    former.remove()
+                _hooks[slot.p] = slot.p.register_post_accumulate_grad_hook(self._hook(b, slot))
+
+    def _hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
+
+        owner, bucket, k = weakref.ref(self), weakref.ref(b), b.slots.index(slot)
+
+        def hooked(_: torch.Tensor) -> None:
+            self, b = owner(), bucket()
+            if self is not None and b is not None:
+                self._arrived(b, b.slots[k])
+
+        return hooked
+
+    def _arrived(self, b: Bucket, slot: Slot) -> None:
+        b.collect(slot)
+        if self.held or not (self.observing or self.sending):
+            return
+        if self.observing and self.seen is None:
+            self.seen = self.settings()
+        if slot.arrived_at is not None:
+            self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
+            if not self.observing:
+                raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")
             slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-            self.waiting[b.index] -= 1
-            if self.waiting[b.index] == 0:
-                self.arrivals.append(b.index)
-                if self.sending:
-                    self._send_complete_ones()
-
-        return arrived
+            return
+        slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
+        self.waiting[b.index] -= 1
+        if self.waiting[b.index] == 0:
+            self.arrivals.append(b.index)
+            if self.sending:
+                self._send_complete_ones()
 
     def _send_complete_ones(self) -> None:
         """In the one order of all ranks: a bucket waits for those before it."""
@@ -98,6 +121,19 @@ class Overlap:
                         raise RuntimeError(
                             f"{self.late}, but its message leaves in the backward pass. {HOW}; overlap=False waits."
                         )
+
+    def hold_back(self, why: str) -> None:
+        """At the start of step(), for a reason that backward passes cannot know: messages leave in step().
+
+        Raises RuntimeError, on all ranks, if they leave in the backward pass already.
+        """
+        if self.sending:
+            raise RuntimeError(
+                f"{why}, but messages leave in the backward pass. Build with overlap='auto' and do so from the first"
+                " step on, or with overlap=False or schedule='awc'."
+            )
+        if self.observing:
+            self.late = why
 
     def finish(self) -> None:
         """At the end of step()."""

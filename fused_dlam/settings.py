@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .kernels import scalars
 from .kernels.rule import Rule
 
 
@@ -19,7 +20,11 @@ def defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(group: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for a setting that makes no sense."""
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    for name in ("momentum", "weight_decay"):
+        if isinstance(group[name], torch.Tensor):
+            raise TypeError(f"{name} must be a number; only lr may be a tensor")
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= float(lr) < math.inf:
@@ -41,6 +46,31 @@ def check(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid mu: {mu!r}, must be in [0, 1)")
 
 
+def check_parameters(params: list[torch.Tensor]) -> None:
+    """Raises TypeError for parameters that have no place in a flat buffer."""
+    for p in params:
+        kind, what = f"a parameter of shape {tuple(p.shape)}", None
+        if p.layout != torch.strided:
+            what = f"is sparse ({p.layout}): convert it with to_dense()"
+        elif not (p.is_floating_point() or p.is_complex()):
+            what = f"is of type {p.dtype}: only floating-point and complex parameters are optimized"
+        elif type(p).__name__ == "DTensor":
+            what = "is a DTensor, sharded over ranks that own its parts: gossip needs whole parameters on every rank"
+        elif p.is_meta:
+            what = "is on the meta device: give the model storage (to_empty) before building the optimizer"
+        if what is not None:
+            raise TypeError(f"{kind} {what}")
+
+
+def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
+    """What tells whether a setting was changed since; a tensor on a device is known by its version, not read."""
+    values = (group[name] for name in names)
+    return tuple(
+        v if not isinstance(v, torch.Tensor) else float(v) if scalars.on_host(v) else (id(v), v._version)
+        for v in values
+    )
+
+
 def facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
     """What all ranks must have in common."""
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
@@ -49,5 +79,9 @@ def facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),
-        **{name: str(group.get(name)) for name in names},
+        **{name: _text(group.get(name)) for name in names},
     }
+
+
+def _text(value: object) -> str:
+    return str(float(value)) if isinstance(value, torch.Tensor) else str(value)  # a tensor's text names its device

@@ -33,7 +33,7 @@ class SlowMo:
     def due(self, step: int) -> bool:
         return (step + 1) % self.every == 0
 
-    def __call__(self, y: Any, x_0: Any, u: Any, lr: float, inverse_lr: float) -> tuple[Any, Any]:
+    def __call__(self, y: Any, x_0: Any, u: Any, lr: Any, inverse_lr: Any) -> tuple[Any, Any]:
         """x_0' and u'. inverse_lr: 1/lr, bounded (see kernels.momentum.inverse_lr)."""
         moved = x_0 - y
         return x_0 - self.lr * (moved + (lr * self.momentum) * u), self.momentum * u + inverse_lr * moved

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .rule import Rule, named
+from .scalars import Scalar
 
 # Elements per block. At 25.5M parameters, d = 1: 60, 48, 41, 36, 33, 32 ms for 16k, 32k, 64k, 128k, 256k, 512k: smaller
 # blocks fit a nearer cache, but every operation costs 1 to 3 us before its first element.
@@ -34,7 +35,17 @@ class Scalars(NamedTuple):
 
     h: Any  # the rule's named tuple, see Rule.scalars
     weights: tuple[float, ...]  # one for each received message, in the order of `received`
-    grad_scale: float = 1.0  # multiplies the gradient first: -1 maximizes, 1/loss scale unscales
+    grad_scale: Scalar = 1.0  # multiplies the gradient first: -1 maximizes, 1/loss scale unscales
+
+    def numbers(self) -> Scalars:
+        """The same with tensors read back, all at once: for passes that need numbers, which then wait for the GPU."""
+        values = (self.grad_scale, *self.h)
+        late = [v for v in values if isinstance(v, torch.Tensor)]
+        if not late:
+            return self
+        read = iter(torch.stack([v.to(late[0]) for v in late]).tolist())
+        scale, *h = (next(read) if isinstance(v, torch.Tensor) else v for v in values)
+        return self._replace(h=type(self.h)(*h), grad_scale=scale)
 
 
 class Blocked:
@@ -52,7 +63,7 @@ class Blocked:
         self.scalars = Scalars((), ())
 
     def set(self, scalars: Scalars) -> None:
-        self.scalars = scalars
+        self.scalars = scalars.numbers()
 
     def pack(self, x, g, state, messages) -> None:
         """Writes this worker's messages."""

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from .jit import jit
 from .rule import Rule, send_parameter
+from .scalars import Scalar, largest, ratio
 
 
-def inverse_lr(h: dict, memory: dict) -> float:
+def inverse_lr(h: dict, memory: dict) -> Scalar:
     """1/lr, bounded: 1/max(lr, largest lr so far / 100), and 0 where lr = 0.
 
     Unbounded, a warm restart from lr = 1e-6 would replay disagreement and rounding 1e4-fold.
     """
     lr = h["lr"]
-    memory["lr_max"] = max(memory.get("lr_max", 0.0), lr)
-    return 1.0 / max(lr, memory["lr_max"] / 100) if lr > 0 else 0.0
+    memory["lr_max"] = largest(memory.get("lr_max", 0.0), lr)
+    return ratio(1.0, largest(lr, memory["lr_max"] / 100), where=lr)
 
 
 # -- Exact averaging by all-reduce: the yardsticks -------------------------------------------------------------------
@@ -159,10 +160,10 @@ def derive_pc_dmsgd(h: dict, memory: dict) -> dict:
     rate bounded. 0 while den = 0.
     """
     lr, e = h["lr"], h["correction_rate"]
-    memory["lr_max"] = max(memory.get("lr_max", 0.0), lr)
+    memory["lr_max"] = largest(memory.get("lr_max", 0.0), lr)
     memory["lr_mean"] = (1 - e) * memory.get("lr_mean", lr) + e * lr
-    den = max(lr, memory["lr_mean"], memory["lr_max"] / 100)
-    return {"leak": 1.0 - e / h["correction_gain"], "correction": e / den if den > 0 else 0.0}
+    den = largest(largest(lr, memory["lr_mean"]), memory["lr_max"] / 100)
+    return {"leak": 1.0 - e / h["correction_gain"], "correction": ratio(e, den, where=den)}
 
 
 pc_dmsgd = Rule(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .jit import jit
+from .scalars import Scalar
 
 #: A hyper-parameter's default: a number, or a function of (momentum, rho) with rho the topology's contraction per step.
 Default = float | Callable[[float, float], float]
@@ -43,7 +44,9 @@ class Rule:
         hyper: hyper-parameters beyond lr, momentum and weight_decay, with defaults; a default may be a function of
             (momentum, rho). They are fields of h.
         derive: `derive(h, memory) -> dict` adds scalars to h that the host computes once per step, such as 1/lr with
-            a guard; `h` is a dict, `memory` a dict of floats that outlives the step and is saved in checkpoints.
+            a guard; `h` is a dict, `memory` a dict of floats that outlives the step and is saved in checkpoints. Where
+            lr is a tensor on a GPU, h["lr"] and what is kept of it are 0-d float64 tensors there: + - * / and the
+            functions of `kernels.scalars` leave them there; `max`, `if` and `float` work, but wait for the GPU.
         average: "neighbors" for gossip; "gradient" averages the gradient over all workers by all-reduce before
             `update` (then send must return the gradient).
 
@@ -99,8 +102,8 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(self, lr, momentum, weight_decay, rho, hyper, memory) -> dict[str, float]:
-        values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    def _values(self, lr, momentum, weight_decay, rho, hyper, memory) -> dict[str, Any]:
+        values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, default in self.hyper.items():
             value = hyper.get(name)
             if value is None or value == "auto":
@@ -111,7 +114,7 @@ class Rule:
         return values
 
     def scalars(
-        self, lr: float, momentum: float, weight_decay: float, rho: float = 0.0, hyper=None, memory=None
+        self, lr: Scalar, momentum: float, weight_decay: float, rho: float = 0.0, hyper=None, memory=None
     ) -> Any:
         """h for one step. `memory` is updated in place: call this once per step."""
         return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, {} if memory is None else memory))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -193,19 +194,26 @@ class Fused:
                 f" ({CAPACITY} scalars at most): use a sparser topology, or fused=False"
             )
         self.scalars = scalars
-        if values == self._current:
+        late = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}  # on a device: not read by the host
+        values = tuple(math.nan if i in late else v for i, v in enumerate(values))
+        if values == self._current and not late:
             return
         self._current = values
         host = torch.tensor(values, dtype=torch.float64).to(torch.float32)
         if self.device.type != "cuda":
-            self._values[: len(values)].copy_(host)
+            self._write(host, late)
             return
         stream = torch.cuda.current_stream(self.device)
         for other in self._streams - {stream}:  # a pass there may still read the last step's values
             stream.wait_stream(other)
         # Fresh pinned memory each time: torch gives it out again only after the copy that reads it has ended.
-        self._values[: len(values)].copy_(host.pin_memory(), non_blocking=True)
+        self._write(host.pin_memory(), late)
         self._streams, self._written = {stream}, stream.record_event()
+
+    def _write(self, host, late) -> None:
+        self._values[: len(host)].copy_(host, non_blocking=True)
+        for i, value in late.items():
+            self._values[i].copy_(value, non_blocking=True)
 
     def pack(self, x, g, state, messages) -> None:
         """Writes this worker's messages [messages, N]."""

@@ -37,10 +37,14 @@ import numpy as np
 ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking")
 
 
-def run(method, Ws, grad, x0, lrs, momentum, weight_decay, *, steps, schedule="atc", lars=None, slowmo=None, **hyper):
+def run(
+    method, Ws, grad, x0, lrs, momentum, weight_decay, *,
+    steps, schedule="atc", lars=None, slowmo=None, skips=(), **hyper,
+):  # fmt: skip
     """Every worker's parameters before and after each of `steps` steps, [steps + 1, n, d].
 
     Ws(step) is the mixing matrix, lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
+    In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc-dmsgd; `beta2`
     and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
@@ -58,6 +62,10 @@ def run(method, Ws, grad, x0, lrs, momentum, weight_decay, *, steps, schedule="a
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
+        if k in skips:
+            x = x if method in ("psgd", "pmsgd") else W @ x
+            trajectory.append(x)
+            continue
         lr_max = max(lr_max, lr)
         literal = 0 < lr >= lr_max / 100  # elsewhere the division by lr is bounded: by lr_max / 100, and 0 at lr = 0
         inverse = 100 / lr_max if lr > 0 else 0.0

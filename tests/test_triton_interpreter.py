@@ -193,6 +193,32 @@ def test_the_next_message_is_written_in_the_same_pass():
 
 
 @interpreted
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_scalars_that_are_tensors_are_not_read_by_the_host(rule, monkeypatch):
+    """The kernels' values bit-equal to those of numbers, step after step, and not one read: all stays on the device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from fused_dlam.kernels import scalars
+    from fused_dlam.kernels.triton_passes import Fused
+
+    class HostReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is not torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(scalars, "on_host", lambda value: False)
+    numbers, tensors = Fused(rule, "cpu"), Fused(rule, "cpu")
+    memories = {}, {}
+    for lr, scale in ((0.1, 1.0), (0.1, 0.5), (0.0, 0.5), (0.025, 1.0)):
+        numbers.set(Scalars(rule.scalars(lr, 0.9, 0.01, 0.5, {}, memories[0]), WEIGHTS[:2], scale))
+        lr, scale = torch.tensor(lr, dtype=torch.float64), torch.tensor(scale)
+        with HostReads():
+            h = rule.scalars(scalars.scalar(lr), 0.9, 0.01, 0.5, {}, memories[1])
+            tensors.set(Scalars(h, WEIGHTS[:2], scalars.scalar(scale)))
+        assert torch.equal(numbers._values, tensors._values)
+
+
+@interpreted
 def test_new_scalars_stay_at_one_address():
     p = Problem(rules.pc_dmsgd, 64, 2)
     passes = p.passes()

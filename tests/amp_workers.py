@@ -1,0 +1,77 @@
+"""What worker processes run in the tests of mixed precision."""
+
+import logging
+import os
+
+import oracle
+import torch
+
+import fused_dlam
+
+LR, STEPS, DIMENSION, OVERFLOW, SILENT = 0.05, 8, 6, 2, 5
+
+
+def problem(n):
+    return oracle.LeastSquares(n, d=DIMENSION)
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def scaled(rank, cases):
+    """Each case: (options, scaler, how). On rank 1 the scaled loss overflows in step OVERFLOW."""
+    return [train(rank, *case) for case in cases]
+
+
+def train(rank, options, scaler, how):
+    n = torch.distributed.get_world_size()
+    workers = problem(n)
+    H, c = torch.from_numpy(workers.H[rank]).float(), torch.from_numpy(workers.c[rank]).float()
+    x = torch.nn.Parameter(torch.ones(DIMENSION))
+    rest = torch.nn.Parameter(torch.ones(3, 2))  # a bucket of its own
+    log = Lines()
+    logging.getLogger("fused_dlam").addHandler(log)
+    optimizer = fused_dlam.GossipSGD([x, rest], lr=LR, bucket_mb=1e-6, **options)
+    kinds = {"ours": fused_dlam.GradScaler, "torch": torch.amp.GradScaler, "off": torch.amp.GradScaler}
+    scaler = kinds[scaler]("cpu", init_scale=2.0**16, growth_interval=3, enabled=scaler != "off")
+    path, scales, early, error = [x.detach().clone()], [], 0, None
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = 0.5 * x @ H @ x - c @ x + 0.5 * rest.square().sum()
+        if how == "overflow" and step == OVERFLOW and rank == 1:
+            loss = loss * 1e36
+        before = optimizer.messages_sent
+        if not (how == "silent" and step == SILENT and rank == 2):
+            scaler.scale(loss).backward()
+        early += optimizer.messages_sent - before
+        if how == "unscale":
+            scaler.unscale_(optimizer)
+        try:
+            scaler.step(optimizer)
+        except RuntimeError as raised:
+            error = str(raised)
+            break
+        scaler.update()
+        path.append(x.detach().clone())
+        scales.append((scaler.get_scale(), scaler._get_growth_tracker() if scaler.is_enabled() else 0))
+    logging.getLogger("fused_dlam").removeHandler(log)
+    return {
+        "path": torch.stack(path),
+        "scales": scales,
+        "early": early,
+        "error": error,
+        "bytes": optimizer.bytes_sent,
+        "messages": optimizer.messages_sent,
+        "log": log.lines,
+    }
+
+
+def machines(rank, cases):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return scaled(rank, cases)
