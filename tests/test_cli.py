@@ -15,6 +15,7 @@ import pytest
 from fused_dlam import Topology, consensus_growth, rules, topology
 from fused_dlam.cli import COMMANDS, main
 from fused_dlam.report import load, table
+from fused_dlam.stability import lyapunov
 from fused_dlam.topology import Circulant
 
 
@@ -114,11 +115,12 @@ def test_the_demo_table_is_the_statistics_of_its_runs():
 # -- the topology command ----------------------------------------------------------------------------------------------
 
 GRAPHS = [
-    ("one-peer-exponential", 8, 0.9, {"decentlam"}),
-    ("exponential", 16, 0.9, {"decentlam"}),
+    ("one-peer-exponential", 8, 0.9, {"decentlam", "d2-dmsgd"}),
+    ("exponential", 16, 0.9, {"decentlam", "d2-dmsgd", "exact-diffusion"}),
     ("symmetric-exponential", 8, 0.9, set()),
-    ("one-peer-exponential", 8, 0.5, set()),
-    ("torus", 12, 0.95, set()),
+    ("one-peer-exponential", 8, 0.5, {"d2-dmsgd"}),
+    ("torus", 12, 0.95, {"d2-dmsgd"}),
+    ("base-k", 8, 0.9, {"decentlam", "d2-dmsgd"}),
 ]
 
 
@@ -141,6 +143,18 @@ def test_topology_prints_the_growth_that_the_library_computes(name, n, momentum,
     assert re.search(rf"correction rate +{rate:.4g}:", text)
     assert re.search(rf"period +{graph.period} step", text) and re.search(rf"degree +{graph.degree()}:", text)
     assert re.search(f"symmetric +{'yes' if graph.is_symmetric else 'no'}\n", text)
+
+
+def test_topology_prints_estimates_with_their_error():
+    """Of a graph that never repeats."""
+    text, graph = call("topology", "ou-equidyn", "-n", 9), topology.ou_equidyn(9)
+    assert "none: drawn anew at every step" in text
+    assert f"{graph.rho:.4f} ± {graph.contraction.error:.4f}: contraction per step" in text
+    for method, verdict in (("pc-dmsgd", "stable"), ("dsgd", "stable"), ("decentlam", "unstable")):
+        growth, error = lyapunov(method, graph, 0.9)
+        row = cells(text, method)
+        assert row[0] == f"{growth:.4f} ± {error:.4f}" and row[2] == verdict, method
+    assert "averages exactly sooner or later" in call("topology", "random-match", "-n", 4)
 
 
 def test_topology_of_65536_workers_forms_no_matrix(monkeypatch):
@@ -171,7 +185,9 @@ def test_topology_lists_the_family():
         assert all(f"  {name} " in text for name in topology.FAMILY)
 
 
-@pytest.mark.parametrize("name, n", [("one-peer-exponential", 8), ("grid", 12), ("exponential", 64), ("full", 1)])
+@pytest.mark.parametrize(
+    "name, n", [("one-peer-exponential", 8), ("grid", 12), ("exponential", 64), ("ou-equidyn", 9), ("full", 1)]
+)
 def test_topology_draws(name, n, tmp_path):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
@@ -200,6 +216,7 @@ WRONG = [
     ("topology ring -n eight", "whole number"),
     ("topology ring -n 8 --momentum 1", "below 1"),
     ("topology grid -n 65536", "up to n = 1,024"),
+    ("topology random-match -n 65536", "up to n = 16,384, for it is followed step by step"),
     ("topology ring -n 65 --plot graph.png", "up to 64 workers"),
     ("topology ring -n 8 --plot no/such/folder/graph.png", "no folder"),
     ("demo --workers 0", "at least 1"),
