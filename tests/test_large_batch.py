@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import images  # noqa: E402
 import large_batch  # noqa: E402
-from large_batch import Job, Method, Network  # noqa: E402
+from large_batch import Job, Network  # noqa: E402
 
 
 def write_cifar10(folder: Path, records_per_file: int, seed: int = 0) -> np.ndarray:
@@ -146,10 +146,10 @@ def test_resnet20_as_a_row_of_numbers():
 
 
 def test_cifar10_end_to_end(tmp_path):
-    """ResNet-20 through the whole program, two workers: 20 images, one step per epoch."""
+    """ResNet-20 through the whole program, four workers on a ring: 20 images, one step per epoch."""
     write_cifar10(tmp_path, 4)
-    given = ["--data", "cifar10", "--folder", str(tmp_path), "--workers", "2", "--batches", "20", "--epochs", "2"]
-    given += ["--seeds", "1", "--methods", "DecentLaM", "--results", str(tmp_path / "c.jsonl")]
+    given = ["--data", "cifar10", "--folder", str(tmp_path), "--workers", "4", "--batches", "20", "--epochs", "2"]
+    given += ["--graph", "ring", "--seeds", "1", "--methods", "DecentLaM", "--results", str(tmp_path / "c.jsonl")]
     assert large_batch.main(given) == 0
     record = json.loads((tmp_path / "c.jsonl").read_text())
     assert record["steps"] == 2 and not record["diverged"] and 0 < record["train_loss"] < 100
@@ -199,20 +199,26 @@ def test_tuning_never_sees_the_test_images(tmp_path, monkeypatch):
     assert large_batch.rates({}, chosen) == {("DmSGD", 120): 0.1}
 
 
-def test_unstable_methods_are_said_to_be(tmp_path, monkeypatch):
-    chosen = options(tmp_path, "--batches", "240", "--workers", "4")
-    W = np.array([[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0]]) / 2  # eigenvalue -1, below D2's -1/3
-    monkeypatch.setattr(large_batch.topology, "get", lambda name, n: large_batch.Topology(W, "cycle"))
-    graph, note = large_batch.graph(Method("d2-dmsgd"), chosen)
-    assert graph.name == "lazy cycle" and note == "unstable on cycle, run on lazy cycle"
-    record = large_batch.train(Job("D2-DmSGD", 240, 0, 0.05), chosen)
-    record |= {"lr": 0.05, "diverged": True}
-    text = large_batch.report({"D2-DmSGD": {240: [record]}}, tuned=True)
-    assert "D2-DmSGD [1]" in text and f"[1] {note}" in text and "1 of 1 runs overflowed" in text
-    one_way = large_batch.Topology(np.roll(np.eye(4), 1, 0), "one-way ring, no own weight")
-    monkeypatch.setattr(large_batch.topology, "get", lambda name, n: one_way)
-    with pytest.raises(ValueError, match="another --graph"):
-        large_batch.graph(Method("decentlam"), chosen)
+def test_unstable_methods_are_said_to_be(tmp_path, monkeypatch, capsys):
+    given = ["--batches", "240", "--epochs", "2", "--seeds", "1", "--methods", "D2-DmSGD"]
+    chosen = options(tmp_path, *given, "--graph", "ring")  # its smallest eigenvalue is D2's limit, -1/3
+    graph, note = chosen.graphs["D2-DmSGD"]
+    assert graph.name == "lazy ring" and "unstable on ring" in note and "run on lazy ring" in note
+    job = Job("D2-DmSGD", 240, 0, 0.05)
+    record = {**job._asdict(), **large_batch.train(job, chosen)}
+    assert record["topology"] == "lazy ring" and not record["diverged"]
+    text = large_batch.report({"D2-DmSGD": {240: [record, record | {"diverged": True}]}}, tuned=True)
+    assert "D2-DmSGD [1]" in text and f"[1] {note}" in text and "[2] 1 of 2 runs overflowed" in text
+    assert options(tmp_path, *given).graphs["D2-DmSGD"][1] == ""
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--graph", "one-peer-exponential")
+    assert "decentlam is unstable on one-peer-exponential" in capsys.readouterr().err
+
+
+def test_runs_that_overflow_are_told(tmp_path):
+    chosen = options(tmp_path, "--batches", "64", "--epochs", "4")
+    record = large_batch.train(Job("PmSGD", 64, 0, 1e6), chosen)
+    assert record["diverged"] and record["accuracy"] < 30
 
 
 @pytest.mark.parametrize(
