@@ -78,7 +78,7 @@ def report(cells: Cells, tuned: bool) -> str:
 
 
 def draw(cells: Cells, title: str, path: Path) -> None:
-    """Accuracy over batch, and its difference to PmSGD."""
+    """Accuracy over batch, and its difference to PmSGD. Long error bars leave the picture: means decide its limits."""
     from matplotlib.figure import Figure
 
     batches = list(next(iter(cells.values())))
@@ -86,20 +86,24 @@ def draw(cells: Cells, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2)
     for k, (m, row) in enumerate(cells.items()):
-        x = np.arange(len(batches)) + 0.06 * (k - (len(cells) - 1) / 2)  # side by side: they would hide each other
+        several = row[batches[0]]
+        x = np.arange(len(batches)) + 0.05 * (k - (len(cells) - 1) / 2)  # side by side: they would hide each other
         color, marker, line = STYLES[m]
         style = {"color": color, "marker": marker, "linestyle": line, "linewidth": 1.0, "elinewidth": 1.0}
-        panels = [(left, [[r["accuracy"] for r in several] for several in row.values()])]
+        panels = [(left, [[r["accuracy"] for r in row[b]] for b in batches])]
         if YARDSTICK in cells and m != YARDSTICK:
             panels.append((right, [less_yardstick(cells, m, b) for b in batches]))
         for axes, values in panels:
             error = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-            label = m if axes is left else None
+            label = None if axes is right else f"{m} ({several[0]['topology']})" if several[0]["note"] else m
             axes.errorbar(x, [np.mean(v) for v in values], error, label=label, markersize=6, **style)
     right.axhline(0, color="black", linewidth=1, linestyle="--")
     left.set_title("Test accuracy of the averaged model, %")
     right.set_title(f"The same less {YARDSTICK}, seed by seed")
     for axes in (left, right):
+        means = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        room = max(0.5, 0.25 * np.ptp(means))
+        axes.set_ylim(means.min() - room, min(100.0, means.max() + room))
         axes.set(xlabel="total batch", xticks=range(len(batches)), xticklabels=[f"{b:,}" for b in batches])
         axes.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside lower center", ncols=6, frameon=False)

@@ -6,6 +6,7 @@
   included; the row-of-numbers form of ResNet-20 equals the module bit for bit, running statistics included;
 - finished runs are skipped, half a line is cut off, other settings and --fresh train anew; the same seed gives
   bit-equal results;
+- bad options end the program with one clear line before anything is trained;
 - an unstable method runs on the lazy graph with a footnote, and is refused where that is unstable too.
 """
 
@@ -149,7 +150,18 @@ def test_cifar10_end_to_end(tmp_path):
     """ResNet-20 through the whole program, four workers on a ring: 20 images, one step per epoch."""
     write_cifar10(tmp_path, 4)
     given = ["--data", "cifar10", "--folder", str(tmp_path), "--workers", "4", "--batches", "20", "--epochs", "2"]
-    given += ["--graph", "ring", "--seeds", "1", "--methods", "DecentLaM", "--results", str(tmp_path / "c.jsonl")]
+    given += [
+        "--warmup",
+        "1",
+        "--graph",
+        "ring",
+        "--seeds",
+        "1",
+        "--methods",
+        "DecentLaM",
+        "--results",
+        str(tmp_path / "c.jsonl"),
+    ]
     assert large_batch.main(given) == 0
     record = json.loads((tmp_path / "c.jsonl").read_text())
     assert record["steps"] == 2 and not record["diverged"] and 0 < record["train_loss"] < 100
@@ -164,7 +176,20 @@ def test_finished_runs_are_skipped(tmp_path, capsys, monkeypatch):
     real = large_batch.train
     monkeypatch.setattr(large_batch, "train", lambda job, *more: trained.append(job) or real(job, *more))
     file = tmp_path / "runs.jsonl"
-    given = ["--results", str(file), "--seeds", "1", "--batches", "240", "--epochs", "2", "--methods", "PmSGD"]
+    given = [
+        "--results",
+        str(file),
+        "--seeds",
+        "1",
+        "--batches",
+        "240",
+        "--epochs",
+        "2",
+        "--warmup",
+        "1",
+        "--methods",
+        "PmSGD",
+    ]
     assert large_batch.main(given) == 0
     assert [job.method for job in trained] == ["PmSGD"]
     first = file.read_text()
@@ -222,8 +247,32 @@ def test_runs_that_overflow_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [["--batches", "100"], ["--data", "cifar10"], ["--alpha", "0"], ["--seeds", "0"], ["--workers", "0"]]
+    "given, message",
+    [
+        (["--batches", "100"], "100 of 1200 images"),
+        (["--batches", "2048"], "2048 of 1200 images"),
+        (["--data", "cifar10"], "--folder"),
+        (["--data", "cifar10", "--folder", "nowhere"], "there is no nowhere"),
+        (["--alpha", "0"], "--alpha must be"),
+        (["--workers", "0"], "--workers must be"),
+        (["--warmup", "2"], "--warmup must be"),
+        (["--results", "nowhere/runs.jsonl"], "no folder nowhere"),
+    ],
 )
-def test_bad_options(tmp_path, given):
+def test_bad_options(tmp_path, capsys, given, message):
     with pytest.raises(SystemExit):
         options(tmp_path, *given)
+    assert message in capsys.readouterr().err
+
+
+def test_the_learning_rate(tmp_path):
+    """Up in a line over the warm-up's share of the steps; then a cosine, or tenths."""
+    chosen = options(tmp_path, "--epochs", "9", "--warmup", "1")
+    job = Job("PmSGD", 64, 0, 0.5)
+    rate = [large_batch.learning_rate(k, 90, job, chosen) for k in range(90)]
+    assert rate[0] == pytest.approx(0.05) and rate[45] == pytest.approx(0.25) and 0 < rate[-1] < 0.001
+    assert max(rate) == max(rate[9:12]) and rate[10:] == sorted(rate[10:], reverse=True)
+    chosen.decay = "step"
+    rate = [large_batch.learning_rate(k, 90, job, chosen) for k in range(90)]
+    assert rate[4] == pytest.approx(0.25) and rate[10::20] == pytest.approx([0.5, 0.05, 0.05, 0.005])
+    assert rate[-1] == pytest.approx(0.0005)
