@@ -24,16 +24,16 @@ ResNet-20 is there to be run; no result of it is claimed.
 
 Every finished run is a line of the results file; runs found there, with the same settings, are not repeated.
 
-What came out on digits, in points of test accuracy over five seeds (the first command takes 5.5 minutes of one core):
+What came out on digits, in points of test accuracy over five seeds (the first command: about 5.5 minutes of one core):
 - Neither DecentLaM nor PC-DmSGD wins. PmSGD + LARS does, at every batch (98.0, 98.3, 97.6; PmSGD 97.0, 96.6, 94.1).
 - At 64 and 256 all others end within 0.4 of PmSGD, which is the noise, but QG-DmSGD (-1.7 at 256) and AWC-DmSGD (-1.1).
 - At 1,024 (70 steps) the rule's rate is near the largest that PmSGD bears: DmSGD, PC-DmSGD and DecentLaM are 1.3 to 1.7
   above it and QG-DmSGD 2.5 below, with deviations as large as that. Tuning prefers 0.4 there for most, where one seed
   of five fails by some methods (DecentLaM 86.8 +- 18.5, PmSGD 91.3 +- 8.5; PC-DmSGD 95.6 +- 1.4).
 - That DmSGD loses accuracy as the batch grows, the paper's finding, does not show: on the symmetric exponential graph
-  of 8 workers six of seven others are neighbors, and the cosine's end takes the bias away. On the ring it shows on the
-  way, hardly at the end: DmSGD's training loss at 256 is 0.032, that of PmSGD, DecentLaM and PC-DmSGD 0.012 to 0.014;
-  its worst worker halfway has 92.7, theirs 96.1 to 96.4; its final accuracy is 0.6 +- 0.8 below PmSGD's.
+  of 8 workers six of seven others are neighbors, and where the cosine ends workers agree again. On the ring it shows
+  on the way, hardly at the end: DmSGD's training loss at 256 is 0.032, that of PmSGD, DecentLaM and PC-DmSGD 0.012 to
+  0.014; its worst worker halfway has 92.7, theirs 96.1 to 96.4; its final accuracy is 0.6 +- 0.8 below PmSGD's.
 """
 
 from __future__ import annotations
