@@ -22,11 +22,12 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_dlam import DecentLaM, GossipSGD, SlowMo, amp, guards
+from fused_dlam import DecentLaM, GossipSGD, SlowMo, amp, certificate, guards, topology
 from fused_dlam.buckets import build
 from fused_dlam.kernels import rules, scalars
 from fused_dlam.kernels.backend import Scalars
 from fused_dlam.launch import run_workers
+from fused_dlam.stability import lyapunov
 
 N = 3
 
@@ -394,6 +395,23 @@ def test_cyclic_momentum(table, ranks):  # noqa: F811
     )  # it grows from 0.5 on
     table.works(17, "`momentum` is read at every step, and certified again where it is new")
     table.refused(17, message)
+
+
+def test_a_cycle_of_momenta_costs_a_few_certificates(monkeypatch, caplog):
+    """1,000 momenta from 0.85 to 0.95: 20 beside the constructor's 0.9. Random graphs, which take seconds: none."""
+    group = {"momentum": 0.9, "correction_rate": "auto", "correction_gain": 10.0}
+    asked = []
+    monkeypatch.setattr(
+        certificate, "lyapunov", lambda *args, **hyper: asked.append(args[2]) or lyapunov(*args, **hyper)
+    )
+    for graph, cost in ((topology.one_peer_exponential(8), 20), (topology.get("random-match", 8), 0)):
+        asked.clear()
+        one = certificate.Certificate(rules.pc_dmsgd, graph, allow_unstable=False)
+        one.check({**group})
+        for k in range(1000):
+            one.recheck({**group, "momentum": 0.85 + 0.1 * k / 999})
+        assert len(asked) == cost + 1
+    assert caplog.text.count("takes too long to certify") == 1
 
 
 def test_maximize(table):  # noqa: F811
