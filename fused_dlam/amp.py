@@ -65,8 +65,7 @@ def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
 def agree(engine: Engine, found: Sequence[torch.Tensor], step: int) -> None:
     """Sets every tensor of `found` to the largest of all of them on all ranks."""
     worst = torch.stack([f.detach().reshape(()).to(found[0].device) for f in found]).amax().reshape(1)
-    inside = None if engine.machine is None else engine.machine.inside
-    for exchange in (inside, engine.exchange):
+    for exchange in (engine.inside, engine.exchange):
         if exchange is not None:
             worst = _largest(exchange, worst, step)
     for f in found:

@@ -6,6 +6,9 @@ Parameters are never copied. A gradient that autograd makes anew, as after `zero
 where it is made and is freed, and the view takes its place: 8 bytes per parameter, still in cache, in place of the 16
 of zeroing the slot and adding to it (8.4 MB of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost).
 From then on autograd accumulates into the view; after `zero_grad(set_to_none=False)` nothing is copied at all.
+
+Two kinds of parameters are no views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
+memory FSDP's own buffers alias. They are copies of x, written by `publish` and read back by `absorb`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+
+from . import sharded
 
 ALIGN = 8  # elements; a slot starts on a 16-byte boundary in every floating type
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
@@ -25,13 +30,17 @@ class Slot:
 
     def __init__(self, p: torch.Tensor, offset: int):
         self.p = p
+        self.apart = sharded.is_sharded(p)
+        here = sharded.local(p)
         self.offset = offset
-        self.numel = p.numel() * (2 if p.is_complex() else 1)
+        self.shape = here.shape
+        self.numel = here.numel() * (2 if here.is_complex() else 1)
         # Dense layouts (channels-last too) keep their strides; holes and overlaps become contiguous.
-        self.stride = torch.empty_like(p, memory_format=torch.preserve_format).stride()
+        self.stride = torch.empty_like(here, memory_format=torch.preserve_format).stride()
         self.span = slice(offset, offset + self.numel)
-        self.data = p.data  # the view in the bucket, once it is built
-        self.grad: torch.Tensor | None = None
+        self.data = here  # what this rank holds of it: the view in the bucket, once it is built, or FSDP's shard
+        self.grad: torch.Tensor | None = None  # the view in the flat gradient
+        self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
         self.zeroed_at = -1  # the gradient view's version when it was last zeroed
         self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
         self.published_at = -1  # the parameter's version when this package last wrote it
@@ -41,7 +50,15 @@ class Slot:
         run = flat[self.span]
         if self.p.is_complex():
             run = torch.view_as_complex(run.view(-1, 2))
-        return run.as_strided(self.p.shape, self.stride)
+        return run.as_strided(self.shape, self.stride)
+
+    def stateful(self, flat: torch.Tensor) -> torch.Tensor:
+        """The view as others are to see it in the optimizer's state: of a sharded parameter, a DTensor over it."""
+        return sharded.like(self.p, self.view(flat)) if self.apart else self.view(flat)
+
+    def version(self, grad: torch.Tensor) -> int:
+        """Moves whenever a gradient is written: a DTensor counts what is done to it, its shard what FSDP adds."""
+        return grad._version + sharded.local(grad)._version if self.apart else grad._version
 
 
 class Bucket:
@@ -49,9 +66,12 @@ class Bucket:
 
     x holds master values: the parameters themselves, or float32 copies of 16-bit ones (then `low` holds the
     parameters). `state` are the method's buffers, `messages` [messages, N] what is sent, `received` [d, messages, N].
+    `gradients=False` leaves gradients where they are; x stands in for g, which nothing reads then.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], index: int, group: int = 0, shards: int = 1):
+    def __init__(
+        self, params: Sequence[torch.Tensor], index: int, group: int = 0, shards: int = 1, gradients: bool = True
+    ):
         self.index, self.group = index, group
         self.slots: list[Slot] = []
         end = 0
@@ -65,12 +85,15 @@ class Bucket:
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
         self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
-        self.g = torch.zeros(self.N, dtype=dtype, device=first.device)
+        self.g = torch.zeros(self.N, dtype=dtype, device=first.device) if gradients else self.x
         self.state: tuple[torch.Tensor, ...] = ()
         self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
-            self._adopt(slot)
+            self._adopt(slot, gradients)
+        self.copies = [slot for slot in self.slots if slot.apart or self.low is not None]
+        apart = [slot for slot in self.slots if slot.apart]
+        self._shards = [slot.data for slot in apart], [slot.view(self.x) for slot in apart]
 
     def allocate(
         self, states: int, messages: int, degree: int, message_dtype: torch.dtype | None, sends_x: bool
@@ -81,17 +104,22 @@ class Bucket:
         self.messages = torch.zeros(rows, self.N, dtype=dtype, device=self.x.device)
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 
-    def _adopt(self, slot: Slot) -> None:
+    def _adopt(self, slot: Slot, gradients: bool) -> None:
         p = slot.p
-        slot.view(self.x).copy_(p.data)
-        if self.low is not None:
-            slot.view(self.low).copy_(p.data)
-        slot.data = slot.view(self.x if self.low is None else self.low)
+        slot.view(self.x).copy_(slot.data)
+        if not slot.apart:
+            if self.low is not None:
+                slot.view(self.low).copy_(slot.data)
+            slot.data = slot.view(self.x if self.low is None else self.low)
         had = p.grad
-        p.data = slot.data
+        if not slot.apart:
+            p.data = slot.data
+        if not gradients:
+            return
         # `.data` gives the view a version counter of its own: writing the flat buffer does not move it, autograd and
         # the user do. So the counter tells whether this parameter got a gradient.
         slot.grad = slot.view(self.g).data
+        slot.installed = sharded.like(p, slot.grad) if slot.apart else slot.grad
         if had is not None:
             p.grad = had.to(p.dtype) if had.layout == torch.strided else had
             self.collect(slot)
@@ -99,16 +127,15 @@ class Bucket:
     def collect(self, slot: Slot) -> None:
         """Copies a gradient that is not the view into the view, and puts the view back."""
         grad = slot.p.grad
-        if grad is None or grad is slot.grad:
+        if grad is None or grad is slot.installed or slot.grad is None:
             return
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
                 " layer with sparse=False"
             )
-        assert slot.grad is not None
-        slot.grad.copy_(grad.detach())
-        slot.p.grad = slot.grad
+        slot.grad.copy_(sharded.local(grad.detach()))
+        slot.p.grad = slot.installed
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Forgets the gradients, or zeros them with one write and keeps the views installed."""
@@ -118,14 +145,15 @@ class Bucket:
             if set_to_none or slot.p.grad is None:
                 slot.p.grad = None
             else:
-                slot.p.grad = slot.grad
-                slot.zeroed_at = slot.grad._version  # type: ignore[union-attr]
+                slot.p.grad = slot.installed
+                slot.zeroed_at = slot.version(slot.installed)  # type: ignore[arg-type]
 
     def refresh(self) -> None:
         """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
         for slot in self.slots:
             p = slot.p
-            if p.data_ptr() != slot.data.data_ptr() or p.dtype != slot.data.dtype or p.device != slot.data.device:
+            here = sharded.local(p) if slot.apart else p
+            if here.data_ptr() != slot.data.data_ptr() or p.dtype != slot.data.dtype or p.device != slot.data.device:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
                     " built (model.to(...), load_state_dict(assign=True), p.data = ...). Move the model first, then"
@@ -135,7 +163,7 @@ class Bucket:
 
     def active(self) -> list[bool]:
         """For each slot, whether its parameter got a gradient since the last zero_grad."""
-        return [slot.p.grad is not None and slot.p.grad._version != slot.zeroed_at for slot in self.slots]
+        return [slot.p.grad is not None and slot.version(slot.p.grad) != slot.zeroed_at for slot in self.slots]
 
     def runs(self, active: list[bool]) -> Iterator[tuple[slice, bool]]:
         """Maximal runs of the buffer as (span, active), together all of it. In the steady state that is one run."""
@@ -161,16 +189,41 @@ class Bucket:
         return active
 
     def publish(self) -> None:
-        """Brings 16-bit parameters up to date, and tells autograd that the parameters changed."""
+        """Brings parameters that are copies up to date, and tells autograd that the parameters changed."""
         if self.low is not None:
             self.low.copy_(self.x)
+        shards, views = self._shards
+        if shards:
+            torch._foreach_copy_(shards, views)
         torch.autograd.graph.increment_version([slot.p for slot in self.slots])
         for slot in self.slots:
             slot.published_at = slot.p._version
 
+    def absorb(self, stepped: bool = False) -> None:
+        """Takes over what others wrote into parameters that are copies of x.
+
+        Where x is wider it keeps its further digits where nothing was written. Where a parameter was set (by
+        `load_state_dict`, say) x is what it was set to; `stepped=True`: an inner optimizer moved it, and x moves by as
+        much, so that what averaging adds up below the last digit of 16 bits is not lost at every step.
+        """
+        for slot in self.copies:
+            if stepped or slot.p._version != slot.published_at:
+                x, p = slot.view(self.x), slot.data
+                if p.dtype == x.dtype:
+                    x.copy_(p)
+                elif stepped:
+                    x.add_(p.to(x.dtype) - x.to(p.dtype))
+                else:
+                    x.copy_(torch.where(p == x.to(p.dtype), x, p.to(x.dtype)))
+
 
 def build(
-    params: Iterable[torch.Tensor], limit: Callable[[int], int], start: int = 0, group: int = 0, shards: int = 1
+    params: Iterable[torch.Tensor],
+    limit: Callable[[int], int],
+    start: int = 0,
+    group: int = 0,
+    shards: int = 1,
+    gradients: bool = True,
 ) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
@@ -182,7 +235,7 @@ def build(
         kinds.setdefault((p.dtype.to_real(), p.device), []).append(p)
     buckets: list[Bucket] = []
     for same in kinds.values():
-        sizes = [p.numel() * p.element_size() for p in same]
+        sizes = [sharded.local(p).numel() * p.element_size() for p in same]
         full = limit(sum(sizes))
         chunk: list[torch.Tensor] = []
         filled = 0
@@ -190,8 +243,8 @@ def build(
             chunk.append(p)
             filled += size
             if filled >= full:
-                buckets.append(Bucket(chunk, start + len(buckets), group, shards))
+                buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
                 chunk, filled = [], 0
         if chunk:
-            buckets.append(Bucket(chunk, start + len(buckets), group, shards))
+            buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
     return buckets

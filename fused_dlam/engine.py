@@ -19,15 +19,17 @@ from contextlib import AbstractContextManager
 import torch
 
 from . import buckets as flat
+from . import wrapped
 from .buckets import Bucket
 from .exchange import Exchange
 from .hierarchy import Machine
 from .kernels import backend
 from .kernels.backend import Scalars
+from .kernels.mix import send_sent
 from .kernels.rule import Rule, send_parameter
 from .mixing import Peers, Topology
 from .ranges import begun, named
-from .transfer import Averaging, Lane, Transfer
+from .transfer import Averaging, Lane, Transfer, average
 
 NOBODY = Peers((), (), ())
 EVERYBODY = Peers((-1,), (1.0,), ())  # one "neighbor", the workers' mean, by all-reduce
@@ -58,7 +60,8 @@ class Engine:
     """Flat buffers, passes and flights of all parameter groups. `exchange=None`: one worker, nothing is sent.
 
     `ahead=True` starts the next step's exchange at the end of this one. With a `machine` the exchange is between
-    machines, and every rank carries its shard of the message.
+    machines, and every rank carries its shard of the message. `mixing=True`: x is stepped by somebody else and only
+    averaged here, gradients are used by a machine alone.
     """
 
     def __init__(
@@ -67,15 +70,20 @@ class Engine:
         topology: Topology,
         exchange: Exchange | None,
         machine: Machine | None = None,
+        inside: Exchange | None = None,
         fused: bool | None = None,
         message_dtype: torch.dtype | None = None,
         bucket_bytes: int | None = None,
         ahead: bool = True,
+        mixing: bool = False,
     ):
         self.rule, self.topology, self.exchange, self.machine = rule, topology, exchange, machine
         self.fused, self.message_dtype, self.bucket_bytes, self.ahead = fused, message_dtype, bucket_bytes, ahead
+        self.mixing = mixing
+        self.inside = inside  # ranks that share a worker's parameters: of its machine, or with its shards
         self.averages_gradient = rule.average == "gradient"
-        self.awc = rule.send is send_parameter
+        self.snapshots = rule.send is send_sent  # x is stepped while it is sent: what is sent is a copy
+        self.awc = self.snapshots or rule.send is send_parameter
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
         # Per group, for it has scalars of its own: passes by device and type of the master values.
         self.passes: list[dict[tuple[torch.device, torch.dtype], backend.Blocked]] = []
@@ -85,12 +93,15 @@ class Engine:
         self.before: Callable[[Bucket, list[bool]], None] | None = None
         self.after: Callable[[Bucket], None] | None = None
         self.prepared: set[int] = set()
+        self.unwatched = True  # the first step is still to come
         self.step: int | None = None  # the step that has begun
         self.skip = False  # nobody takes a local step in it: all agree that a gradient overflowed
         self.sent = 0  # buckets in line for which it has begun
         self.posted = 0  # those whose message has left
         # Gradients are averaged over these ranks first: all of them, a machine's, or none but this one.
-        self.averager = exchange if self.averages_gradient else machine.inside if machine is not None else None
+        self.averager = exchange if self.averages_gradient else None
+        if machine is not None and machine.averages:
+            self.averager = machine.inside
         self.averages: dict[int, tuple[Averaging, list[bool]]] = {}  # by bucket, with what had gradients here
         self.flights: dict[int, Flight] = {}  # by bucket, of this step
         self.next_flights: dict[int, Flight] = {}  # started early, for the next one
@@ -99,7 +110,8 @@ class Engine:
         """Moves the parameters into flat buffers. Same parameters in the same order on every rank."""
         group = len(self.passes)
         shards = 1 if self.machine is None else self.machine.size
-        new = flat.build(params, self._full, len(self.buckets), group, shards)
+        gradients = not self.mixing or self.averager is not None
+        new = flat.build(params, self._full, len(self.buckets), group, shards, gradients)
         lonely = self.exchange is None or self.averages_gradient
         degree = 0 if lonely else self.topology.most_messages
         for b in new:
@@ -116,6 +128,14 @@ class Engine:
         named = dict(zip(self.rule.state, b.state, strict=True)) | b.slow
         return named if b.low is None else {**named, "master": b.x}
 
+    def start_equal(self, new: Iterable[Bucket]) -> None:
+        """Gives every worker rank 0's parameters. All ranks must call it for the same buckets."""
+        for b in new:
+            for exchange in (self.inside if self.machine is not None else None, self.exchange):
+                if exchange is not None:
+                    exchange.broadcast(b.x)
+            b.publish()
+
     def _full(self, total: int) -> int:
         """Bytes from which a bucket is full.
 
@@ -130,6 +150,8 @@ class Engine:
 
     def begin(self, step: int, scalars: Sequence[Scalars]) -> None:
         """Fixes the step's scalars, one entry per group without the weights."""
+        for b in self.buckets:
+            b.absorb()  # before a message is packed from it, in the backward pass or in step()
         weights = self._peers(step).weights
         for passes, s in zip(self.passes, scalars, strict=True):
             for one in passes.values():
@@ -143,6 +165,10 @@ class Engine:
         self.sent += 1
         self._post_until(self.sent if self.machine is None or self.awc else self.sent - 1)
 
+    def post_all(self) -> None:
+        """Sends every message that has not left, where none depends on a gradient."""
+        self._post_until(len(self.buckets))
+
     def _post_until(self, count: int) -> None:
         assert self.step is not None
         while self.posted < count:
@@ -151,6 +177,7 @@ class Engine:
             if b.index not in self.flights:
                 self.flights[b.index] = self._open(b, self.step)
             if self.flights[b.index].message is None:
+                self._snapshot(b)
                 self._send(b, self.flights[b.index], self.step)
 
     def start_average(self, b: Bucket) -> None:
@@ -190,6 +217,32 @@ class Engine:
         for flight in self.flights.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.flights, self.averages, self.step, self.skip = {}, {}, None, False
+
+    def refresh(self) -> None:
+        """At the start of a step: parameters and gradients are where they should be, or come there.
+
+        Raises RuntimeError if a parameter was moved, changed while its message was in flight, or, in the first step,
+        if the model was wrapped in DDP since.
+        """
+        for b in self.buckets:
+            b.refresh()
+        self.check_unchanged()
+        if self.unwatched and self.exchange is not None:
+            self.unwatched = False
+            ddp = wrapped.ddp_ranks(slot.p for b in self.buckets for slot in b.slots)
+            wrapped.refuse_ddp(ddp, self.exchange.ranks, self.exchange.ranks[self.exchange.rank])
+
+    def sum_inside(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a number over the ranks that share this worker's parameters."""
+        if self.inside is None:
+            return value
+        total = value.clone()
+        average(self.inside, total)
+        return total * self.inside.size
+
+    def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
+        """A number over the whole model from a number over what this rank holds of it."""
+        return value if self.machine is not None else self.sum_inside(value)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was changed while its message was in flight."""
@@ -260,7 +313,7 @@ class Engine:
                 flight.active = self.active(b)
                 self._prepare(b, flight.active)
             if self._sends_x(b):
-                flight.message = b.x.view(1, -1)
+                flight.message = (b.state[0] if self.snapshots else b.x).view(1, -1)
             else:
                 if peers is EVERYBODY and b.messages.dtype != b.x.dtype:
                     # A mean of rounded messages would move the workers' mean: exact steps send the full precision.
@@ -292,11 +345,14 @@ class Engine:
                 flight.wait_received()
                 if self.awc:
                     flight.wait_sent()  # x is read by the transport until then, or the next message takes its place
-            flight.active = flight.active or self.active(b)
+            flight.active = [True] * len(b.slots) if self.mixing else flight.active or self.active(b)
             if self.machine is not None:
                 for k in range(len(flight.peers.sources)):
                     self.machine.gather(flight.received[k], self.step or 0)
         lane.join()
+        if self.mixing and not flight.peers.sources:  # a local step: x is as it was left
+            self._snapshot(b)
+            return b.publish()
         self._prepare(b, flight.active)
         with named("combine", b.index, self.step):
             for span, now in b.runs(flight.active):
@@ -314,6 +370,10 @@ class Engine:
         if self.before is not None and b.index not in self.prepared:
             self.prepared.add(b.index)
             self.before(b, active)
+
+    def _snapshot(self, b: Bucket) -> None:
+        if self.snapshots:
+            b.state[0].copy_(b.x)
 
     def _mix_only(self, b: Bucket, span: slice, flight: Flight) -> None:
         """A parameter without a gradient: averaged, and nothing else."""

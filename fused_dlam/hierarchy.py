@@ -6,26 +6,34 @@
 
 The network card carries one message per machine and neighbor, whatever the number of ranks behind it. With g ranks
 behind one card, one-peer gossip between single ranks sends up to g messages over it and loses to a ring all-reduce.
+
+Where DDP over the machine's ranks averages the gradients, only the messages are this package's; where FSDP2 shards
+the parameters over them (`sharded`), each rank's messages are its shards from the start and nothing is gathered.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from . import sharded, wrapped
 from .exchange import Exchange, log
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 
 
 class Machine:
-    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them."""
+    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them.
 
-    def __init__(self, local: list[int], timeout: float):
-        self.inside = Exchange(None, timeout, ranks=local)
+    `averages=False`: their gradients are equal already, for DDP averages them.
+    """
+
+    def __init__(self, local: list[int], timeout: float, averages: bool = True):
+        self.inside, self.averages = Exchange(None, timeout, ranks=local), averages
         self.size, self.rank = self.inside.size, self.inside.rank
 
     def shard(self, flat: torch.Tensor) -> torch.Tensor:
@@ -37,6 +45,59 @@ class Machine:
         whole = flat.view(-1)
         with self.inside.watched("gathering a message inside the machine", step):
             _all_gather(whole, self.shard(whole).clone(), group=self.inside.group)
+
+
+class Places(NamedTuple):
+    """Which ranks do what: `size` workers gossip; a worker is one rank, or those of a machine."""
+
+    size: int
+    group: dist.ProcessGroup | None
+    local: list[int]  # ranks of this machine, if machines are workers
+    across: list[int]  # ranks with this one's number on every machine
+
+    def connect(
+        self, params: Sequence[torch.Tensor], timeout: float, warn: bool
+    ) -> tuple[Exchange | None, Machine | None, Exchange | None]:
+        """(exchange between workers, machine that averages gradients, ranks that share this worker's parameters).
+
+        Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip.
+        """
+        wrapped.refuse_flat(params)
+        shards = sharded.ranks_of(params)
+        local = self.local if len(self.local) > 1 else []
+        if not local and self.size == 1 and len(shards) < 2:
+            return None, None, None
+        me = dist.get_rank()
+        workers = self.across or dist.get_process_group_ranks(self.group or dist.group.WORLD)
+        ddp = wrapped.ddp_ranks(params)
+        wrapped.refuse_ddp(ddp, workers, me)
+        sharded.check(shards, workers, me)
+        if shards and local and shards != local:
+            raise ValueError(f"hierarchical has ranks {local} in this machine, but FSDP shards over {shards}")
+        exchange = machine = inside = None
+        if len(shards) > 1:
+            inside = Exchange(None, timeout, ranks=shards)
+        elif local:
+            machine = Machine(local, timeout, averages=ddp != local)
+            inside = machine.inside
+        if self.size > 1:
+            exchange = Exchange(self.group, timeout, self.across or None)
+            if warn:
+                advise(self.size)
+        return exchange, machine, inside
+
+
+def places(group: dist.ProcessGroup | None, hierarchical: Any) -> Places:
+    """Finds the workers. Raises ValueError if this rank is none of them, or machines are not of one size."""
+    size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if size < 1:
+        raise ValueError("this rank is not in the given process group")
+    local: list[int] = []
+    across: list[int] = []
+    if hierarchical and size > 1:
+        local, across = layout(hierarchical, group)
+        size = len(across)
+    return Places(size, group, local, across)
 
 
 def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:

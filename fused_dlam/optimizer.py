@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,21 +15,23 @@ from . import lars as layerwise
 from . import topology as topologies
 from .buckets import Bucket, Slot
 from .certificate import Certificate
+from .consensus import Consensus
 from .engine import Engine
 from .exchange import Exchange, log
 from .guards import check_place
-from .hierarchy import Machine, advise, layout
+from .hierarchy import Machine, places
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
 from .kernels.scalars import Scalar, scalar, smallest
 from .mixing import Topology
 from .overlap import Overlap
+from .sharded import is_sharded
 from .slowmo import SlowMo
 from .transfer import average
 
 
-class GossipSGD(Optimizer):
+class GossipSGD(Consensus, Optimizer):
     """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
 
     Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
@@ -61,7 +62,8 @@ class GossipSGD(Optimizer):
             and take a slow momentum step.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):
             gradients are averaged inside a machine and machines gossip, so that a network card carries one message per
-            machine; the workers of the topology are the machines.
+            machine; the workers of the topology are the machines. The model may be under `fully_shard` (FSDP2) over
+            the mesh's second dimension, then each rank exchanges its shard, or in DDP over the machine's ranks.
         communicate_every: exchange in every k-th step only; the steps between are local.
         global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
         comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
@@ -138,40 +140,31 @@ class GossipSGD(Optimizer):
         defaults.update(settings.defaults(rule, hyper), lars=lars, slowmo=str(slowmo) if slowmo else None)
         settings.check(defaults)
 
-        size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-        if size < 1:
-            raise ValueError("this rank is not in the given process group")
-        local: list[int] = []
-        across: list[int] = []
-        if hierarchical and size > 1:
-            if rule.average == "gradient":
-                raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
-            local, across = layout(hierarchical, group)
-            size = len(across)
-        graph = topologies.get(topology, size).every(communicate_every)
+        where = places(group, hierarchical)
+        if where.local and rule.average == "gradient":
+            raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
+        graph = topologies.get(topology, where.size).every(communicate_every)
         if global_average_every is not None:
             graph = graph.with_global_average(global_average_every)
         self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self._topology = graph
         self._certificate = Certificate(self._rule, graph, allow_unstable)
-        defaults.update(method=rule.name, topology=f"{graph.name} over {size}", schedule=schedule, step=0, memory={})
+        defaults.update(
+            method=rule.name, topology=f"{graph.name} over {where.size}", schedule=schedule, step=0, memory={}
+        )
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
-        exchange = machine = None
-        if len(local) > 1:
-            machine = Machine(local, timeout)
-        if size > 1:
-            exchange = Exchange(group, timeout, across or None)
-            if hierarchical is None and rule.average == "neighbors":
-                advise(size)
+        everything = [p for param_group in self.param_groups for p in param_group["params"]]
+        warn = hierarchical is None and rule.average == "neighbors"
+        exchange, machine, inside = where.connect(everything, timeout, warn)
         bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
         self._options = (rule, graph, schedule, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo)
-        self._start(exchange, machine)
+        self._start(exchange, machine, inside)
 
-    def _start(self, exchange: Exchange | None, machine: Machine | None) -> None:
+    def _start(self, exchange: Exchange | None, machine: Machine | None, inside: Exchange | None) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
         _, graph, _, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo = self._options
-        self._running = Engine(self._rule, graph, exchange, machine, fused, comm_dtype, bucket_bytes)
+        self._running = Engine(self._rule, graph, exchange, machine, inside, fused, comm_dtype, bucket_bytes)
         self._max_grad_norm = max_grad_norm
         self._slowmo = slowmo
         if slowmo is not None:
@@ -182,18 +175,8 @@ class GossipSGD(Optimizer):
             self._enter(param_group)
         self.register_state_dict_post_hook(checkpoint.detach)
 
-    _running: Engine | None = None  # not in copies of one worker of several
     _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
     _loading: dict[str, Any] | None = None  # the checkpoint, within load_state_dict
-
-    @property
-    def _engine(self) -> Engine:
-        if self._running is None:
-            raise RuntimeError(
-                "this optimizer was copied or unpickled, which leaves flat buffers and process group behind; build a"
-                " new one over the parameters and load its state_dict"
-            )
-        return self._running
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
 
@@ -220,19 +203,18 @@ class GossipSGD(Optimizer):
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
-        inside = None if engine.machine is None else engine.machine.inside
-        exchanges = [e for e in (inside, engine.exchange) if e is not None]
+        if group["lars"] is not None and any(is_sharded(p) for p in params):
+            raise ValueError("lars= needs the norms of whole layers, but FSDP shards them: build without it")
+        exchanges = [e for e in (engine.inside, engine.exchange) if e is not None]
         for exchange in exchanges:
             exchange.agree(settings.facts(group, params))
         buckets = engine.add_group(params)
+        engine.start_equal(buckets)
         for b in buckets:
-            for exchange in exchanges:
-                exchange.broadcast(b.x)
-            b.publish()
             if self._slowmo is not None:
                 b.slow = {"slow_anchor": b.x.clone(), "slow_momentum_buffer": torch.zeros_like(b.x)}
             for slot in b.slots:
-                self.state[slot.p] = {name: slot.view(t) for name, t in engine.buffers(b).items()}
+                self.state[slot.p] = {name: slot.stateful(t) for name, t in engine.buffers(b).items()}
             self._overlap.watch(b)
         self._overlap.reset()
 
@@ -254,9 +236,7 @@ class GossipSGD(Optimizer):
                 loss = closure()
         engine = self._engine
         check_place(engine)
-        for b in engine.buckets:
-            b.refresh()
-        engine.check_unchanged()
+        engine.refresh()
         if getattr(self, "found_inf", None) is not None:
             amp.unscale(self, engine, self._overlap)
         self._overlap.check()
@@ -342,7 +322,9 @@ class GossipSGD(Optimizer):
             for span, active in b.runs(self._engine.active(b))
             if active
         ]
-        norm = scalar(torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()) if squares else 0.0
+        first = self._engine.buckets[0].x.device
+        square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
+        norm = scalar(self._engine.sum_over_shards(square).sqrt())
         return smallest(1.0, limit / (norm * unscale + 1e-6))
 
     def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
@@ -358,14 +340,6 @@ class GossipSGD(Optimizer):
             yield
         finally:
             self._overlap.held = outer
-
-    @torch.no_grad()
-    def synchronize(self) -> None:
-        """Ends the exchange that was started for the next step and drops it, so that parameters may be changed.
-
-        All ranks must call it, with schedule="awc" before `model.load_state_dict`, say. The next step exchanges anew.
-        """
-        self._engine.forget()
 
     def _name_of(self, slot: Slot) -> str:
         for i, group in enumerate(self.param_groups):
@@ -383,79 +357,12 @@ class GossipSGD(Optimizer):
         for b in self._engine.buckets:
             b.zero_grad(set_to_none)
 
-    # -- what the workers have in common -----------------------------------------------------------------------------
-
-    @property
-    def backend(self) -> str:
-        """What runs the element-wise passes, e.g. "torch"."""
-        return ", ".join(sorted({p.name for passes in self._engine.passes for p in passes.values()}))
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes of payload this rank has sent since construction, `averaged` and `consensus_distance` included.
-
-        An all-reduce counts as a ring, 2 (n-1)/n of its tensor.
-        """
-        return 0 if self._engine.exchange is None else round(self._engine.exchange.bytes_sent)
-
-    @property
-    def messages_sent(self) -> int:
-        """Messages this rank has sent to neighbors since construction."""
-        return 0 if self._engine.exchange is None else self._engine.exchange.messages_sent
-
-    @torch.no_grad()
-    def consensus_distance(self) -> float:
-        """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
-        exchange = self._engine.exchange
-        if exchange is None:
-            return 0.0
-        total = torch.zeros(1, dtype=torch.float64)
-        for b in self._engine.buckets:
-            mean = b.x.clone()
-            average(exchange, mean)
-            total += torch.linalg.vector_norm(mean.sub_(b.x), dtype=torch.float64).square().cpu()
-        if exchange.backend == "nccl":
-            total = total.cuda()
-        average(exchange, total)
-        return math.sqrt(float(total))
-
-    @contextmanager
-    def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Within the context the parameters are the workers' mean; afterwards each worker has its own back.
-
-        Args:
-            model: also averages its floating-point buffers (BatchNorm's running statistics).
-
-        All ranks must enter it together. Costs a copy of the parameters.
-        """
-        exchange = self._engine.exchange
-        if exchange is None:
-            yield
-            return
-        floats = [] if model is None else [b for b in model.buffers() if b.is_floating_point()]
-        with torch.no_grad():
-            self._engine.settle()
-            saved = [b.x.clone() for b in self._engine.buckets]
-            saved_buffers = [b.clone() for b in floats]
-            for b in self._engine.buckets:
-                average(exchange, b.x)
-                b.publish()
-            for buffer in floats:
-                average(exchange, buffer)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for b, x in zip(self._engine.buckets, saved, strict=True):
-                    b.x.copy_(x)
-                    b.publish()
-                for buffer, own in zip(floats, saved_buffers, strict=True):
-                    buffer.copy_(own)
-
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`. On all ranks.
+
+        What `consensus_state_dict` returned loads on any topology.
 
         Raises ValueError for a checkpoint of another method or topology.
         """
@@ -481,7 +388,7 @@ class GossipSGD(Optimizer):
         super().__setstate__(state)
         for group, old in zip(self.param_groups, before, strict=False):
             for name, value in old.items():
-                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD lacks ours
+                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
             group["memory"] = dict(group["memory"])
         if self._loading is not None:
             self._engine.forget()
@@ -491,7 +398,7 @@ class GossipSGD(Optimizer):
             self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
             self._topology, self._certificate = graph, Certificate(self._rule, graph, True)
             saved = {p: self.state.get(p, {}) for group in self.param_groups for p in group["params"]}
-            self._start(None, None)
+            self._start(None, None, None)
             checkpoint.restore(saved, self, self._engine)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .kernels import scalars
 from .kernels.rule import Rule
+from .sharded import is_sharded
 
 
 def defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
@@ -54,8 +55,6 @@ def check_parameters(params: list[torch.Tensor]) -> None:
             what = f"is sparse ({p.layout}): convert it with to_dense()"
         elif not (p.is_floating_point() or p.is_complex()):
             what = f"is of type {p.dtype}: only floating-point and complex parameters are optimized"
-        elif type(p).__name__ == "DTensor":
-            what = "is a DTensor, sharded over ranks that own its parts: gossip needs whole parameters on every rank"
         elif p.is_meta:
             what = "is on the meta device: give the model storage (to_empty) before building the optimizer"
         if what is not None:
@@ -74,11 +73,13 @@ def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
 def facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
     """What all ranks must have in common."""
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
+    split = [(p.placements, p.device_mesh.size()) if is_sharded(p) else "" for p in params]  # type: ignore[attr-defined]
     first = ("method", "topology", "schedule")  # what explains the rest
     names = [*first, *(k for k in group if k not in (*first, "params", "memory"))]
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),
+        "how the parameters are sharded": str(split),
         **{name: _text(group.get(name)) for name in names},
     }
 

@@ -142,7 +142,12 @@ class Averaging:
 
 def average(exchange: Exchange, tensor: torch.Tensor, step: int | None = None) -> None:
     """The mean over all workers, in place; returns when it is there."""
-    Averaging(exchange, tensor, step).wait_received()
+    if exchange.backend == "nccl" and not tensor.is_cuda:  # a step counter that an optimizer keeps on the host, say
+        device = tensor.cuda()
+        Averaging(exchange, device, step).wait_received()
+        tensor.copy_(device)
+    else:
+        Averaging(exchange, tensor, step).wait_received()
 
 
 class Lane:

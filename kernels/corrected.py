@@ -34,6 +34,7 @@ d2_dmsgd = Rule(
     update_d2_dmsgd,
     ("momentum_buffer", "correction_buffer"),
     derive=lambda h, memory: {"inverse_lr": inverse_lr(h, memory)},
+    centered=("correction_buffer",),
 )
 
 
@@ -52,6 +53,7 @@ exact_diffusion = Rule(
     update_exact_diffusion,
     ("momentum_buffer", "correction_buffer"),
     derive=lambda h, memory: {"half": 0.5, "half_inverse_lr": 0.5 * inverse_lr(h, memory)},
+    centered=("correction_buffer",),
 )
 
 
@@ -74,7 +76,11 @@ def update_gradient_tracking(x, g, s, pull, h):
 # (Xu et al. 2015, Di Lorenzo and Scutari 2016, Nedic et al. 2017; momentum on y as in Lin et al.'s code). The variant
 # y' = W (y + g' - g) would need the average before the step that is averaged: two exchanges in turn.
 gradient_tracking = Rule(
-    "gradient-tracking", send_tracked, update_gradient_tracking, ("momentum_buffer", "tracking_buffer")
+    "gradient-tracking",
+    send_tracked,
+    update_gradient_tracking,
+    ("momentum_buffer", "tracking_buffer"),
+    centered=("tracking_buffer",),
 )
 
 
@@ -98,4 +104,5 @@ momentum_tracking = Rule(
     send_momentum_tracking,
     update_momentum_tracking,
     ("momentum_buffer", "correction_buffer"),
+    centered=("correction_buffer",),
 )

@@ -173,4 +173,5 @@ pc_dmsgd = Rule(
     ("momentum_buffer", "correction_buffer"),
     hyper={"correction_rate": auto_correction_rate, "correction_gain": 10.0},
     derive=derive_pc_dmsgd,
+    centered=("correction_buffer",),
 )

@@ -73,4 +73,5 @@ nesterov_pc_dmsgd = Rule(
     ("momentum_buffer", "correction_buffer"),
     hyper=pc_dmsgd.hyper,
     derive=derive_pc_dmsgd,
+    centered=("correction_buffer",),
 )

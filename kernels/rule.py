@@ -49,6 +49,8 @@ class Rule:
             functions of `kernels.scalars` leave them there; `max`, `if` and `float` work, but wait for the GPU.
         average: "neighbors" for gossip; "gradient" averages the gradient over all workers by all-reduce before
             `update` (then send must return the gradient).
+        centered: state buffers whose mean over the workers is zero by definition, like an integral of pulls; a
+            checkpoint for another number of workers starts them from zero.
 
     Raises TypeError if an equation is not decorated with `jit`, ValueError if its results have the wrong form.
     """
@@ -62,6 +64,7 @@ class Rule:
         hyper: Mapping[str, Default] | None = None,
         derive: Callable[[dict, dict], dict] | None = None,
         average: str = "neighbors",
+        centered: tuple[str, ...] = (),
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -70,6 +73,9 @@ class Rule:
             raise ValueError(f"rule {name!r}: average must be 'neighbors' or 'gradient', not {average!r}")
         self.name, self.send, self.update, self.average = name, send, update, average
         self.state = tuple(state)
+        self.centered = tuple(centered)
+        if not set(self.centered) <= set(self.state):
+            raise ValueError(f"rule {name!r}: centered names {self.centered}, but its state is {self.state}")
         self.hyper = dict(hyper or {})
         self.derive = derive
         self.State = named("State", self.state)
@@ -138,7 +144,7 @@ class Rule:
             )
         if self.send is send_parameter:
             return self
-        return Rule(self.name, send_parameter, self.update, self.state, self.hyper, self.derive)
+        return Rule(self.name, send_parameter, self.update, self.state, self.hyper, self.derive, centered=self.centered)
 
 
 def _find(module: str, name: str) -> Rule:

@@ -27,6 +27,7 @@ from fused_dlam import Rule, jit
 from fused_dlam.kernels import blocked, compiled, rules
 from fused_dlam.kernels.blocked import BLOCK, Blocked, Scalars
 from fused_dlam.kernels.compiled import Compiled
+from fused_dlam.kernels.mix import mix, mix_ahead
 
 needs_numba = pytest.mark.skipif(not compiled.available(), reason="needs numba")
 both = pytest.mark.parametrize("backend", [Blocked, pytest.param(Compiled, marks=needs_numba)])
@@ -141,7 +142,7 @@ def check_against_float64(backend, p):
 
 
 @pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("rule", [*rules.ALL.values(), AWC, quotient, hand_on], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", [*rules.ALL.values(), AWC, mix, mix_ahead, quotient, hand_on], ids=lambda r: r.name)
 def test_blocked_against_float64(rule, types, monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK", 512)
     for d in (0, 1, 2, 3, 6):
@@ -151,7 +152,7 @@ def test_blocked_against_float64(rule, types, monkeypatch):
 
 # Compiling takes 0.2 to 0.5 s each time: every rule and degree in float32, other types where they differ.
 @needs_numba
-@pytest.mark.parametrize("rule", rules.ALL.values(), ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", [*rules.ALL.values(), mix_ahead], ids=lambda r: r.name)
 def test_compiled_in_float32(rule):
     for d in (0, 1, 2, 3, 6):
         for n in (0, 1, 3, 1000, *([BLOCK + 7] if d == 3 else [])):

@@ -24,6 +24,7 @@ import torch
 import fused_dlam
 from fused_dlam.kernels import rules
 from fused_dlam.kernels.blocked import Blocked, Scalars
+from fused_dlam.kernels.mix import mix_ahead
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
@@ -61,14 +62,14 @@ blend = fused_dlam.Rule(
 )
 # ----------------------------------------------------------------------------------------------------------------------
 
-RULES = [*rules.ALL.values(), blend]
+RULES = [*rules.ALL.values(), blend, mix_ahead]
 for rule in list(RULES):
     try:
         if rule.adapt_while_communicating() is not rule:
             RULES.append(rule.adapt_while_communicating())
     except ValueError:
         pass
-IDS = [f"{rule.name}-{'awc' if rule in RULES[len(rules.ALL) + 1 :] else 'atc'}" for rule in RULES]
+IDS = [f"{rule.name}-{'awc' if rule in RULES[len(rules.ALL) + 2 :] else 'atc'}" for rule in RULES]
 
 WEIGHTS = (0.3, 0.1, 0.2, 0.05, 0.15, 0.125)
 TYPES = (torch.float32, torch.bfloat16)
