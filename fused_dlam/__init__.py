@@ -8,6 +8,7 @@ if not (_here / "kernels").is_dir():  # a source checkout keeps kernels/ beside 
 
 from . import topology  # noqa: E402
 from .amp import GradScaler  # noqa: E402
+from .decentlam import DecentLaM  # noqa: E402
 from .exchange import ExchangeError  # noqa: E402
 from .gossip import Gossip  # noqa: E402
 from .kernels import rules  # noqa: E402
@@ -15,7 +16,7 @@ from .kernels.jit import jit  # noqa: E402
 from .kernels.rule import Rule  # noqa: E402
 from .mixing import Topology  # noqa: E402
 from .neighbor import neighbor_allreduce  # noqa: E402
-from .optimizer import DecentLaM, GossipSGD  # noqa: E402
+from .optimizer import GossipSGD  # noqa: E402
 from .resume import load_checkpoint, save_checkpoint, worker_state  # noqa: E402
 from .simulator import Simulation, simulate  # noqa: E402
 from .slowmo import SlowMo  # noqa: E402

@@ -29,8 +29,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from . import topology
 from .cli import Parser, count, need, picture
+from .decentlam import DecentLaM
 from .launch import run_workers
-from .optimizer import DecentLaM, GossipSGD
+from .optimizer import GossipSGD
 from .report import table
 from .stability import consensus_growth
 

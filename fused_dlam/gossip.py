@@ -65,12 +65,7 @@ class Gossip(Consensus, Optimizer):
             raise TypeError(f"Gossip wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, Consensus):
             raise TypeError(f"{type(optimizer).__name__} gossips already")
-        if schedule not in ("atc", "awc"):
-            raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
-        if bucket_mb is not None and not bucket_mb > 0:
-            raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
-        if comm_dtype is not None and not comm_dtype.is_floating_point:
-            raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
+        settings.check_exchange(schedule, bucket_mb, comm_dtype)
         where = places(group, hierarchical)
         graph = topologies.get(topology, where.size).every(communicate_every)
         if global_average_every is not None:

@@ -9,12 +9,14 @@ dimension) keep r = 1, as usual practice has it. Methods that average gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .buckets import Bucket
+from .kernels.backend import Scalars
 from .kernels.scalars import Scalar
 
 EPS = 1e-8
@@ -44,25 +46,38 @@ def trust_ratio(x_norm: Any, g_norm: Any, coefficient: float, weight_decay: floa
     return coefficient * x_norm / (g_norm + weight_decay * x_norm + EPS) * ~zero + 1.0 * zero
 
 
-def scale_(
-    xs: list[torch.Tensor],
-    gs: list[torch.Tensor],
-    adapt: list[bool],
-    coefficient: float,
-    weight_decay: float,
-    grad_scale: Scalar,
-) -> None:
-    """Scales gradients in place. x, g: views of one parameter each; grad_scale multiplies g first. No host sync."""
-    if not gs:
+def around(
+    groups: Sequence[dict[str, Any]], scalars: Sequence[Scalars]
+) -> tuple[Callable[[Bucket, list[bool]], None], list[Scalars]]:
+    """What the engine calls before the rule sees a bucket's gradient, and the rule's scalars: weight decay and the
+    gradients' scale are in the gradient already, in groups that have "lars"."""
+    scales = [s.grad_scale for s in scalars]
+
+    def before(b: Bucket, active: list[bool]) -> None:
+        if groups[b.group]["lars"] is not None:
+            scale_(b, active, groups[b.group], scales[b.group])
+
+    return before, [
+        s if group["lars"] is None else s._replace(h=s.h._replace(weight_decay=0.0), grad_scale=1.0)
+        for group, s in zip(groups, scalars, strict=True)
+    ]
+
+
+def scale_(b: Bucket, active: list[bool], group: dict[str, Any], grad_scale: Scalar) -> None:
+    """Scales a bucket's gradients in place; grad_scale multiplies them first. Nothing waits for a GPU."""
+    slots = [slot for slot, now in zip(b.slots, active, strict=True) if now]
+    if not slots:
         return
+    xs, gs = ([slot.view(flat) for slot in slots] for flat in (b.x, b.g))
     if isinstance(grad_scale, torch.Tensor) or grad_scale != 1.0:
         torch._foreach_mul_(gs, grad_scale)
-    wide = torch.promote_types(xs[0].dtype, torch.float32)
-    chosen = [k for k, yes in enumerate(adapt) if yes]
+    wide = torch.promote_types(b.x.dtype, torch.float32)
+    chosen = [k for k, slot in enumerate(slots) if slot.p.ndim > 1]
     sizes, steep = (
         ([], []) if not chosen else (torch._foreach_norm([ts[k] for k in chosen], dtype=wide) for ts in (xs, gs))
     )
+    weight_decay = float(group["weight_decay"])
     if weight_decay:
         torch._foreach_add_(gs, [x.to(g.dtype) for x, g in zip(xs, gs, strict=True)], alpha=weight_decay)
     for k, x_norm, g_norm in zip(chosen, sizes, steep, strict=True):
-        gs[k].mul_(trust_ratio(x_norm, g_norm, coefficient, weight_decay))
+        gs[k].mul_(trust_ratio(x_norm, g_norm, group["lars"], weight_decay))

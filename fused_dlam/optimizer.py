@@ -13,8 +13,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from . import amp, checkpoint, settings
 from . import lars as layerwise
 from . import topology as topologies
-from .buckets import Bucket, Slot
+from .buckets import Slot
 from .certificate import Certificate
+from .clip import clip_coefficient
 from .consensus import Consensus
 from .engine import Engine
 from .exchange import Exchange, log
@@ -23,12 +24,11 @@ from .hierarchy import Machine, places
 from .kernels import rules
 from .kernels.backend import Scalars
 from .kernels.rule import Rule
-from .kernels.scalars import Scalar, scalar, smallest
+from .kernels.scalars import Scalar, scalar
 from .mixing import Topology
 from .overlap import Overlap
 from .sharded import is_sharded
 from .slowmo import SlowMo
-from .transfer import average
 
 
 class GossipSGD(Consensus, Optimizer):
@@ -121,16 +121,11 @@ class GossipSGD(Consensus, Optimizer):
             rule = rules.NESTEROV[rule.name]
         if slowmo is not None and not isinstance(slowmo, SlowMo):
             raise TypeError(f"slowmo must be a fused_dlam.SlowMo(every=...), not {type(slowmo).__name__}")
-        if schedule not in ("atc", "awc"):
-            raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
-        if bucket_mb is not None and not bucket_mb > 0:
-            raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
+        settings.check_exchange(schedule, bucket_mb, comm_dtype)
         if overlap not in (True, False, "auto"):
             raise ValueError(f"Invalid overlap: {overlap!r}, must be True, False or 'auto'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
-        if comm_dtype is not None and not comm_dtype.is_floating_point:
-            raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
         if "correction_rate" in rule.hyper:
             hyper["correction_rate"] = correction_rate
         if "correction_gain" in rule.hyper:
@@ -168,7 +163,7 @@ class GossipSGD(Consensus, Optimizer):
         self._max_grad_norm = max_grad_norm
         self._slowmo = slowmo
         if slowmo is not None:
-            self._engine.after = self._slow_step
+            self._engine.after = lambda b: slowmo.apply(b, self.param_groups[b.group], exchange)
         clips = max_grad_norm is not None
         self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
@@ -261,11 +256,7 @@ class GossipSGD(Consensus, Optimizer):
         scale = self._gradient_scale()  # of the whole gradient: once, whatever the number of groups
         scalars = [self._scalars(group, scale) for group in self.param_groups]
         if any(group["lars"] is not None for group in self.param_groups):
-            self._engine.before, self._scales = self._lars, [s.grad_scale for s in scalars]
-            scalars = [
-                s if group["lars"] is None else s._replace(h=s.h._replace(weight_decay=0.0), grad_scale=1.0)
-                for group, s in zip(self.param_groups, scalars, strict=True)
-            ]
+            self._engine.before, scalars = layerwise.around(self.param_groups, scalars)
         self._engine.begin(self.param_groups[0]["step"], scalars)
 
     def _settings(self) -> list[tuple]:
@@ -280,52 +271,12 @@ class GossipSGD(Consensus, Optimizer):
         h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, memory)
         return Scalars(h, (), -scale if group["maximize"] else scale)
 
-    def _lars(self, b: Bucket, active: list[bool]) -> None:
-        """Scales the gradients of a bucket, before the rule sees them."""
-        group = self.param_groups[b.group]
-        if group["lars"] is None:
-            return
-        slots = [slot for slot, now in zip(b.slots, active, strict=True) if now]
-        xs, gs = ([slot.view(flat) for slot in slots] for flat in (b.x, b.g))
-        adapt = [slot.p.ndim > 1 for slot in slots]
-        layerwise.scale_(xs, gs, adapt, group["lars"], float(group["weight_decay"]), self._scales[b.group])
-
-    def _slow_step(self, b: Bucket) -> None:
-        """SlowMo's average and step, every so many steps."""
-        group, slowmo = self.param_groups[b.group], self._slowmo
-        lr = scalar(group["lr"])
-        inverse = rules.inverse_lr({"lr": lr}, group["memory"])
-        if slowmo is None or not slowmo.due(group["step"]):
-            return
-        if self._engine.exchange is not None:
-            average(self._engine.exchange, b.x)
-        x_0, u = b.slow.values()
-        new, momentum = slowmo(b.x, x_0, u, lr, inverse)
-        u.copy_(momentum)
-        x_0.copy_(new)
-        b.x.copy_(new)
-
     def _gradient_scale(self) -> Scalar:
         """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
         loss_scale = getattr(self, "grad_scale", None)
         unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
         limit = self._max_grad_norm
-        return unscale if limit is None else unscale * self._clip_coefficient(unscale, limit)
-
-    def _clip_coefficient(self, unscale: Scalar, limit: float) -> Scalar:
-        """min(1, max_grad_norm / norm), as torch.nn.utils.clip_grad_norm_ has it."""
-        for b in self._engine.buckets:
-            self._engine.start_average(b)
-        squares = [
-            torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
-            for b in self._engine.buckets
-            for span, active in b.runs(self._engine.active(b))
-            if active
-        ]
-        first = self._engine.buckets[0].x.device
-        square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
-        norm = scalar(self._engine.sum_over_shards(square).sqrt())
-        return smallest(1.0, limit / (norm * unscale + 1e-6))
+        return unscale if limit is None else unscale * clip_coefficient(self._engine, unscale, limit)
 
     def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
         """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
@@ -400,27 +351,3 @@ class GossipSGD(Consensus, Optimizer):
             saved = {p: self.state.get(p, {}) for group in self.param_groups for p in group["params"]}
             self._start(None, None, None)
             checkpoint.restore(saved, self, self._engine)
-
-
-class DecentLaM(GossipSGD):
-    """DecentLaM: decentralized momentum SGD whose momentum leaves no bias beyond DSGD's (Yuan et al., ICCV 2021).
-
-        m' = beta m + g~,  g~ = (x - sum_j w_ij (x_j - lr g_j)) / lr,  x' = x - lr m'
-
-    For constant lr this is x'_i = sum_j w_ij (x_j - lr g_j) + beta (x_i - previous x_i). Proved for symmetric positive
-    definite W; stable for any symmetric static one. On directed and one-peer graphs it diverges at usual momenta, so
-    the constructor refuses them: use `GossipSGD(method="pc-dmsgd")` there. Arguments as `GossipSGD`.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | torch.Tensor = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        topology: str | Topology = "symmetric-exponential",
-        **options: Any,
-    ):
-        if "method" in options:
-            raise TypeError("DecentLaM is a method; pass method= to GossipSGD")
-        super().__init__(params, lr, momentum, weight_decay, "decentlam", topology, **options)

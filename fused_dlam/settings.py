@@ -20,6 +20,16 @@ def defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_exchange(schedule: str, bucket_mb: float | None, comm_dtype: torch.dtype | None) -> None:
+    """Raises ValueError for options of an exchange that make no sense."""
+    if schedule not in ("atc", "awc"):
+        raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
+    if bucket_mb is not None and not bucket_mb > 0:
+        raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
+    if comm_dtype is not None and not comm_dtype.is_floating_point:
+        raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
+
+
 def check(group: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for a setting that makes no sense."""
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]

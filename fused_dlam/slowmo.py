@@ -13,6 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .buckets import Bucket
+from .exchange import Exchange
+from .kernels.momentum import inverse_lr
+from .kernels.scalars import scalar
+from .transfer import average
+
 
 @dataclass(frozen=True)
 class SlowMo:
@@ -37,3 +43,17 @@ class SlowMo:
         """x_0' and u'. inverse_lr: 1/lr, bounded (see kernels.momentum.inverse_lr)."""
         moved = x_0 - y
         return x_0 - self.lr * (moved + (lr * self.momentum) * u), self.momentum * u + inverse_lr * moved
+
+    def apply(self, b: Bucket, group: dict[str, Any], exchange: Exchange | None) -> None:
+        """The workers' average and the slow step on a bucket's parameters, in the steps where they are due."""
+        lr = scalar(group["lr"])
+        inverse = inverse_lr({"lr": lr}, group["memory"])
+        if not self.due(group["step"]):
+            return
+        if exchange is not None:
+            average(exchange, b.x)
+        x_0, u = b.slow.values()
+        new, momentum = self(b.x, x_0, u, lr, inverse)
+        u.copy_(momentum)
+        x_0.copy_(new)
+        b.x.copy_(new)
