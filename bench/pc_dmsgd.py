@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pc_training import BETA, CASES, RATES, SYMMETRIC, TRAINED, measure_digits, measure_start, show_digits, show_start
 
-from fused_dlam import Simulation, topology
+from fused_dlam import Simulation, rules, topology
 from fused_dlam.regression import Quadratic, period_map
 from fused_dlam.report import table
 
@@ -50,6 +50,8 @@ def stable(method: str, graph: topology.Topology, h: np.ndarray, lr: float, hype
         # 1 itself is no growth: the mean of a correction is conserved, with all-reduce the workers' differences.
         return abs(np.linalg.eigvals(period_map(method, graph, problem, lr, BETA, **hyper)[0])).max() < 1 + 1e-7
     x = np.random.default_rng(1).standard_normal((len(h), 1))
+    if rules.get(method).average == "gradient":
+        x = np.ones_like(x)  # what the workers differ by is conserved
     workers = Simulation(method, graph, x, BETA, **hyper)
     with np.errstate(all="ignore"):
         for _ in range(1500):
