@@ -144,24 +144,24 @@ def draw(results: dict, path: Path) -> None:
         values = [
             results["range"][case]["symmetric-exponential 16" if case in SYMMETRIC else graph][kind] for case in shown
         ]
-        left.bar(np.arange(len(shown)) + (k - 1) * width, values, width, label=f"curvature {kind}",
+        left.bar(np.arange(len(shown)) + (k - 1) * width, values, width, label=kind,
                  color=("#bbbbbb", "#777777", "#333333")[k])  # fmt: skip
     left.set_xticks(np.arange(len(shown)), [s.split(" (")[0] for s in shown], rotation=40, ha="right")
-    left.set(title="Largest stable lr · h, n = 16", yscale="log")
-    left.legend(fontsize="small")
+    left.set(title="Largest stable lr · h, n = 16", yscale="log", ylim=(0.05, 12))
+    left.legend(fontsize="small", ncols=3, loc="upper center", title="curvature", handlelength=1, columnspacing=1)
     for axes, name in zip(right, TRAINED, strict=True):
         for case, (color, line) in shown.items():
             by = results["digits"][case][name]
             mean = [np.mean(v) for v in by.values()]
             axes.errorbar(RATES, mean, [np.std(v, ddof=1) for v in by.values()], color=color, linestyle=line, capsize=2,
                           linewidth=2.4 if "pc" in case else 1.5, label=case if axes is right[0] else None)  # fmt: skip
-        axes.set(title=f"Digits by label, {name.replace(' ', ', n = ')}", xscale="log", xlabel="learning rate (cosine)")
+        axes.set(title=f"Digits split by label, n = {name.split()[1]}", xscale="log", xlabel="learning rate (cosine)")
         axes.set_xticks(RATES, [f"{r:g}" for r in RATES])
         axes.minorticks_off()
         axes.set_ylim(80, 100)
         axes.grid(alpha=0.3)
     right[0].set_ylabel("test accuracy of the mean model, %")
-    right[0].legend(fontsize="small", loc="lower left")
+    figure.legend(loc="outside lower right", ncols=4, frameon=False, handles=right[0].get_legend_handles_labels()[0])
     figure.savefig(path, dpi=110)
 
 
