@@ -1,0 +1,138 @@
+"""What worker processes run in the tests of fused_dlam/examples/."""
+
+import importlib
+import os
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+import fused_dlam
+
+
+class Killed(Exception):
+    pass
+
+
+def scripts(rank, cases):
+    """Each case: (script, its command line, the epoch at whose start it is killed)."""
+    return [script(*case) for case in cases]
+
+
+def script(name, argv, killed_at=None):
+    module = importlib.import_module(f"fused_dlam.examples.{name}")
+    set_epoch = DistributedSampler.set_epoch
+
+    def dies(sampler, epoch):
+        if epoch == killed_at:
+            raise Killed
+        set_epoch(sampler, epoch)
+
+    with mock.patch.object(DistributedSampler, "set_epoch", dies):
+        try:
+            return module.train(module.arguments(argv))
+        except Killed:
+            return None
+
+
+def start_accelerate(rank):
+    """What `accelerate launch --cpu` would have set; the process group is there already."""
+    n = str(dist.get_world_size())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n, OMP_NUM_THREADS="1")
+
+
+def accelerated(rank, cases, folder):
+    start_accelerate(rank)
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from fused_dlam.examples import accelerated as example
+
+    accuracies = []
+    for argv in cases:
+        accuracies.append(example.train(example.arguments(argv)))
+        AcceleratorState._reset_state()  # as in a new process: precision and accumulation are a process's
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    wrapped = type(accelerator.prepare(torch.nn.Linear(2, 2))).__name__
+    accelerator.free_memory()
+    return {
+        "accuracies": accuracies,
+        "wrapped": wrapped,
+        "accumulated": accumulate(rank, accelerator),
+        "overflow": overflow(rank, accelerator),
+        "saved": save_state(rank, accelerator, folder),
+    }
+
+
+def accumulate(rank, accelerator):
+    """Two backward passes per step, by Accelerate and by hand: parameters, and messages sent in backward passes."""
+    x, y = torch.randn(2, 6, 2, 4, 3, generator=torch.Generator().manual_seed(rank))
+    models = [torch.nn.Linear(3, 3) for _ in range(2)]
+    for model in models:
+        torch.nn.init.constant_(model.weight, 0.1)
+        torch.nn.init.zeros_(model.bias)
+    model = accelerator.prepare_model(models[0], evaluation_mode=True)
+    gossip, plain = (fused_dlam.GossipSGD(m.parameters(), lr=0.1) for m in models)
+    optimizer = accelerator.prepare(gossip)
+    early = []
+    for k in range(6):
+        for half in range(2):
+            with accelerator.accumulate(gossip):
+                before = gossip.messages_sent
+                accelerator.backward((model(x[k, half]) - y[k, half]).square().mean())
+                early.append(gossip.messages_sent - before)
+                optimizer.step()
+                optimizer.zero_grad()
+        plain.zero_grad()
+        (models[1](x[k].flatten(0, 1)) - y[k].flatten(0, 1)).square().mean().backward()
+        plain.step()
+    return [m.weight.detach().clone() for m in models], early, gossip.messages_sent == plain.messages_sent
+
+
+def overflow(rank, accelerator):
+    """The example's scaler, which Accelerate itself has on GPUs alone: rank 1's gradient overflows in step 2 of 4."""
+    accelerator.gradient_accumulation_steps = 1
+    accelerator.scaler = fused_dlam.GradScaler("cpu", init_scale=2.0**16)
+    x = torch.nn.Parameter(torch.ones(4))
+    gossip = fused_dlam.GossipSGD([x], lr=0.1)
+    optimizer = accelerator.prepare(gossip)
+    scales = []
+    for k in range(4):
+        with accelerator.accumulate(gossip):
+            accelerator.backward(x.sum() * (1e38 if k == 2 and rank == 1 else 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        scales.append(accelerator.scaler.get_scale() / 2**16)
+    accelerator.scaler = None
+    return scales, x.detach().clone()
+
+
+def save_state(rank, accelerator, folder):
+    """What save_state and load_state make of workers that differ."""
+    model = accelerator.prepare_model(torch.nn.Linear(3, 3), evaluation_mode=True)
+    optimizer = accelerator.prepare(fused_dlam.GossipSGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.full((1, 3), 1.0 + rank)).square().sum())
+    optimizer.step()
+    before = model.weight.detach().clone()
+    momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
+    for safe in (True, False):
+        accelerator.save_state(f"{folder}/{safe}", safe_serialization=safe)
+    accelerator.wait_for_everyone()
+    accelerator.load_state(f"{folder}/False")
+    return before, momentum, model.weight.detach().clone(), optimizer.state[model.weight]["momentum_buffer"].clone()
+
+
+def dashboard(rank, argv):
+    from fused_dlam.examples import dashboard as example
+
+    distances = []
+    measured = fused_dlam.GossipSGD.consensus_distance
+
+    def record(optimizer):
+        distances.append(measured(optimizer))
+        return distances[-1]
+
+    with mock.patch.object(fused_dlam.GossipSGD, "consensus_distance", record):
+        example.train(example.arguments(argv))
+    return distances
