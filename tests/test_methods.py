@@ -19,25 +19,25 @@ import torch
 from fused_dlam import Rule, Simulation, SlowMo, Topology, consensus_growth, jit, rules, simulate, topology
 from fused_dlam.lars import Lars
 
-STEPS, LR = 500, 0.02
+STEPS, LR = 200, 0.02
 METHODS = list(rules.ALL)
 AWC = [m for m in METHODS if m not in oracle.ONLY_ATC and "awc" not in m]
 VARIANTS = [(method, "atc") for method in METHODS] + [(method, "awc") for method in AWC]
 
 LRS = {
     "constant": lambda k: LR,
-    "step": lambda k: LR * (1, 0.1)[k >= 250],
+    "step": lambda k: LR * (1, 0.1)[k >= 100],
     "cosine to zero": lambda k: LR * (1 + math.cos(math.pi * k / (STEPS - 1))) / 2,
-    "warm-up from zero": lambda k: LR * min(1, k / 50),
-    "zero in the middle": lambda k: 0.0 if 200 <= k < 220 else LR,
+    "warm-up from zero": lambda k: LR * min(1, k / 20),
+    "zero in the middle": lambda k: 0.0 if 80 <= k < 90 else LR,
 }
 
 
 def everything(k):
     """Warm-up from zero, a constant rate, a step, exactly zero, a restart, a tiny rate, a restart, a cosine to zero."""
-    if k < 300:
-        return LR * (min(1, k / 30), 1, 0.1, 0.0, 1, 1e-6)[k // 50]
-    return LR * (1 + math.cos(math.pi * (k - 300) / (STEPS - 1 - 300))) / 2
+    if k < 120:
+        return LR * (min(1, k / 12), 1, 0.1, 0.0, 1, 1e-6)[k // 20]
+    return LR * (1 + math.cos(math.pi * (k - 120) / (STEPS - 1 - 120))) / 2
 
 
 def family(sizes):
@@ -321,7 +321,7 @@ def test_one_worker_is_torchs_optimizer(method, lr):
         sgd.step()
         expected.append(p.detach().numpy().copy())
     expected = np.stack(expected)
-    for name in topology.FAMILY:
+    for name in ("one-peer-exponential", "random-match"):  # all of them: test_every_method_on_every_topology...
         ours = simulate(method, name, grad, np.ones((1, 3)), STEPS, lr, 0.9, 0.01)
         assert abs(ours - expected).max() <= 1e-12 * abs(expected).max(), name
 

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import fused_dlam
 from fused_dlam import rules, topology
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
@@ -31,9 +30,3 @@ def test_every_method_with_its_messages_and_state():
 
 def test_every_topology():
     assert set(rows("| topology | each worker hears from |")) == set(topology.FAMILY)
-
-
-def test_every_public_name_is_explained_somewhere():
-    examples = "\n".join(p.read_text() for p in Path(fused_dlam.__file__).parent.glob("examples/*.py"))
-    for name in fused_dlam.__all__:
-        assert re.search(rf"\b{name}\b", README + examples), name
