@@ -48,16 +48,24 @@ def accelerated(rank, cases, folder):
     from accelerate.state import AcceleratorState
 
     from fused_dlam.examples import accelerated as example
+    from fused_dlam.examples.gossip import network
 
     accuracies = []
     for argv in cases:
         accuracies.append(example.train(example.arguments(argv)))
         AcceleratorState._reset_state()  # as in a new process: precision and accumulation are a process's
+    own = []
+    for argv in cases:
+        model = network()
+        gossip = fused_dlam.GossipSGD(model.parameters(), lr=0.1)
+        fused_dlam.load_checkpoint(f"{example.arguments(argv).out}/epoch3", model, gossip)
+        own.append({name: value.clone() for name, value in model.state_dict().items()})
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     wrapped = type(accelerator.prepare(torch.nn.Linear(2, 2))).__name__
     accelerator.free_memory()
     return {
         "accuracies": accuracies,
+        "own": own,
         "wrapped": wrapped,
         "accumulated": accumulate(rank, accelerator),
         "overflow": overflow(rank, accelerator),

@@ -14,7 +14,7 @@ What does not work:
 
 - `save_state` and `save_model`: with safetensors, their default, Accelerate takes parameters for copies of one tensor,
   for they are views of one flat buffer, and drops all but one ("Removed shared tensor"); without, it writes the model
-  and optimizer of worker 0 alone, and `load_state` gives them to all. Every worker must save its own, as here.
+  and optimizer of worker 0 alone, and `load_state` gives them to all. `fused_dlam.save_checkpoint` has every worker's.
 - Plug-ins that own gradients or parameters: DeepSpeed, FSDP, Megatron-LM and DDP's communication hooks.
 """
 
@@ -27,7 +27,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from fused_dlam import GossipSGD, GradScaler
+from fused_dlam import GossipSGD, GradScaler, save_checkpoint
 
 from .gossip import digits, network
 
@@ -67,8 +67,7 @@ def train(args: argparse.Namespace) -> float:
         accuracy = 100 * torch.cat(right).float().mean().item()
         accelerator.print(f"epoch {epoch + 1}: test accuracy {accuracy:.1f} %", flush=True)
 
-        state = {"model": model.state_dict(), "optimizer": gossip.state_dict(), "scheduler": scheduler.state_dict()}
-        torch.save({**state, "epoch": epoch + 1}, args.out / f"checkpoint{accelerator.process_index}.pt")
+        save_checkpoint(args.out / f"epoch{epoch + 1}", model, gossip, scheduler=scheduler)
     return accuracy
 
 

@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
         loss = nn.functional.cross_entropy(model(images[mine]), labels[mine])
         loss.backward()
         optimizer.step()
-        curves(step, loss=loss.item(), lr=scheduler.get_last_lr()[0])
+        curves(step, loss=loss.item(), lr=optimizer.param_groups[0]["lr"])
         scheduler.step()
     curves.close()
 

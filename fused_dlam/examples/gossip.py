@@ -7,6 +7,7 @@ goes on from there. model.pt is the model for use.
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,13 +41,13 @@ def network() -> nn.Module:
 def train(args: argparse.Namespace) -> float:
     """One worker's part of the training; returns the test accuracy in percent."""
     rank, workers = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu")
     if dist.get_backend() == "nccl":
-        device, random = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    else:
-        device, random = torch.device("cpu"), torch
+    random = torch.cuda if device.type == "cuda" else torch
     training, test = digits()
-    sampler = DistributedSampler(training)
+    sampler: DistributedSampler = DistributedSampler(training)
     loader = DataLoader(training, args.batch_size, sampler=sampler)
     test_images, test_labels = (t[rank::workers].to(device) for t in test.tensors)
 
@@ -56,7 +57,7 @@ def train(args: argparse.Namespace) -> float:
     optimizer = GossipSGD(net.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     scheduler = CosineAnnealingLR(optimizer, args.epochs * len(loader))
     scaler = GradScaler(device.type, enabled=args.amp)
-    parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     checkpoint = args.out / f"checkpoint{rank}.pt"
     first_epoch, accuracy = 0, 0.0
