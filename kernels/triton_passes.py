@@ -134,6 +134,10 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEN
         _store(next_ptrs[k], offsets, x, n, EVEN)
 
 
+if not isinstance(_pack_kernel, triton.JITFunction):  # the interpreter patches functions, and forgets this method
+    tl.tensor.sqrt = lambda value: tl.sqrt(value)
+
+
 def _equation(function):
     # The interpreter calls nested functions only where triton.language is among their globals; an equation needs none.
     return function if isinstance(function, triton.JITFunction) else function.fn
