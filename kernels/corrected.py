@@ -46,7 +46,7 @@ def update_exact_diffusion(x, g, s, pull, h):
 
 
 # Exact diffusion (Yuan et al. 2019): D2 over the lazy (I + W)/2, half of every pull; any symmetric W. With momentum
-# it is EDM (Huang et al. 2025); momentum=0 is the original.
+# it is EDM (Hu et al. 2025); momentum=0 is the original.
 exact_diffusion = Rule(
     "exact-diffusion",
     send_corrected,
