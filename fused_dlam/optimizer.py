@@ -257,7 +257,10 @@ class GossipSGD(Consensus, Optimizer):
         scalars = [self._scalars(group, scale) for group in self.param_groups]
         if any(group["lars"] is not None for group in self.param_groups):
             self._engine.before, scalars = layerwise.around(self.param_groups, scalars)
-        self._engine.begin(self.param_groups[0]["step"], scalars)
+        step = self.param_groups[0]["step"]
+        self._engine.begin(step, scalars)
+        for b in self._engine.buckets if self._slowmo is not None else ():
+            self._slowmo.start(b, step)  # type: ignore[union-attr]
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", "lars", *self._rule.hyper)
@@ -266,7 +269,7 @@ class GossipSGD(Consensus, Optimizer):
     def _scalars(self, group: dict[str, Any], scale: Scalar) -> Scalars:
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
-        lr, momentum, weight_decay = scalar(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
+        lr, momentum, weight_decay = scalar(group["lr"]), float(group["momentum"]), layerwise.decay(group)
         memory = dict(group["memory"]) if self._engine.skip else group["memory"]  # a skipped step is not remembered
         h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, memory)
         return Scalars(h, (), -scale if group["maximize"] else scale)

@@ -29,8 +29,8 @@ class SlowMo:
     lr: float = 1.0
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"Invalid slowmo: a slow step every H >= 1 steps, not {self.every}")
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"Invalid slowmo: a slow step every H >= 1 steps, H an integer, not {self.every!r}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"Invalid slow momentum: {self.momentum}, must be in [0, 1)")
         if not 0 < self.lr < float("inf"):
@@ -44,6 +44,12 @@ class SlowMo:
         moved = x_0 - y
         return x_0 - self.lr * (moved + (lr * self.momentum) * u), self.momentum * u + inverse_lr * moved
 
+    def start(self, b: Bucket, step: int) -> None:
+        """x_0, where a round of H steps begins. What was loaded into the model since the last one is no displacement:
+        taken for one, it came back with the slow momentum."""
+        if step % self.every == 0:
+            b.slow["slow_anchor"].copy_(b.x)
+
     def apply(self, b: Bucket, group: dict[str, Any], exchange: Exchange | None) -> None:
         """The workers' average and the slow step on a bucket's parameters, in the steps where they are due."""
         lr = scalar(group["lr"])
@@ -55,5 +61,4 @@ class SlowMo:
         x_0, u = b.slow.values()
         new, momentum = self(b.x, x_0, u, lr, inverse)
         u.copy_(momentum)
-        x_0.copy_(new)
         b.x.copy_(new)
