@@ -119,7 +119,8 @@ class Gossip(Consensus, Optimizer):
         group.update({**self._place, "gossip_step": self._step})
         for exchange in (engine.inside, engine.exchange):
             if exchange is not None:
-                exchange.agree({"the optimizer": type(self.inner).__name__, **settings.facts(group, group["params"])})
+                facts = settings.facts(group, group["params"], engine)
+                exchange.agree({"the optimizer": type(self.inner).__name__, **facts})
         engine.start_equal(engine.add_group(group["params"]))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -65,6 +66,17 @@ class Topology:
     def most_messages(self) -> int:
         """The most that one worker receives in one step; a step that averages exactly counts as one, by all-reduce."""
         return max(1 if phase.averages() else phase.degrees()[0] for phase in self.phases)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all weights in float32, of a random topology those of its first steps: ranks compare it, for matrices that
+        each of them drew for itself have one name."""
+        digest = hashlib.sha256()
+        for phase in self.phases:
+            who = [k for k, _ in phase.weights] if isinstance(phase, Circulant) else phase.heard
+            for numbers, kind in ((who, np.int64), (phase.values(), np.float32)):
+                digest.update(np.ascontiguousarray(numbers, kind).tobytes())
+        return digest.hexdigest()[:16]
 
     # -- what the spectrum says --------------------------------------------------------------------------------------
 

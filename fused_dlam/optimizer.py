@@ -201,8 +201,9 @@ class GossipSGD(Consensus, Optimizer):
         if group["lars"] is not None and any(is_sharded(p) for p in params):
             raise ValueError("lars= needs the norms of whole layers, but FSDP shards them: build without it")
         exchanges = [e for e in (engine.inside, engine.exchange) if e is not None]
+        more = {"overlap": str(self._overlap.mode), "max_grad_norm": str(self._max_grad_norm)}
         for exchange in exchanges:
-            exchange.agree(settings.facts(group, params))
+            exchange.agree({**settings.facts(group, params, engine), **more})
         buckets = engine.add_group(params)
         engine.start_equal(buckets)
         for b in buckets:

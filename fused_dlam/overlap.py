@@ -39,6 +39,7 @@ class Overlap:
         name_of: Callable[[Slot], str],
     ):
         self.engine, self.begin, self.settings, self.name_of = engine, begin, settings, name_of
+        self.mode = mode
         # A clipped gradient is final only when all are there, and x itself is sent whatever the gradients do.
         early = engine.exchange is not None and not engine.awc and not clips
         self.observing = early and mode == "auto"

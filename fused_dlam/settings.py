@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .engine import Engine
 from .kernels import scalars
 from .kernels.rule import Rule
 from .sharded import is_sharded
@@ -21,11 +22,13 @@ def defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_exchange(schedule: str, bucket_mb: float | None, comm_dtype: torch.dtype | None) -> None:
-    """Raises ValueError for options of an exchange that make no sense."""
+    """Raises ValueError or TypeError for options of an exchange that make no sense."""
     if schedule not in ("atc", "awc"):
         raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
     if bucket_mb is not None and not bucket_mb > 0:
         raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
+    if comm_dtype is not None and not isinstance(comm_dtype, torch.dtype):
+        raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {comm_dtype!r}")
     if comm_dtype is not None and not comm_dtype.is_floating_point:
         raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
 
@@ -80,8 +83,12 @@ def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
     )
 
 
-def facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
-    """What all ranks must have in common."""
+def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine) -> dict[str, str]:
+    """What all ranks must have in common.
+
+    Also what decides which bytes are sent in which order: gloo ends the process where a message of another length
+    arrives, and a rank that enters a collective alone waits for `timeout`.
+    """
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
     split = [(p.placements, p.device_mesh.size()) if is_sharded(p) else "" for p in params]  # type: ignore[attr-defined]
     first = ("method", "topology", "schedule")  # what explains the rest
@@ -91,6 +98,9 @@ def facts(group: dict[str, Any], params: list[torch.Tensor]) -> dict[str, str]:
         "parameter shapes, strides or types": str(shapes),
         "how the parameters are sharded": str(split),
         **{name: _text(group.get(name)) for name in names},
+        "the topology's weights": engine.topology.fingerprint,
+        "comm_dtype": str(engine.message_dtype),
+        "bucket_mb": str(None if engine.bucket_bytes is None else engine.bucket_bytes / 2**20),
     }
 
 

@@ -179,11 +179,13 @@ def test_neighbor_allreduce_is_the_row_of_w():
             torch.testing.assert_close(got.double(), torch.einsum("j,jab->ab", W[i], X), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["shape", "method", "momentum", "topology"])
-def test_workers_that_disagree_are_told_so(how):
+def test_workers_that_disagree_are_told_so():
     """The same error on every rank, naming what differs."""
-    errors = run_workers(workers.disagree, 3, how)
-    assert len(set(errors)) == 1 and "do not agree" in errors[0] and how in errors[0] and "rank 1" in errors[0]
+    hows = ["shape", "method", "momentum", "topology", "weights", "overlap", "max_grad_norm", "comm_dtype", "bucket_mb"]
+    ranks = run_workers(workers.disagree_each, 3, hows)
+    for how, *errors in zip(hows, *ranks, strict=True):
+        assert len(set(errors)) == 1 and "do not agree" in errors[0], (how, errors)
+        assert how in errors[0] and "rank 1" in errors[0]
 
 
 @pytest.mark.parametrize("how", ["gone", "late"])

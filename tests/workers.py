@@ -104,11 +104,21 @@ def disagree(rank, how):
         "momentum": 0.8 if how == "momentum" and rank == 1 else 0.9,
         "topology": "ring" if how == "topology" and rank == 1 else "one-peer-exponential",
     }
+    others = {"overlap": False, "max_grad_norm": 1.0, "comm_dtype": torch.bfloat16, "bucket_mb": 1e-4}
+    if how in others and rank == 1:
+        options[how] = others[how]
+    if how == "weights":  # each rank draws a matrix of its own, under one name
+        W = 0.5 + 0.1 * np.random.default_rng(rank).random((3, 3))
+        options["topology"] = fused_dlam.Topology((W + W.T) / 5 + np.diag(1 - (W + W.T).sum(1) / 5))
     try:
         fused_dlam.GossipSGD(model.parameters(), lr=0.1, **options)
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def disagree_each(rank, hows):
+    return [disagree(rank, how) for how in hows]
 
 
 def lose_a_peer(rank, how, timeout):
