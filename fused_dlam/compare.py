@@ -223,6 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     need(parser, "matplotlib")
     methods = options.methods or (THEOREMS if options.sweep else METHODS)
     names = options.topology or (GRAPHS[:1] if options.sweep else GRAPHS)
+    ignored = [name for name in ("steps", "lr", "schedule") if getattr(options, name) != parser.get_default(name)]
+    if options.sweep and ignored:
+        parser.error(f"--sweep has learning rates of its own, takes no steps, and is of atc: leave out --{ignored[0]}")
     if not 0 < options.lr < math.inf:
         parser.error(f"--lr must be a positive number, not {options.lr:g}")
     if not 0 <= options.momentum < 1:
@@ -237,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     problem = Regression(options.n, spread=options.spread, seed=options.seed)
     print(
-        f"Full-batch linear regression, {options.n} workers, d = {problem.d}, gradients of the workers at the optimum:"
-        f" b^2 = {problem.heterogeneity:.3g}."
+        f"Full-batch linear regression, {options.n} worker{'s' * (options.n > 1)}, d = {problem.d}, gradients of the"
+        f" workers at the optimum: b^2 = {problem.heterogeneity:.3g}."
     )
     if options.sweep:
         return _sweep(parser, options, methods, graphs, problem)

@@ -110,6 +110,8 @@ def test_the_sweep_command(tmp_path):
         (["--momentum", "1"], "--momentum must be from 0 to below 1"),
         (["da-dmsgd", "--schedule", "awc"], "'awc' needs a method with one message"),
         (["--sweep", "da-dmsgd"], "has theorems for dsgd, dmsgd, decentlam, not for da-dmsgd"),
+        (["--sweep", "--lr", "0.1"], "leave out --lr"),
+        (["--sweep", "--schedule", "awc"], "leave out --schedule"),
         (["--sweep", "--topology", "exponential"], "needs one static, symmetric graph"),
     ],
 )
