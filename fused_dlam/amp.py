@@ -50,6 +50,7 @@ def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
     anywhere = own.clone()
     if optimizer._overflow_agreed != optimizer.param_groups[0]["step"]:
         optimizer.agree_on_overflow([anywhere])
+    optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
     engine.skip = bool(anywhere)
     if engine.skip and not own:
         log.warning(

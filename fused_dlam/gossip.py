@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
-from . import amp, checkpoint, settings
+from . import amp, checkpoint, settings, sharded
 from . import topology as topologies
 from .buckets import Bucket, Slot
 from .consensus import Consensus
@@ -110,7 +110,11 @@ class Gossip(Consensus, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
         self.inner.add_param_group(param_group)
-        self._enter(self.param_groups[-1])
+        try:
+            self._enter(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
@@ -164,7 +168,8 @@ class Gossip(Consensus, Optimizer):
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         engine, loss = self._engine, None
         if engine.averager is None:
-            if self._unscale():
+            grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
+            if self._unscale(grads):
                 return self.inner.step() if closure is None else self.inner.step(closure)
             return None
         if closure is not None:
@@ -172,9 +177,11 @@ class Gossip(Consensus, Optimizer):
                 loss = closure()
         for b in engine.buckets:
             b.refresh()
+        finite = self._unscale([b.g for b in engine.buckets])  # not averaged yet: ranks may have scales of their own
+        for b in engine.buckets:
             for slot, now in zip(b.slots, engine.active(b), strict=True):
                 slot.p.grad = slot.installed if now else None
-        if self._unscale():
+        if finite:
             self.inner.step()
         return loss
 
@@ -187,7 +194,7 @@ class Gossip(Consensus, Optimizer):
         self._overflow_agreed = self._step
         amp.agree(self._engine, found, self._step)
 
-    def _unscale(self) -> bool:
+    def _unscale(self, grads: list[torch.Tensor]) -> bool:
         """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see `amp`."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is None:
@@ -195,8 +202,9 @@ class Gossip(Consensus, Optimizer):
         anywhere = torch.as_tensor(found, dtype=torch.float32).clone()
         if self._overflow_agreed != self._step:
             self.agree_on_overflow([anywhere])
-        if scale is not None:
-            torch._foreach_div_([p.grad for g in self.param_groups for p in g["params"] if p.grad is not None], scale)
+        self._overflow_agreed = None  # a checkpoint may go back to this very step
+        if scale is not None and grads:
+            torch._foreach_div_(grads, scale)
         return not bool(anywhere)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

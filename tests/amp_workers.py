@@ -75,3 +75,26 @@ def train(rank, options, scaler, how):
 def machines(rank, cases):
     os.environ["LOCAL_WORLD_SIZE"] = "2"
     return scaled(rank, cases)
+
+
+def overflow_after_going_back(rank, gossip=False):
+    """torch's scaler. Step 0; step 1; back to step 1, in which now rank 1 overflows. Momentum before it and after."""
+    x = torch.nn.Parameter(torch.ones(DIMENSION))
+    if gossip:
+        optimizer = fused_dlam.Gossip(torch.optim.SGD([x], lr=LR, momentum=0.9), "ring")
+    else:
+        optimizer = fused_dlam.GossipSGD([x], lr=LR, method="dmsgd", topology="ring")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def step(factor):
+        optimizer.zero_grad()
+        scaler.scale((x * (rank + 1)).square().sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return optimizer.state[x]["momentum_buffer"].clone()
+
+    momentum, saved = step(1.0), optimizer.state_dict()
+    saved = {**saved, "state": {k: {n: t.clone() for n, t in s.items()} for k, s in saved["state"].items()}}
+    step(1.0)
+    optimizer.load_state_dict(saved)
+    return momentum, step(float("inf") if rank == 1 else 1.0)

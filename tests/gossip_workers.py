@@ -91,6 +91,20 @@ def scaled(rank, ours):
     return finite, skipped, scaler.get_scale(), optimizer.param_groups[0]["gossip_step"]
 
 
+def scaled_machines(rank, scaled):
+    """Two machines of two ranks under torch's GradScaler, each rank with a scale of its own."""
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model, x = workers.Tied(), workers.data(rank)
+    optimizer = fused_dlam.Gossip(build("sgd", model), hierarchical=mesh, communicate_every=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + rank), enabled=scaled)
+    for _ in range(4):
+        optimizer.zero_grad()
+        scaler.scale(model.loss(x)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return workers.trained(model)
+
+
 def machines(rank, options, steps, ddp=False):
     """Machines 0: ranks 0, 1 and 1: ranks 2, 3, gradients averaged by us or by DDP over the machine."""
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

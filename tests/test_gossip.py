@@ -196,6 +196,22 @@ def test_a_checkpoint_of_the_inner_optimizer_loads():
         assert torch.equal(optimizer.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
 
 
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    model = network()
+    optimizer = Gossip(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="meta device"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, device="meta"))]})
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_scales_that_differ_inside_a_machine():
+    """Four ranks, four loss scales: a machine's ranks stay bit-equal, and all is as without a scaler, bit for bit."""
+    (a, b, c, d), plain = (run_workers(gossip_workers.scaled_machines, 4, scaled) for scaled in (True, False))
+    assert torch.equal(a, b) and torch.equal(c, d) and torch.equal(a, plain[0]) and torch.equal(c, plain[2])
+    assert not torch.equal(a, c)
+
+
 def test_a_replaced_parameter_is_told():
     model = network()
     optimizer = Gossip(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -114,6 +114,13 @@ def test_machines_agree_inside_and_across():
         assert torch.equal(ranks[a]["path"], ranks[b]["path"]) and ranks[a]["path"].isfinite().all()
 
 
+@pytest.mark.parametrize("gossip", [False, True])
+def test_an_overflow_right_after_going_back(gossip):
+    """One rank overflows in the very step that was agreed on before the checkpoint was loaded: it is nobody's step."""
+    for momentum, back in run_workers(workers.overflow_after_going_back, 2, gossip):
+        assert torch.equal(momentum, back)
+
+
 # -- one worker ------------------------------------------------------------------------------------------------------
 
 
