@@ -37,6 +37,10 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
                 )
         if "method" not in ours:
             continue  # the inner optimizer of a Gossip knows what it can load
+        if "betas" in theirs:  # its steps are counted per parameter, in its state
+            raise ValueError(
+                "the checkpoint is of one of torch's Adams, for which there is fused_dlam.Gossip(torch.optim.AdamW(...))"
+            )
         if theirs.get("dampening"):
             raise ValueError("the checkpoint uses dampening, which no method here defines")
         if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):

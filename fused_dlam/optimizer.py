@@ -58,6 +58,7 @@ class GossipSGD(Consensus, Optimizer):
         nesterov: the method with Nesterov's lookahead, as in `torch.optim.SGD`; for methods in `rules.NESTEROV`.
         lars: eta, scales every layer's gradient to this share of its weights' size (LARS; see fused_dlam/lars.py).
             Biases and normalization parameters are left alone; None in a parameter group leaves out that group.
+            `p.grad` is then the scaled gradient, weight decay included.
         slowmo: a `SlowMo(every, momentum, lr)`: every so many steps the workers are averaged exactly, by all-reduce,
             and take a slow momentum step.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):

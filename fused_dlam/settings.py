@@ -52,10 +52,12 @@ def check(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid correction_rate: {rate!r}, must be 'auto' or in [0, 1]")
     if not float(gain) >= 1.0:
         raise ValueError(f"Invalid correction_gain: {gain}, must be >= 1 (math.inf: no leak)")
-    for name, low in (("beta2", 0.0), ("eps", 0.0), ("lars", 0.0)):
-        value = group.get(name)
-        if value is not None and not low <= float(value) < (1.0 if name == "beta2" else math.inf):
-            raise ValueError(f"Invalid {name}: {value}")
+    if not 0.0 <= float(group.get("beta2", 0.0)) < 1.0:
+        raise ValueError(f"Invalid beta2: {group['beta2']}, must be in [0, 1)")
+    if not 0.0 < float(group.get("eps", 1.0)) < math.inf:
+        raise ValueError(f"Invalid eps: {group['eps']}, must be above 0")
+    if group.get("lars") is not None and not 0.0 < float(group["lars"]) < math.inf:
+        raise ValueError(f"Invalid lars: {group['lars']}, must be above 0, or None")
     if mu != "auto" and not 0.0 <= float(mu) < 1.0:
         raise ValueError(f"Invalid mu: {mu!r}, must be in [0, 1)")
 

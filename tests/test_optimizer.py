@@ -246,6 +246,18 @@ def test_checkpoints_of_torch_sgd_load_and_others_are_refused():
     assert ours.param_groups[0]["lr"] == 0.1
     with pytest.raises(ValueError, match="of method 'dmsgd'.*of 'pc-dmsgd'"):
         ours.load_state_dict(GossipSGD(network().parameters(), method="dmsgd").state_dict())
+    adam = torch.optim.Adam(twin.parameters()).state_dict()
+    with pytest.raises(ValueError, match="of one of torch's Adams.*fused_dlam.Gossip"):
+        GossipSGD(model.parameters(), method="adam").load_state_dict(adam)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lars": 0.0}, {"lars": -1.0}, {"method": "adam", "beta2": 1.0}, {"method": "adamw", "eps": 0.0}]
+)
+def test_settings_of_layers_and_adam_are_checked(wrong):
+    name = list(wrong)[-1]
+    with pytest.raises(ValueError, match=f"Invalid {name}: {wrong[name]}"):
+        GossipSGD([torch.nn.Parameter(torch.zeros(2))], **wrong)
 
 
 def test_moved_parameters_are_refused():
