@@ -39,7 +39,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
             continue  # the inner optimizer of a Gossip knows what it can load
         if "betas" in theirs:  # its steps are counted per parameter, in its state
             raise ValueError(
-                "the checkpoint is of one of torch's Adams, for which there is fused_dlam.Gossip(torch.optim.AdamW(...))"
+                "the checkpoint is of one of torch's Adams; there is fused_dlam.Gossip(torch.optim.AdamW(...))"
             )
         if theirs.get("dampening"):
             raise ValueError("the checkpoint uses dampening, which no method here defines")
