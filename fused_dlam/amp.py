@@ -46,13 +46,8 @@ def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
     Raises RuntimeError where messages have left in the backward pass.
     """
     overlap.hold_back("a GradScaler tells in step() whether gradients overflowed")
-    own = torch.as_tensor(optimizer.found_inf, dtype=torch.float32)
-    anywhere = own.clone()
-    if optimizer._overflow_agreed != optimizer.param_groups[0]["step"]:
-        optimizer.agree_on_overflow([anywhere])
-    optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
-    engine.skip = bool(anywhere)
-    if engine.skip and not own:
+    engine.skip = overflowed(optimizer)
+    if engine.skip and not optimizer.found_inf:
         log.warning(
             "gradients overflowed on another rank, so no rank takes this local step, and the GradScaler of this one"
             " does not learn of it. fused_dlam.GradScaler keeps the scales of all ranks equal."
@@ -61,6 +56,15 @@ def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
         for b in engine.buckets:
             b.g.mul_(1.0 / scalar(optimizer.grad_scale))
         optimizer.grad_scale = None
+
+
+def overflowed(optimizer: Any) -> bool:
+    """Whether gradients overflowed on any rank, in a step() that a scaler called: agreed on now, unless it was."""
+    anywhere = torch.as_tensor(optimizer.found_inf, dtype=torch.float32).clone()
+    if optimizer._overflow_agreed != optimizer._step:
+        optimizer.agree_on_overflow([anywhere])
+    optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
+    return bool(anywhere)
 
 
 def agree(engine: Engine, found: Sequence[torch.Tensor], step: int) -> None:

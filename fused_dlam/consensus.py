@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from . import checkpoint
+from . import amp, checkpoint
 from .engine import Engine
 from .transfer import average
 
 
 class Consensus:
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
+
+    _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
+    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
+    _step: int  # the number of the next exchange
 
     _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
 
@@ -27,6 +31,11 @@ class Consensus:
                 " new one over the parameters and load its state_dict"
             )
         return self._running
+
+    def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
+        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
+        self._overflow_agreed = self._step
+        amp.agree(self._engine, found, self._step)
 
     @torch.no_grad()
     def synchronize(self) -> None:

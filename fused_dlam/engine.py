@@ -73,12 +73,13 @@ class Engine:
         inside: Exchange | None = None,
         fused: bool | None = None,
         message_dtype: torch.dtype | None = None,
-        bucket_bytes: int | None = None,
+        bucket_mb: float | None = None,
         ahead: bool = True,
         mixing: bool = False,
     ):
         self.rule, self.topology, self.exchange, self.machine = rule, topology, exchange, machine
-        self.fused, self.message_dtype, self.bucket_bytes, self.ahead = fused, message_dtype, bucket_bytes, ahead
+        self.fused, self.message_dtype, self.ahead = fused, message_dtype, ahead
+        self.bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
         self.mixing = mixing
         self.inside = inside  # ranks that share a worker's parameters: of its machine, or with its shards
         self.averages_gradient = rule.average == "gradient"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
 from . import amp, checkpoint, settings, sharded
-from . import topology as topologies
 from .buckets import Bucket, Slot
 from .consensus import Consensus
 from .engine import Engine
@@ -67,9 +66,7 @@ class Gossip(Consensus, Optimizer):
             raise TypeError(f"{type(optimizer).__name__} gossips already")
         settings.check_exchange(schedule, bucket_mb, comm_dtype)
         where = places(group, hierarchical)
-        graph = topologies.get(topology, where.size).every(communicate_every)
-        if global_average_every is not None:
-            graph = graph.with_global_average(global_average_every)
+        graph = where.graph(topology, communicate_every, global_average_every)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 
@@ -81,7 +78,7 @@ class Gossip(Consensus, Optimizer):
         ahead = schedule == "awc"
         self._running = Engine(
             mix_ahead if ahead else mix, graph, exchange, machine, inside, fused, comm_dtype,
-            None if bucket_mb is None else max(1, int(bucket_mb * 2**20)), ahead, mixing=True,
+            bucket_mb, ahead, mixing=True,
         )  # fmt: skip
         for g in self.param_groups:
             self._enter(g)
@@ -128,7 +125,7 @@ class Gossip(Consensus, Optimizer):
         engine.start_equal(engine.add_group(group["params"]))
 
     @property
-    def _step(self) -> int:
+    def _step(self) -> int:  # type: ignore[override]
         return self.param_groups[0].get("gossip_step", 0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -185,27 +182,15 @@ class Gossip(Consensus, Optimizer):
             self.inner.step()
         return loss
 
-    # `GradScaler` must not skip step() on one rank alone, its neighbors would wait: it hands over scale and found_inf.
-    _step_supports_amp_scaling = True
-    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
-
-    def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
-        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
-        self._overflow_agreed = self._step
-        amp.agree(self._engine, found, self._step)
-
     def _unscale(self, grads: list[torch.Tensor]) -> bool:
         """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see `amp`."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is None:
+        scale = getattr(self, "grad_scale", None)
+        if getattr(self, "found_inf", None) is None:
             return True
-        anywhere = torch.as_tensor(found, dtype=torch.float32).clone()
-        if self._overflow_agreed != self._step:
-            self.agree_on_overflow([anywhere])
-        self._overflow_agreed = None  # a checkpoint may go back to this very step
+        skip = amp.overflowed(self)
         if scale is not None and grads:
             torch._foreach_div_(grads, scale)
-        return not bool(anywhere)
+        return not skip
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 
 from . import sharded, wrapped
+from . import topology as topologies
 from .exchange import Exchange, log
+from .mixing import Topology
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 
@@ -54,6 +56,11 @@ class Places(NamedTuple):
     group: dist.ProcessGroup | None
     local: list[int]  # ranks of this machine, if machines are workers
     across: list[int]  # ranks with this one's number on every machine
+
+    def graph(self, topology: str | Topology, every: int, global_average_every: int | None) -> Topology:
+        """Whom the workers hear from: the topology, with local steps and exact averages in between if asked for."""
+        graph = topologies.get(topology, self.size).every(every)
+        return graph if global_average_every is None else graph.with_global_average(global_average_every)
 
     def connect(
         self, params: Sequence[torch.Tensor], timeout: float, warn: bool

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 
 from .lyapunov import EXACT
-from .phases import TOLERANCE, Circulant, Dense, Peers, Phase, blend, circulant, identity, off_diagonal
+from .phases import TOLERANCE, Circulant, Dense, Peers, Phase, average, blend, circulant, identity, off_diagonal
 
 
 class Topology:
@@ -217,7 +217,7 @@ class Topology:
         if every < 1:
             raise ValueError(f"average globally every H >= 1 steps, not {every}")
         period = math.lcm(len(self.phases), every)
-        J = circulant(self.n, range(self.n))
+        J = average(self.n)
         phases = [J if (t + 1) % every == 0 else self.phase(t) for t in range(period)]
         return Topology(phases, f"{self.name}, global average every {every}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import amp, checkpoint, settings
 from . import lars as layerwise
-from . import topology as topologies
 from .buckets import Slot
 from .certificate import Certificate
 from .clip import clip_coefficient
@@ -83,8 +82,6 @@ class GossipSGD(Consensus, Optimizer):
     RuntimeError at its first step, for it has no process group.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
-
     def __init__(
         self,
         params: ParamsT,
@@ -139,9 +136,7 @@ class GossipSGD(Consensus, Optimizer):
         where = places(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
-        graph = topologies.get(topology, where.size).every(communicate_every)
-        if global_average_every is not None:
-            graph = graph.with_global_average(global_average_every)
+        graph = where.graph(topology, communicate_every, global_average_every)
         self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self._topology = graph
         self._certificate = Certificate(self._rule, graph, allow_unstable)
@@ -153,14 +148,13 @@ class GossipSGD(Consensus, Optimizer):
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
         warn = hierarchical is None and rule.average == "neighbors"
         exchange, machine, inside = where.connect(everything, timeout, warn)
-        bucket_bytes = None if bucket_mb is None else max(1, int(bucket_mb * 2**20))
-        self._options = (rule, graph, schedule, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo)
+        self._options = (rule, graph, schedule, fused, comm_dtype, bucket_mb, max_grad_norm, overlap, slowmo)
         self._start(exchange, machine, inside)
 
     def _start(self, exchange: Exchange | None, machine: Machine | None, inside: Exchange | None) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
-        _, graph, _, fused, comm_dtype, bucket_bytes, max_grad_norm, overlap, slowmo = self._options
-        self._running = Engine(self._rule, graph, exchange, machine, inside, fused, comm_dtype, bucket_bytes)
+        _, graph, _, fused, comm_dtype, bucket_mb, max_grad_norm, overlap, slowmo = self._options
+        self._running = Engine(self._rule, graph, exchange, machine, inside, fused, comm_dtype, bucket_mb)
         self._max_grad_norm = max_grad_norm
         self._slowmo = slowmo
         if slowmo is not None:
@@ -171,7 +165,6 @@ class GossipSGD(Consensus, Optimizer):
             self._enter(param_group)
         self.register_state_dict_post_hook(checkpoint.detach)
 
-    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
     _loading: dict[str, Any] | None = None  # the checkpoint, within load_state_dict
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
@@ -214,6 +207,10 @@ class GossipSGD(Consensus, Optimizer):
                 self.state[slot.p] = {name: slot.stateful(t) for name, t in engine.buffers(b).items()}
             self._overlap.watch(b)
         self._overlap.reset()
+
+    @property
+    def _step(self) -> int:  # type: ignore[override]
+        return self.param_groups[0]["step"]
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -259,10 +256,9 @@ class GossipSGD(Consensus, Optimizer):
         scalars = [self._scalars(group, scale) for group in self.param_groups]
         if any(group["lars"] is not None for group in self.param_groups):
             self._engine.before, scalars = layerwise.around(self.param_groups, scalars)
-        step = self.param_groups[0]["step"]
-        self._engine.begin(step, scalars)
+        self._engine.begin(self._step, scalars)
         for b in self._engine.buckets if self._slowmo is not None else ():
-            self._slowmo.start(b, step)  # type: ignore[union-attr]
+            self._slowmo.start(b, self._step)  # type: ignore[union-attr]
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", "lars", *self._rule.hyper)
@@ -282,11 +278,6 @@ class GossipSGD(Consensus, Optimizer):
         unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
         limit = self._max_grad_norm
         return unscale if limit is None else unscale * clip_coefficient(self._engine, unscale, limit)
-
-    def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
-        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
-        self._overflow_agreed = self.param_groups[0]["step"]
-        amp.agree(self._engine, found, self._overflow_agreed)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -51,13 +51,8 @@ class Simulation:
         self.rule.check_hyper(hyper)
         self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
         self.topology = topologies.get(topology, len(x))
-        self.momentum, self.weight_decay, self.hyper, self.lars, self.slowmo = (
-            momentum,
-            weight_decay,
-            hyper,
-            lars,
-            slowmo,
-        )
+        self.momentum, self.weight_decay, self.hyper = momentum, weight_decay, hyper
+        self.lars, self.slowmo = lars, slowmo
         self.state = self.rule.State(*(0.0 * self.x for _ in self.rule.state))
         self.slow = (self.x, 0.0 * self.x)  # x_0 and u of SlowMo
         self.memory: dict[str, float] = {}
@@ -79,11 +74,12 @@ class Simulation:
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
-        inverse = rules.inverse_lr({"lr": lr}, self.memory)
-        if self.slowmo is not None and self.slowmo.due(self.steps):
-            mean = 0.0 * self.x + self.x.mean(0)
-            self.x, u = self.slowmo(mean, *self.slow, lr, inverse)
-            self.slow = (self.x, u)
+        if self.slowmo is not None:
+            inverse = rules.inverse_lr({"lr": lr}, self.memory)
+            if self.slowmo.due(self.steps):
+                mean = 0.0 * self.x + self.x.mean(0)
+                self.x, u = self.slowmo(mean, *self.slow, lr, inverse)
+                self.slow = (self.x, u)
         self.steps += 1
         return self.x
 

@@ -88,16 +88,13 @@ def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
 
     In chunks: 65,536 workers times 16 phases would otherwise be 0.5 GB.
     """
-    worst = 0.0
-    period = len(modes)
+    A, B, C = _coefficients(rule, h)
+    BC, worst, period = B @ C, 0.0, len(modes)
     for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
-        k = 1 + len(rule.state)
-        product = np.broadcast_to(np.eye(k, dtype=complex), (chunk.shape[1], k, k))
+        product = np.broadcast_to(np.eye(len(A), dtype=complex), (chunk.shape[1], *A.shape))
         log_scale = np.zeros(chunk.shape[1])
         for lam in chunk:
-            # Column b is the image of (x, state) = unit vector b; on this mode, pull = (lam - 1) * message.
-            columns = [_step(rule, h, unit, lambda y, lam=lam: (lam - 1) * y, np.ones_like(lam)) for unit in np.eye(k)]
-            product = np.stack([np.stack(c, axis=-1) for c in columns], axis=-1) @ product
+            product = (A + (lam - 1)[:, None, None] * BC) @ product  # on this mode, pull = (lam - 1) * message
             scale = abs(product).max(axis=(1, 2))
             scale[scale == 0] = 1.0
             product, log_scale = product / scale[:, None, None], log_scale + np.log(scale)
@@ -108,32 +105,20 @@ def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
 
 def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
     """The same from the dense map, on the quotient by the vectors that are equal on all workers."""
-    n, k = topology.n, 1 + len(rule.state)
+    A, B, C = _coefficients(rule, h)
+    n, k = topology.n, len(A)
     # Q: an orthonormal basis of the vectors that sum to zero. All-equal vectors are invariant (rows sum to one), so
     # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
     Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
-    product, log_scale = np.eye(k * (n - 1)), 0.0
+    one, product, log_scale = np.eye(n - 1), np.eye(k * (n - 1)), 0.0
     for phase in topology.phases:
-        W = Q.T @ phase.dense() @ Q
-        one = np.eye(n - 1)
-        columns = [_step(rule, h, unit, lambda y, W=W: W @ y - y, one) for unit in np.eye(k)]
-        product = np.vstack([np.hstack([c[row] for c in columns]) for row in range(k)]) @ product
+        product = (np.kron(A, one) + np.kron(B @ C, Q.T @ phase.dense() @ Q - one)) @ product
         scale = abs(product).max()
         if scale == 0:
             return 0.0
         product, log_scale = product / scale, log_scale + np.log(scale)
     radius = float(abs(np.linalg.eigvals(product)).max())
     return float(np.exp((np.log(radius) + log_scale) / len(topology.phases))) if radius > 0 else 0.0
-
-
-def _step(rule: Rule, h, unit: np.ndarray, pull, one: np.ndarray) -> list[np.ndarray]:
-    """The rule's own equations at zero gradient, from (x, state) = unit * one."""
-    one = one.view(Array)
-    x, *s = (c * one for c in unit)
-    state = rule.State(*s)
-    messages = rule.send.fn(x, 0.0 * one, state, h)
-    x, s = rule.update.fn(x, 0.0 * one, state, tuple(pull(y) for y in messages), h)
-    return [x * 1.0, *(c * 1.0 for c in s)]
 
 
 def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, error: float = 0.0, **hyper) -> str:

@@ -9,7 +9,7 @@ without a leak; of a tracked gradient y' = W y + g' - g is left t' = y + pull - 
 from __future__ import annotations
 
 from .jit import jit
-from .momentum import inverse_lr
+from .momentum import derive_inverse_lr, inverse_lr
 from .rule import Rule
 
 
@@ -33,7 +33,7 @@ d2_dmsgd = Rule(
     send_corrected,
     update_d2_dmsgd,
     ("momentum_buffer", "correction_buffer"),
-    derive=lambda h, memory: {"inverse_lr": inverse_lr(h, memory)},
+    derive=derive_inverse_lr,
     centered=("correction_buffer",),
 )
 

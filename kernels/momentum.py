@@ -25,6 +25,10 @@ def inverse_lr(h: dict, memory: dict) -> Scalar:
     return ratio(1.0, largest(lr, memory["lr_max"] / 100), where=lr)
 
 
+def derive_inverse_lr(h: dict, memory: dict) -> dict:
+    return {"inverse_lr": inverse_lr(h, memory)}
+
+
 # -- Exact averaging by all-reduce: the yardsticks -------------------------------------------------------------------
 
 
@@ -134,7 +138,7 @@ decentlam = Rule(
     send_descended,
     update_decentlam,
     ("momentum_buffer",),
-    derive=lambda h, memory: {"inverse_lr": inverse_lr(h, memory)},
+    derive=derive_inverse_lr,
 )
 
 
