@@ -1,10 +1,4 @@
-"""The reference passes: a rule's equations as torch operations over cache-sized blocks of flat buffers, in place.
-
-Evaluated as they stand, the equations make a fresh temporary for every + - * /: one pass over 25.5M parameters took
-93 ms at one neighbor, longer than naive code on separate tensors. So the text is read once, on symbols, and replayed
-as `torch.add(a, b, alpha=s, out=...)`: equal expressions once (what `update` shares with `send`), a product with a
-scalar inside the addition that takes it, results over operands that are no longer needed, else into a few scratch
-rows. DecentLaM's 17 operations become 7, in a third of the time.
+"""The reference passes: a rule's equations as torch operations over blocks of flat buffers, in place (replay.py).
 
 Rounding: where the processor has FMA (AVX2, AVX-512) torch rounds a + s * b once, where the text rounds twice. Which
 operations compute a message depends on nothing but the text of `send`, and torch treats every element of a buffer
@@ -15,19 +9,27 @@ the number of threads shows in a result.
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from .rule import Rule, named
+from .replay import replay
+from .rule import Rule
 from .scalars import Scalar
 
 # Elements per block. At 25.5M parameters, d = 1: 60, 48, 41, 36, 33, 32 ms for 16k, 32k, 64k, 128k, 256k, 512k: smaller
 # blocks fit a nearer cache, but every operation costs 1 to 3 us before its first element.
 BLOCK = 1 << 18
-_scratch = threading.local()  # rows for each type: a hook's thread may pack while another combines
+# On other devices there is no cache to stay in, and every operation is a kernel to launch: 884 of them in a step of
+# DecentLaM at 25.5M parameters with the block above, 22 with this one.
+DEVICE_BLOCK = 1 << 24
+# Rows for each type, device and stream. A hook's thread may pack while another combines; and a row that was given
+# back while another stream still computes in it would be handed out again too early.
+_scratch = threading.local()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class Scalars(NamedTuple):
@@ -36,16 +38,17 @@ class Scalars(NamedTuple):
     h: Any  # the rule's named tuple, see Rule.scalars
     weights: tuple[float, ...]  # one for each received message, in the order of `received`
     grad_scale: Scalar = 1.0  # multiplies the gradient first: -1 maximizes, 1/loss scale unscales
+    skip: Scalar = 0.0  # a flag; not 0: nobody takes this step, `combine` leaves x, the state and copies as they are
 
     def numbers(self) -> Scalars:
         """The same with tensors read back, all at once: for passes that need numbers, which then wait for the GPU."""
-        values = (self.grad_scale, *self.h)
+        values = (self.grad_scale, self.skip, *self.h)
         late = [v for v in values if isinstance(v, torch.Tensor)]
         if not late:
             return self
         read = iter(torch.stack([v.to(late[0]) for v in late]).tolist())
-        scale, *h = (next(read) if isinstance(v, torch.Tensor) else v for v in values)
-        return self._replace(h=type(self.h)(*h), grad_scale=scale)
+        scale, skip, *h = (next(read) if isinstance(v, torch.Tensor) else v for v in values)
+        return self._replace(h=type(self.h)(*h), grad_scale=scale, skip=skip)
 
 
 class Blocked:
@@ -70,254 +73,40 @@ class Blocked:
         self._check(x, g, state, tuple(messages), self.rule.messages)
         self._run(None, x, g, tuple(state), tuple(messages), messages[0].dtype)
 
-    def combine(self, x, g, state, received) -> None:
-        """Updates x and state in place from the received messages, the first len(weights) of them."""
+    def combine(self, x, g, state, received, copies=()) -> None:
+        """Updates x and state in place from the received messages, the first len(weights) of them.
+
+        copies: the new x is written to each of these [N] too, rounded to nearest even to its type.
+        """
         d = len(self.scalars.weights)
         rows = tuple(row for r in (received[:d] if d else ()) for row in r)
-        self._check(x, g, state, rows, d * self.rule.messages)
+        self._check(x, g, state, rows, d * self.rule.messages, copies)
+        if self.scalars.skip:
+            return
         self._run(d, x, g, tuple(state), rows, rows[0].dtype if rows else x.dtype)
+        for c in copies:
+            c.copy_(x)
 
-    def _check(self, x, g, state, rows, expected: int) -> None:
+    def warm(self, x, g, state, messages, received, degrees, copies=(), guard: bool = False) -> None:
+        """Prepares for steps on these buffers, see `Fused.warm`. Nothing: torch's operations are there."""
+
+    def _check(self, x, g, state, rows, expected: int, copies=()) -> None:
         need, have = (len(self.rule.state), expected), (len(state), len(rows))
         if need != have:
             raise ValueError(f"{self.rule!r} takes {need} buffers of state and rows of messages here, not {have}")
-        if x.dim() != 1 or any(t.shape != x.shape for t in (g, *state, *rows)):
-            shapes = [tuple(t.shape) for t in (x, g, *state, *rows)]
+        if x.dim() != 1 or any(t.shape != x.shape for t in (g, *state, *rows, *copies)):
+            shapes = [tuple(t.shape) for t in (x, g, *state, *rows, *copies)]
             raise ValueError(f"buffers must be flat and of one length, not {shapes}")
 
     def _run(self, d, x, g, state, rows, wire) -> None:
         """d: None for `pack`, the number of neighbors for `combine`; rows: messages to write, or received ones."""
-        rule, (h, weights, scale) = self.rule, self.scalars
+        rule, (h, weights, scale, _) = self.rule, self.scalars
         equations = (rule.send.fn, rule.update.fn, rule.state, h._fields, rule.messages)
-        replay, count = _replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
-        n = max(1, min(BLOCK, x.numel()))
-        kept = vars(_scratch).get(f"{x.dtype} {x.device}")
+        run, count = replay(equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
+        n = max(1, min(BLOCK if x.device.type == "cpu" else DEVICE_BLOCK, x.numel()))
+        key = f"{x.dtype} {x.device} {_stream(x.device)}"
+        kept = vars(_scratch).get(key)
         if kept is None or len(kept) < count * n:
-            kept = vars(_scratch)[f"{x.dtype} {x.device}"] = x.new_empty(count * n)
+            kept = vars(_scratch)[key] = x.new_empty(count * n)
         narrow = x.new_empty(n if wire != x.dtype else 0, dtype=wire)
-        replay(n, h, weights, scale, x, g, state, rows, kept[: count * n].view(count, n), narrow)
-
-
-# -- Reading the equations ------------------------------------------------------------------------------------------
-
-
-class _Value:
-    """What an equation computes with while it is read: a tensor, or a scalar in the form of Python source.
-
-    Tensors are (op, operands, scalar), the same object for the same triple. Three rewritings, chosen by form alone:
-    s * (t * a) -> (s * t) * a on scalars, a + s * b -> one operation, a - s * b -> a + (-s) * b (exact).
-    """
-
-    def __init__(self, table: dict, op: str, operands: tuple = (), scalar: str = ""):
-        self.table, self.op, self.operands, self.scalar = table, op, operands, scalar
-
-    def new(self, op: str, *operands: _Value, scalar: str = "") -> _Value:
-        key = (op, operands, scalar)
-        if key not in self.table:
-            self.table[key] = _Value(self.table, *key)
-        return self.table[key]
-
-    def lift(self, other: Any) -> _Value:
-        return other if isinstance(other, _Value) else _Value(self.table, "scalar", scalar=repr(float(other)))
-
-    def plus(self, b: _Value, minus: str = "") -> _Value:
-        """self + b, or self - b with minus="-"."""
-        if self.op == b.op == "scalar":
-            return self.new("scalar", scalar=f"({self.scalar} {minus or '+'} {b.scalar})")
-        if self.op == "scalar":  # s - b = -b + s
-            return self.new("shift", -b if minus else b, scalar=self.scalar)
-        if b.op == "scalar":
-            return self.new("shift", self, scalar=minus + b.scalar)
-        if b.op == "scale":
-            return self.new("add", self, b.operands[0], scalar=minus + b.scalar)
-        if self.op == "scale" and not minus:
-            return self.new("add", b, self.operands[0], scalar=self.scalar)
-        return self.new("add", self, b, scalar=f"{minus}1")
-
-    def times(self, b: _Value) -> _Value:
-        a, b = (b, self) if self.op == "scalar" else (self, b)
-        if b.op != "scalar":
-            return self.new("mul", a, b)
-        if a.op == "scalar":
-            return self.new("scalar", scalar=f"({a.scalar} * {b.scalar})")
-        if a.op == "scale":
-            return self.new("scale", a.operands[0], scalar=f"({a.scalar} * {b.scalar})")
-        return self.new("scale", a, scalar=b.scalar)
-
-    def over(self, b: _Value) -> _Value:
-        if self.op == b.op == "scalar":
-            return self.new("scalar", scalar=f"({self.scalar} / {b.scalar})")
-        if b.op == "scalar":
-            return self.new("part", self, scalar=b.scalar)
-        return self.new("inverse", b, scalar=self.scalar) if self.op == "scalar" else self.new("div", self, b)
-
-    def __add__(self, b):
-        return self.plus(self.lift(b))
-
-    __radd__ = __add__
-
-    def __sub__(self, b):
-        return self.plus(self.lift(b), "-")
-
-    def __rsub__(self, b):
-        return self.lift(b).plus(self, "-")
-
-    def __mul__(self, b):
-        return self.times(self.lift(b))
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, b):
-        return self.over(self.lift(b))
-
-    def __rtruediv__(self, b):
-        return self.lift(b).over(self)
-
-    def __neg__(self):
-        return self.times(self.lift(-1.0))
-
-    def sqrt(self):
-        return self.new("scalar", scalar=f"{self.scalar} ** 0.5") if self.op == "scalar" else self.new("sqrt", self)
-
-
-# How an operation is written. {0}, {1}: operands, {s}: a scalar of the prologue, {out}: where the result goes.
-_SOURCE = {
-    "add": "add({0}, {1}, alpha={s}, out={out})",
-    "shift": "add({0}, {s}, out={out})",
-    "scale": "mul({0}, {s}, out={out})",
-    "mul": "mul({0}, {1}, out={out})",
-    "div": "div({0}, {1}, out={out})",
-    "part": "div({0}, {s}, out={out})",
-    "inverse": "div({0}.new_tensor({s}), {0}, out={out})",
-    "sqrt": "sqrt({0}, out={out})",
-    "copy": "{out}.copy_({0})",
-    "fill": "{out}.fill_({s})",
-    "round": "{out}.copy_(narrow_.copy_({0}))",  # to the type of the messages (to nearest even) and back
-}
-
-
-def _read(equations, d, cast_g, cast_wire, scaled) -> list[tuple[str, _Value]]:
-    """(buffer, new value) for every buffer that is written; d as in `_run`."""
-    send, update, state, fields, messages = equations
-    root = _Value({}, "root")
-
-    def scalar(source: str) -> _Value:
-        return root.new("scalar", scalar=source)
-
-    def buffer(name: str, cast: bool = False) -> _Value:
-        leaf = root.new("buffer", scalar=name)
-        return root.new("copy", leaf) if cast else leaf
-
-    x, g = buffer("x"), buffer("g", cast_g)
-    if scaled:
-        g = g * scalar("scale")
-    s = named("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
-    h = named("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
-    own = [root.lift(y) for y in send(x, g, s, h)]
-    if d is None:
-        return [(f"r{k}", _Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
-    pull = [scalar("0.0")] * messages
-    for k, y in enumerate(own if d else ()):
-        # sum_k w_k (r_k - q), q being the own message as it was sent: rounded to the type of the messages.
-        q = root.new("round", y) if cast_wire else y
-        for j in range(d):
-            part = scalar(f"w[{j}]") * (buffer(f"r{j * messages + k}", cast_wire) - q)
-            pull[k] = pull[k] + part if j else part
-    new_x, new_s = update(x, g, s, tuple(pull), h)
-    return [("x", root.lift(new_x)), *((f"s{k}", root.lift(v)) for k, v in enumerate(new_s))]
-
-
-def _sqrt(a: torch.Tensor, out: torch.Tensor) -> None:
-    """Rounded once. On CPUs torch takes MKL's, which is off by a rounding for every fifth value of float32."""
-    if a.device.type == "cpu":
-        np.sqrt(a.numpy(), out=out.numpy())
-    else:
-        torch.sqrt(a, out=out)
-
-
-# -- Replaying them --------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _replay(equations, d, cast_g, cast_wire, scaled):
-    """A function that runs the pass block by block, and the number of scratch rows it needs."""
-    homes = dict(_read(equations, d, cast_g, cast_wire, scaled))
-    seen: set[_Value] = set()
-    for name, v in homes.items():  # a constant, one value in two buffers, or a buffer handed on as another
-        if v.op == "scalar":
-            homes[name] = _Value(v.table, "fill", scalar=v.scalar)
-        elif v in seen or (v.op == "buffer" and v.scalar != name):
-            homes[name] = _Value(v.table, "copy", (v,))
-        seen.add(homes[name])
-    order, last = _order(list(homes.values()))
-    lines, scalars, scratch = _place(homes, order, last, full=d is not None)
-
-    # x, g, s0, s1, r0, ... are whole buffers, x_ and so on a block of each; t0_, ... scratch rows.
-    blocks = sorted({f"{name}_" for name in (*(v.scalar for v in last if v.op == "buffer"), *homes)})
-    source = [
-        "def replay(block, h, w, scale, x, g, s, r, t, narrow):",
-        *(f"    {name} = {text}" for text, name in scalars.items()),
-        *(f"    {name[:-1]} = {name[0]}[{name[1:-1]}]" for name in blocks if name[0] in "sr"),
-        *(f"    {name} = t[{name[1:-1]}]" for name in scratch),
-        "    narrow_ = narrow",
-        f"    for {', '.join(blocks)}, in zip({', '.join(f'{name[:-1]}.split(block)' for name in blocks)}):",
-        f"        if (n := {blocks[0]}.shape[0]) < block:  # the last one",
-        *(f"            {name} = {name}[:n]" for name in (*scratch, "narrow_")),
-        *(f"        {line}" for line in lines),
-    ]
-    namespace: dict[str, Any] = {"add": torch.add, "mul": torch.mul, "div": torch.div, "sqrt": _sqrt}
-    exec("\n".join(source), namespace)
-    return namespace["replay"], len(scratch)
-
-
-def _order(results: list[_Value]) -> tuple[list[_Value], dict[_Value, float]]:
-    """The operations needed, in the order of the text (messages, pulls, update), and each value's last use."""
-    last: dict[_Value, float] = {}
-
-    def visit(v: _Value) -> None:
-        if v not in last:
-            last[v] = 0
-            for operand in v.operands:
-                visit(operand)
-
-    for v in results:
-        visit(v)
-    written = {v: k for k, v in enumerate(dict.fromkeys([*results[0].table.values(), *results]))}
-    order = sorted((v for v in last if v.op != "buffer"), key=written.__getitem__)
-    for i, v in enumerate(order):
-        last.update((operand, i) for operand in v.operands)
-    last.update((v, float("inf")) for v in results)
-    return order, last
-
-
-def _place(homes, order, last, full: bool) -> tuple[list[str], dict[str, str], list[str]]:
-    """Source of the operations, its scalars, its scratch rows.
-
-    A result goes into the buffer it is for if what is there is no longer needed, else over an operand that ends here
-    (2.7 ms per operation of 25.5M elements, 4.2 ms into a third row), else into a scratch row. full: the buffers to
-    be written hold values at the start.
-    """
-    leaves = {v.scalar: v for v in last if v.op == "buffer"}
-    place = {v: f"{name}_" for name, v in leaves.items()}
-    held = {f"{name}_": leaves.get(name) if full else None for name in homes}  # what may be overwritten, what it holds
-    home = {v: f"{name}_" for name, v in homes.items()}
-    lines: list[str] = []
-    scalars: dict[str, str] = {}
-    scratch: list[str] = []
-    for i, v in enumerate(order):
-        ends = [place[o] for o in v.operands if last[o] == i and held.get(place[o]) is o]
-        free = [*ends, *(p for p, o in held.items() if o is None or last[o] < i)]
-        if home.get(v) in free:
-            out = home[v]
-        elif v not in home and any(p not in scratch for p in ends):
-            out = next(p for p in ends if p not in scratch)
-        elif any(p in scratch for p in free):
-            out = next(p for p in free if p in scratch)
-        else:
-            out = f"t{len(scratch)}_"
-            scratch.append(out)
-        s = scalars.setdefault(v.scalar, f"k{len(scalars)}") if v.scalar else ""
-        lines.append(_SOURCE[v.op].format(*(place[o] for o in v.operands), s=s, out=out))
-        held[out], place[v] = v, out
-    lines += [f"{name}_.copy_({place[v]})" for name, v in homes.items() if place[v] != f"{name}_"]
-    return lines, scalars, scratch
+        run(n, h, weights, scale, x, g, state, rows, kept[: count * n].view(count, n), narrow)

@@ -53,6 +53,9 @@ def available() -> bool:
 class Compiled(Blocked):
     """The same interface and promises as `Blocked`, compiled at the first use of each pass (0.1 to 0.5 s).
 
+    `warm` does nothing: slices of a bucket use what the bucket does, so all is compiled in the first steps, and no
+    timeout or queue of a device runs meanwhile.
+
     Master type float32 or float64; gradients float32, float64, bfloat16 or float16; messages float32, float64 or
     bfloat16. Other types and buffers that are not contiguous run as in `Blocked`. Threads: as many as torch has. A
     pass may be called from several threads at once, on different buffers.
@@ -61,7 +64,7 @@ class Compiled(Blocked):
     name = "numba"
 
     def _run(self, d, x, g, state, rows, wire) -> None:
-        rule, (h, weights, scale) = self.rule, self.scalars
+        rule, (h, weights, scale, _) = self.rule, self.scalars
         buffers = (x, g, *state, *rows)
         types = (x.dtype, g.dtype, wire)
         if (

@@ -97,11 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import triton
 
-        from .triton_passes import _pack_kernel
+        from .triton_kernels import INTERPRETED
     except ImportError as error:
         print(f"the gate compiles Triton kernels, and triton cannot be imported: {error}", file=sys.stderr)
         return 2
-    if not isinstance(_pack_kernel, triton.JITFunction):
+    if INTERPRETED:
         print("the gate compiles what TRITON_INTERPRET=1 interprets: unset it for this process", file=sys.stderr)
         return 2
     architectures = tuple((options.archs or ("sm_90" if options.quick else ",".join(ARCHITECTURES))).split(","))

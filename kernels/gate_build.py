@@ -11,7 +11,8 @@ from triton.compiler import ASTSource, compile
 from .gate_floor import SIZE, Traffic, combine_floor, pack_floor
 from .gate_read import Code, read
 from .rule import Rule
-from .triton_passes import BLOCK, OPTIONS, VECTOR, WARPS, Fields, _combine_kernel, _pack_kernel
+from .triton_kernels import BLOCK, OPTIONS, VECTOR, WARPS, Fields, _combine_kernel, _pack_kernel
+from .triton_passes import SKIP
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +32,8 @@ class Case(NamedTuple):
 
     rule: Rule
     schedule: str  # "atc", "awc"
-    pass_: str  # "pack", "combine", or "emit": combine that also writes the next message
+    # "pack", "combine", "emit": combine that also writes x in the messages' type, "guarded": combine that reads a flag
+    pass_: str
     message: str
     gradient: str
     d: int
@@ -44,7 +46,8 @@ class Case(NamedTuple):
     def floor(self) -> Traffic:
         if self.pass_ == "pack":
             return pack_floor(self.rule, self.gradient, self.message)
-        return combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
+        floor = combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
+        return floor._replace(scalars=floor.scalars + (self.pass_ == "guarded"))
 
     def ceiling(self, target: str) -> int:
         """Registers allowed for each thread, where ptxas took at most 60 with up to 3 received messages and 66 with
@@ -70,13 +73,14 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
         "s_ptrs": ("*fp32",) * len(rule.state),
         "y_ptrs": (message,) * rule.messages,
         "r_ptrs": (message,) * (d * rule.messages),
-        "next_ptrs": (message,) * (case.pass_ == "emit"),
+        "copy_ptrs": (message,) * (case.pass_ == "emit"),
         "scalars_ptr": "*fp32",
         "n": "i32",
     }
     constants = {
         "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
         "BLOCK": block, "VECTOR": vector, "EVEN": even, "EVICT": "",
+        "GUARD": SKIP if case.pass_ == "guarded" else 0,
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {}

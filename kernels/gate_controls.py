@@ -10,7 +10,7 @@ import triton.language as tl
 from . import rules
 from .gate_build import Case, Verdict, build, judge
 from .jit import jit
-from .triton_passes import BLOCK, _combine_kernel
+from .triton_kernels import BLOCK, _combine_kernel
 
 
 @jit
@@ -28,11 +28,11 @@ def update_with_a_sum(x, g, s, pull, h):
 
 
 @triton.jit
-def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND: tl.constexpr,
-                   UPDATE: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-                   EVEN: tl.constexpr):  # fmt: skip
-    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, next_ptrs, scalars_ptr, n, SEND, UPDATE, S, H, BLOCK,
-                    VECTOR, EVEN)  # fmt: skip
+def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
+                   H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+                   UPDATE: tl.constexpr, EVICT: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND, S, H, BLOCK, VECTOR, EVEN, UPDATE,
+                    EVICT, GUARD)  # fmt: skip
     tl.atomic_add(scalars_ptr, 1.0)
 
 

@@ -61,7 +61,7 @@ def pack_floor(rule: Rule, gradient: str, message: str) -> Traffic:
 
 
 def combine_floor(rule: Rule, gradient: str, message: str, d: int, emit: bool = False) -> Traffic:
-    """x and every state buffer are written; `emit` also writes the next message."""
+    """x and every state buffer are written; `emit` also writes x in the messages' type."""
     sent, inputs, divisions = _trace(rule)
     pulls = [m for m in range(rule.messages) if f"pull {m}" in inputs and d]
     inputs = inputs.union(*(sent[m] for m in pulls))  # a pull needs the own message, recomputed from its inputs

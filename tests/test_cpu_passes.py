@@ -8,7 +8,9 @@ Promises, for every rule, degree, type and size:
   a + s * b where the processor can and is held to the first promise only;
 - with symmetric weights the workers' mean does not drift, though messages are bfloat16;
 - the results do not depend on the number of threads, on how buffers are cut, or on who else is computing;
-- no pass allocates anything of the size of a buffer.
+- copies of the new x hold what `copy_` would write, and a skipped step writes nothing, whatever is in the gradient;
+- no pass allocates anything of the size of a buffer; on other devices than CPUs a pass is a few operations, however
+  long the buffers, and streams share no scratch memory.
 """
 
 import os
@@ -16,12 +18,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dlam import Rule, jit
 from fused_dlam.kernels import blocked, compiled, rules
@@ -110,7 +114,7 @@ def run(backend, p):
 
 def text(p, dtype, messages=None):
     """The same by the rule's text, operation by operation, in the given type; `messages`: take these as sent."""
-    h, weights, scale = p.scalars
+    h, weights, scale, _ = p.scalars
     x, state = p.x.to(dtype), p.rule.State(*(t.to(dtype) for t in p.state))
     g = p.g.to(dtype) if scale == 1.0 else p.g.to(dtype) * scale
     own = p.rule.send.fn(x, g, state, h)
@@ -256,6 +260,41 @@ def test_messages_round_to_nearest_even(backend):
     torch.testing.assert_close(messages[0], x.to(B), rtol=0, atol=0, equal_nan=True)
 
 
+@both
+@pytest.mark.parametrize("types", ["fff", "fbb", "ddd"])
+@pytest.mark.parametrize("rule", [rules.psgd, rules.pc_dmsgd, rules.da_dmsgd, AWC], ids=lambda r: r.name)
+def test_copies_are_written_in_the_same_pass(backend, rule, types):
+    for n, d in ((1003, 2), (1003, 0), (1, 1), (0, 1)):
+        p = problem(rule, n, d, TYPES[types])
+        expected = run(backend, p)
+        passes = backend(rule)
+        passes.set(p.scalars)
+        x, state, copies = p.x.clone(), tuple(t.clone() for t in p.state), [torch.empty(n, dtype=t) for t in (F, B, H)]
+        passes.combine(x, p.g, state, p.received, copies=copies)
+        assert same((expected[0], x, state), expected)
+        assert all(torch.equal(c, x.to(c.dtype)) for c in copies)
+    with pytest.raises(ValueError, match="one length"):
+        passes.combine(x, p.g, state, p.received, copies=(torch.empty(n + 1),))
+
+
+@both
+@pytest.mark.parametrize("rule", [rules.psgd, rules.pc_dmsgd, rules.da_dmsgd, AWC], ids=lambda r: r.name)
+def test_a_skipped_step_changes_nothing(backend, rule):
+    p = problem(rule, 1003, 1)
+    expected = run(backend, p)
+    p.g[::3], p.g[1::3] = torch.nan, torch.inf
+    passes = backend(rule)
+    for flag in (1.0, True, torch.tensor(1.0), torch.tensor(True)):
+        passes.set(p.scalars._replace(skip=flag))
+        x, state, copy = p.x.clone(), tuple(t.clone() for t in p.state), torch.zeros(1003)
+        passes.combine(x, p.g, state, p.received, copies=(copy,))
+        assert torch.equal(x, p.x) and all(map(torch.equal, state, p.state)) and not copy.any()
+    p = problem(rule, 1003, 1)
+    for flag in (0.0, False, torch.tensor(0.0)):
+        p.scalars = p.scalars._replace(skip=flag)
+        assert same(run(backend, p), expected)
+
+
 # -- Independence ----------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +428,43 @@ def test_nothing_of_the_size_of_a_buffer_is_allocated(backend):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.125, "share of one buffer of 64 MiB"
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations: on a GPU, each that is no view is a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.views, self.others = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        view = func.is_view or "split" in str(func) or "unbind" in str(func)
+        self.views, self.others = self.views + view, self.others + (not view)
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_kernels_on_other_devices():
+    """At 25.5M parameters; with blocks for a CPU's cache they are 1070 and more."""
+    p = problem(rules.decentlam, 1, 1)
+    passes = Blocked(p.rule)
+    passes.set(p.scalars)
+    x, g, m, y, r = torch.empty(5, 25_500_000, device="meta")
+    with Operations() as count:
+        passes.pack(x, g, (m,), y[None])
+        passes.combine(x, g, (m,), r[None, None])
+    assert 0 < count.others <= 24  # two blocks of 7 + 3 operations, and scratch memory
+
+
+def test_streams_share_no_scratch_memory(monkeypatch):
+    """A row given back when it grows goes to the stream it was made on, while another may still compute in it."""
+    made = []
+    monkeypatch.setattr(blocked, "_scratch", threading.local())
+    for stream in (1, 2, 1, 2):
+        monkeypatch.setattr(blocked, "_stream", lambda device, stream=stream: stream)
+        run(Blocked, problem(quotient, 1000, 1))
+        made.append({key: t.data_ptr() for key, t in vars(blocked._scratch).items()})
+    assert len(made[0]) == 1 and len(made[1]) == 2 and made[1] == made[2] == made[3]
+    assert len(set(made[3].values())) == 2
 
 
 FMA = re.compile(r"\bv?fn?m(add|sub)|\bfml[as]\b")

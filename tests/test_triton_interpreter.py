@@ -10,6 +10,8 @@ do not:
   as much and more;
 - nothing outside the buffers is written, and a stacked receive buffer, rows anywhere in memory and slices of buffers
   give the same bits;
+- copies of the new x hold what `copy_` would write (bfloat16 ones what `pack` would), and change nothing else;
+- a step whose `skip` is not 0 writes nothing, whatever is in the gradient, and the flag is not read by the host;
 - with symmetric weights the workers' mean does not drift, though messages are bfloat16.
 """
 
@@ -26,6 +28,7 @@ from fused_dlam.kernels import rules
 from fused_dlam.kernels.blocked import Blocked, Scalars
 from fused_dlam.kernels.gate_floor import pack_floor
 from fused_dlam.kernels.mix import mix_ahead
+from fused_dlam.kernels.rule import send_parameter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
@@ -182,17 +185,44 @@ def test_rows_anywhere_and_slices_give_the_same_bits(rule):
 
 
 @interpreted
-def test_the_next_message_is_written_in_the_same_pass():
-    p = Problem(rules.decentlam.adapt_while_communicating(), 1033, 2, torch.bfloat16)
-    passes, emitted = p.passes(), torch.zeros(1, p.n, dtype=torch.bfloat16)
-    x, *state = p.combine(passes, next_message=emitted)
-    assert all(map(torch.equal, (x, *state), p.combine(passes)))
-    packed = torch.zeros_like(emitted)
-    passes.pack(x, p.g, state, packed)
-    assert torch.equal(emitted, packed)
-    with pytest.raises(ValueError, match="needs the next gradient"):
-        p.rule = rules.decentlam
-        p.combine(p.passes(), next_message=emitted)
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_copies_are_written_in_the_same_pass(rule):
+    for n, d in ((1033, 2), (2048, 0), (1, 1)):
+        p = Problem(rule, n, d, torch.bfloat16)
+        passes = p.passes()
+        whole = [torch.full((n + 8,), GUARD, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16)]
+        copies = [t[:n] for t in whole]
+        x, *state = p.combine(passes, copies=copies)
+        assert all(map(torch.equal, (x, *state), p.combine(passes)))
+        assert torch.equal(copies[0], x.half()) and torch.equal(copies[1], x)
+        assert torch.equal(copies[2].float(), (x.view(torch.int32) & -(2**16)).view(torch.float32))
+        assert all((t[n:] == GUARD).all() for t in whole)
+        if rule.send is send_parameter:  # the next message
+            packed = torch.zeros(1, n, dtype=torch.bfloat16)
+            passes.pack(x, p.g, state, packed)
+            assert torch.equal(copies[2], packed[0])
+
+
+@interpreted
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_a_skipped_step_changes_nothing(rule):
+    """Neither x, nor the state, nor copies, though the gradient overflowed."""
+    p = Problem(rule, 1033, 1)
+    passes = p.passes()
+    plain = p.combine(passes)
+    finite, nothing = p.g, [p.x, *p.state]
+    overflow = p.g.clone()
+    overflow[::3], overflow[1::3] = torch.nan, torch.inf
+    for flag in (1.0, torch.tensor(1.0), torch.tensor(True), torch.tensor(torch.nan, dtype=torch.float64)):
+        passes.set(p.scalars._replace(skip=flag))
+        p.g = overflow
+        copy = torch.full((p.n,), GUARD)
+        assert all(map(torch.equal, p.combine(passes, copies=(copy,)), nothing)), flag
+        assert (copy == GUARD).all()
+    for flag in (torch.tensor(0.0), 0.0, False):
+        passes.set(p.scalars._replace(skip=flag))
+        p.g = finite
+        assert all(map(torch.equal, p.combine(passes), plain)), flag
 
 
 @interpreted
@@ -217,7 +247,7 @@ def test_scalars_that_are_tensors_are_not_read_by_the_host(rule, monkeypatch):
         lr, scale = torch.tensor(lr, dtype=torch.float64), torch.tensor(scale)
         with HostReads():
             h = rule.scalars(scalars.scalar(lr), 0.9, 0.01, 0.5, {}, memories[1])
-            tensors.set(Scalars(h, WEIGHTS[:2], scalars.scalar(scale)))
+            tensors.set(Scalars(h, WEIGHTS[:2], scalars.scalar(scale), torch.tensor(0.0)))
         assert torch.equal(numbers._values, tensors._values)
 
 
@@ -250,8 +280,16 @@ def test_what_the_kernels_do_not_take_is_refused():
         passes.combine(p.x[::2], p.g[::2], tuple(t[::2] for t in p.state), p.received[:, :, ::2])
     with pytest.raises(ValueError, match="flat, contiguous"):
         passes.pack(p.x, p.g[:32], p.state, p.received[0])
+    with pytest.raises(ValueError, match="flat, contiguous"):
+        passes.combine(p.x, p.g, p.state, p.received, copies=(p.x[:32].clone(),))
+    with pytest.raises(TypeError, match=r"float64.*fused=False"):
+        passes.combine(p.x, p.g, p.state, p.received, copies=(p.x.double(),))
+    with pytest.raises(ValueError, match="on meta"):
+        passes.combine(p.x, p.g.to("meta"), p.state, p.received)
+    fits = 255 - 1 - len(p.scalars.h)  # one place is the flag's, one the gradient's scale
+    passes.set(p.scalars._replace(weights=(0.001,) * fits))
     with pytest.raises(ValueError, match="too many"):
-        passes.set(p.scalars._replace(weights=(0.001,) * 300))
+        passes.set(p.scalars._replace(weights=(0.001,) * (fits + 1)))
     with pytest.raises(RuntimeError, match="call set"):
         type(passes)(p.rule, "cpu").pack(p.x, p.g, p.state, p.received[0])
 

@@ -1,0 +1,142 @@
+"""Launching a kernel over flat buffers: what depends only on the form of the buffers is done once for each form.
+
+A step launches two kernels per bucket, and Triton's own way from arguments to a launch takes 13 us of the host's time
+for ours (it looks at every argument, and makes a text of the options, to find the compiled kernel); with checks, the
+unbinding of received rows and keyword arguments a pass took 26 us. Here the types, shapes, strides and alignments of
+the buffers are one key, under which the compiled kernel lies with all arguments but the addresses.
+
+Nothing else may be specialized on: the key holds all that Triton 3.6 to 3.9 look at, and more (each length is a form
+of its own, of which Triton compiles a few kinds). A buffer that does not fit makes another key, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from operator import attrgetter, or_
+from typing import Any, NamedTuple
+
+import torch
+
+from .triton_kernels import INTERPRETED, VECTOR
+
+# Forms kept for a kernel. Slices of a bucket are forms of their own, and a model that leaves out other parameters in
+# every step makes new ones without end.
+FORMS = 4096
+
+_address, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+_dtype, _shape, _is_cuda = attrgetter("dtype"), attrgetter("shape"), attrgetter("is_cuda")
+
+
+class Form(NamedTuple):
+    run: Callable  # the compiled kernel over its grid
+    rows: list[tuple[int, int]]  # of each message: which of the buffers holds it, at how many bytes from its start
+    rest: tuple  # the arguments that follow the addresses
+
+
+class Buffers(NamedTuple):
+    """What a pass works on. parts: all messages in order, each a row or a tensor of rows; messages: how many rows."""
+
+    x: torch.Tensor
+    g: torch.Tensor
+    state: tuple[torch.Tensor, ...]
+    parts: tuple[torch.Tensor, ...]
+    copies: tuple[torch.Tensor, ...]
+    messages: int
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        return [row for part in self.parts for row in rows_of(part)]
+
+
+def rows_of(part: torch.Tensor):
+    """The rows of a tensor, itself if it is one. Views all: flattening [d, messages, N] could make a copy."""
+    if part.dim() < 2:
+        yield part
+    else:
+        for inner in part.unbind(0):
+            yield from rows_of(inner)
+
+
+def parts(messages: Any) -> tuple[torch.Tensor, ...]:
+    """Messages in one tensor, or as tuples of rows, or as tuples of tuples of rows."""
+    if isinstance(messages, torch.Tensor):
+        return (messages,)
+    flat: list[torch.Tensor] = []
+    for m in messages:
+        if isinstance(m, torch.Tensor):
+            flat.append(m)
+        else:
+            flat.extend(m)
+    return tuple(flat)
+
+
+class Launcher:
+    """One kernel with its constants. check: called with the buffers of every new form, raises if they do not fit.
+
+    The arguments of a kernel: x, g, the tuples of state, of messages and, where it has `copy_ptrs`, of copies, the
+    scalars, the length, the constants.
+    """
+
+    def __init__(self, kernel: Any, constants: dict, block: int, options: dict, check: Callable[[Buffers], None]):
+        self.kernel, self.block, self.options, self.check = kernel, block, options, check
+        self.constants = {**constants, "BLOCK": block, "VECTOR": VECTOR}
+        self._order = kernel.arg_names[kernel.arg_names.index("n") + 1 :]
+        self._copies = "copy_ptrs" in kernel.arg_names
+        self._forms: dict[tuple, Form] = {}
+
+    def __call__(self, b: Buffers, values: torch.Tensor, guard: int = 0) -> None:
+        """Launches on the current device and stream."""
+        if INTERPRETED:  # takes tensors, not addresses
+            self.check(b)
+            if b.x.numel():
+                self.kernel[self._grid(b)](*self._arguments(b, values, guard), **self.options)
+            return
+        tensors = (b.x, b.g, *b.state, *b.parts, *b.copies)
+        addresses = tuple(map(_address, tensors))
+        odd = reduce(or_, addresses) & 15
+        key = (
+            guard, b.messages, len(b.state), len(b.parts), odd and tuple([a & 15 for a in addresses]),
+            *map(_dtype, tensors), *map(_shape, tensors), *map(_stride, tensors), *map(_is_cuda, tensors),
+        )  # fmt: skip
+        form = self._forms.get(key)
+        if form is None:
+            form = self._prepare(b, values, guard)
+            if len(self._forms) >= FORMS:
+                self._forms.clear()
+            self._forms[key] = form
+        middle = 2 + len(b.state)
+        messages = tuple([addresses[i] + offset for i, offset in form.rows])
+        copies = (addresses[middle + len(b.parts) :],) if self._copies else ()
+        form.run(addresses[0], addresses[1], addresses[2:middle], messages, *copies, *form.rest)
+
+    def warm(self, b: Buffers, values: torch.Tensor, guard: int = 0) -> None:
+        """Compiles and loads what a launch over such buffers would, and launches nothing."""
+        if not INTERPRETED:
+            self._prepare(b, values, guard)
+
+    def _prepare(self, b: Buffers, values: torch.Tensor, guard: int) -> Form:
+        self.check(b)
+        first, rows = 2 + len(b.state), []  # type: int, list[tuple[int, int]]
+        for i, part in enumerate(b.parts):
+            rows += [(first + i, row.data_ptr() - part.data_ptr()) for row in rows_of(part)]
+        arguments = self._arguments(b, values, guard)
+        run = _nothing
+        if b.x.numel():
+            # Indexing loads the machine code, and under Triton 3.6 compiles a launcher in C (0.1 s for each signature).
+            run = self.kernel.warmup(*arguments, grid=self._grid(b), **self.options)[self._grid(b)]
+        return Form(run, rows, (values.data_ptr(), *arguments[-1 - len(self._order) :]))
+
+    def _arguments(self, b: Buffers, values: torch.Tensor, guard: int) -> tuple:
+        n = b.x.numel()
+        late = {"EVEN": n % self.block == 0, "GUARD": guard}
+        constants = (late[name] if name in late else self.constants[name] for name in self._order)
+        copies = (b.copies,) if self._copies else ()
+        return (b.x, b.g, b.state, tuple(b.rows), *copies, values, n, *constants)
+
+    def _grid(self, b: Buffers) -> tuple[int, int, int]:
+        return (-(-b.x.numel() // self.block), 1, 1)
+
+
+def _nothing(*arguments) -> None:
+    """The launch over buffers of length 0."""
