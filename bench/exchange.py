@@ -35,7 +35,7 @@ import torch.distributed as dist
 
 from fused_dlam import topology
 from fused_dlam.exchange import Exchange
-from fused_dlam.hierarchy import Machine, layout
+from fused_dlam.hierarchy import Machine, places
 from fused_dlam.launch import run_workers
 from fused_dlam.topology import Topology
 from fused_dlam.transfer import Averaging, Transfer
@@ -100,8 +100,9 @@ class Bench:
         alone = "NETLAB_ADDR" in os.environ and self.per_host == 1
         self.interface = Path("/sys/class/net/eth0/statistics/tx_bytes") if alone else None
         if self.per_host > 1:
-            inside, across = layout(True, None)
-            self.machine, self.across = Machine(inside, plan.deadline), Exchange(None, plan.deadline, across)
+            where = places(None, True)
+            self.machine = Machine(where.local, plan.deadline, parts=where.machines)
+            self.across = Exchange(None, plan.deadline, where.across, parts=where.numbers)
             self.graphs[HIERARCHICAL] = topology.get(ONE_PEER, self.across.size)
             self.operations = OPERATIONS
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from .engine import Engine
 from .exchange import Exchange, log
-from .kernels.scalars import scalar
+from .kernels.scalars import Scalar, on_host, scalar
 from .overlap import Overlap
 
 
@@ -41,11 +41,19 @@ class GradScaler(torch.amp.GradScaler):
 
 
 def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
-    """At the start of a step() that a scaler called: whether it is skipped. Waits for the GPU, as torch's scaler does.
+    """At the start of a step() that a scaler called: whether it is skipped.
+
+    With several workers this waits for the GPU, as torch's scaler does for optimizers that do not take it over. With
+    one there is nothing to agree on: the passes read on the device whether they are to do anything, as torch's fused
+    ones.
 
     Raises RuntimeError where messages have left in the backward pass.
     """
     overlap.hold_back("a GradScaler tells in step() whether gradients overflowed")
+    if engine.silent and engine.inside is None and not on_host(torch.as_tensor(optimizer.found_inf)):
+        engine.skipping = optimizer.found_inf.detach().reshape(())
+        optimizer._overflow_agreed = None
+        return
     engine.skip = overflowed(optimizer)
     if engine.skip and not optimizer.found_inf:
         log.warning(
@@ -67,6 +75,28 @@ def overflowed(optimizer: Any) -> bool:
     return bool(anywhere)
 
 
+def remembered(before: dict[str, Any], after: dict[str, Any], skipping: torch.Tensor) -> dict[str, Any]:
+    """What a rule remembers of its scalars: of a step that the device knows to be skipped or not, nothing or all.
+
+    Numbers that such a step would change become numbers on the device, so that the host need not wait. In the first
+    step, before which there is nothing to go back to, it does.
+    """
+    if after.keys() - before.keys():
+        return before if bool(skipping) else after
+    kept = {}
+    for name, new in after.items():
+        old = before[name]
+        if isinstance(new, torch.Tensor) or isinstance(old, torch.Tensor) or new != old:
+            new = torch.where(skipping != 0, _number(old, skipping), _number(new, skipping))
+        kept[name] = new
+    return kept
+
+
+def _number(value: Scalar, like: torch.Tensor) -> torch.Tensor:
+    """On the device of `like`, without a copy from the host."""
+    return value if isinstance(value, torch.Tensor) else torch.full_like(like, value, dtype=torch.float64)
+
+
 def agree(engine: Engine, found: Sequence[torch.Tensor], step: int) -> None:
     """Sets every tensor of `found` to the largest of all of them on all ranks."""
     worst = torch.stack([f.detach().reshape(()).to(found[0].device) for f in found]).amax().reshape(1)
@@ -78,9 +108,7 @@ def agree(engine: Engine, found: Sequence[torch.Tensor], step: int) -> None:
 
 
 def _largest(exchange: Exchange, value: torch.Tensor, step: int) -> torch.Tensor:
-    host = value.cpu() if exchange.stages else value
-    if exchange.backend == "nccl" and not host.is_cuda:
-        host = host.cuda()
+    host = value.to(exchange.wire)
     with exchange.watched("agreeing on an overflow (found_inf)", step):
         dist.all_reduce(host, op=dist.ReduceOp.MAX, group=exchange.group)
     exchange.bytes_sent += 2 * (exchange.size - 1) / exchange.size * host.numel() * host.element_size()

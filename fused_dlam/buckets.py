@@ -2,10 +2,11 @@
 
     parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
 
-Parameters are never copied. A gradient that autograd makes anew, as after `zero_grad()`, moves into its slot right
-where it is made and is freed, and the view takes its place: 8 bytes per parameter, still in cache, in place of the 16
-of zeroing the slot and adding to it (8.4 MB of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost).
-From then on autograd accumulates into the view; after `zero_grad(set_to_none=False)` nothing is copied at all.
+Parameters are never copied. A gradient that autograd makes anew, as after `zero_grad()`, moves into its slot and is
+freed, and the view takes its place. On a CPU right where it is made: 8 bytes per parameter, still in cache, in place of
+the 16 of zeroing the slot and adding to it (8.4 MB of parameters: 0.5 against 1.1 ms per step, bench/train.py
+--own-cost). On a GPU all of a bucket's in one kernel, once the last is there: ResNet-50 has 161. From then on autograd
+accumulates into the view; after `zero_grad(set_to_none=False)` nothing is copied at all.
 
 Two kinds of parameters are no views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
 memory FSDP's own buffers alias. They are copies of x, written by `publish` and read back by `absorb`.
@@ -20,8 +21,11 @@ import torch
 
 from . import sharded
 
-ALIGN = 8  # elements; a slot starts on a 16-byte boundary in every floating type
+# Elements; a slot starts on a 16-byte boundary in every floating type, and a run of slots has a length that Triton
+# knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
+ALIGN = 16
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
+GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -39,10 +43,14 @@ class Slot:
         self.stride = torch.empty_like(here, memory_format=torch.preserve_format).stride()
         self.span = slice(offset, offset + self.numel)
         self.data = here  # what this rank holds of it: the view in the bucket, once it is built, or FSDP's shard
+        self.address = 0  # where that is
         self.grad: torch.Tensor | None = None  # the view in the flat gradient
         self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
         self.zeroed_at = -1  # the gradient view's version when it was last zeroed
         self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
+        self.fresh_at: int | None = None  # the version it arrived with, while it is still to be copied into the view
+        self.stream: torch.cuda.Stream | None = None  # on which it was accumulated
+        self.graphed = False  # a CUDA graph writes it, and moves no version counter
         self.published_at = -1  # the parameter's version when this package last wrote it
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
@@ -88,6 +96,11 @@ class Bucket:
         self.g = torch.zeros(self.N, dtype=dtype, device=first.device) if gradients else self.x
         self.state: tuple[torch.Tensor, ...] = ()
         self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
+        self.watched = False  # whether anybody asks what was written into parameters since `publish`
+        self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
+        self._extents: torch.Tensor | None = None  # elements of each slot and between it and the next
+        self._fresh: list[Slot] = []  # whose gradients have arrived, but not in their views
+        self.hooked = 0  # slots whose gradients autograd announces
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
             self._adopt(slot, gradients)
@@ -111,6 +124,7 @@ class Bucket:
             if self.low is not None:
                 slot.view(self.low).copy_(slot.data)
             slot.data = slot.view(self.x if self.low is None else self.low)
+        slot.address = slot.data.data_ptr()
         had = p.grad
         if not slot.apart:
             p.data = slot.data
@@ -122,26 +136,65 @@ class Bucket:
         slot.installed = sharded.like(p, slot.grad) if slot.apart else slot.grad
         if had is not None:
             p.grad = had.to(p.dtype) if had.layout == torch.strided else had
-            self.collect(slot)
+            self.collect([slot])
 
-    def collect(self, slot: Slot) -> None:
-        """Copies a gradient that is not the view into the view, and puts the view back."""
-        grad = slot.p.grad
-        if grad is None or grad is slot.installed or slot.grad is None:
+    def arrived(self, slot: Slot) -> None:
+        """Autograd has accumulated a gradient: if it is not the view, it moves there, now or with others'."""
+        slot.graphed = False
+        if not self.x.is_cuda:
+            return self.collect([slot])
+        slot.stream = torch.cuda.current_stream(self.x.device)
+        self.streams.add(slot.stream)
+        if slot.p.grad is not slot.installed and slot.p.grad is not None:
+            if slot.fresh_at is None:
+                self._fresh.append(slot)
+            slot.fresh_at = slot.p.grad._version
+            waiting = sum(one.numel for one in self._fresh) * self.g.element_size()
+            if len(self._fresh) >= self.hooked or waiting >= GATHER:
+                self.gather()
+
+    def gather(self) -> None:
+        """Moves what has arrived into the views, on the current stream, after the streams that wrote it."""
+        if not self._fresh:
             return
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
-                " layer with sparse=False"
-            )
-        slot.grad.copy_(sharded.local(grad.detach()))
-        slot.p.grad = slot.installed
+        stream = torch.cuda.current_stream(self.x.device)
+        for slot in self._fresh:
+            if slot.stream not in (None, stream):
+                stream.wait_stream(slot.stream)
+                if slot.p.grad is not None:  # not to be given out again on its own stream before it is read here
+                    sharded.local(slot.p.grad).record_stream(stream)
+        self.streams.add(stream)
+        fresh, self._fresh = self._fresh, []
+        self.collect(fresh)
+
+    def collect(self, slots: Iterable[Slot]) -> None:
+        """Copies gradients that are not the views into the views, in one operation, and puts the views back."""
+        fresh = []
+        for slot in slots:
+            grad, arrived, slot.fresh_at = slot.p.grad, slot.fresh_at, None
+            if grad is None or grad is slot.installed or slot.grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
+                    " layer with sparse=False"
+                )
+            fresh.append((slot, grad, arrived == grad._version))
+        if not fresh:
+            return
+        torch._foreach_copy_([slot.grad for slot, *_ in fresh], [sharded.local(g.detach()) for _, g, _ in fresh])
+        for slot, _, untouched in fresh:
+            slot.p.grad = slot.installed
+            if untouched and slot.arrived_at is not None:
+                slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Forgets the gradients, or zeros them with one write and keeps the views installed."""
         if not set_to_none:
             self.g.zero_()
+        self._fresh = []
         for slot in self.slots:
+            slot.fresh_at = None
             if set_to_none or slot.p.grad is None:
                 slot.p.grad = None
             else:
@@ -150,20 +203,26 @@ class Bucket:
 
     def refresh(self) -> None:
         """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
+        dtype = self.x.dtype if self.low is None else self.low.dtype
         for slot in self.slots:
             p = slot.p
             here = sharded.local(p) if slot.apart else p
-            if here.data_ptr() != slot.data.data_ptr() or p.dtype != slot.data.dtype or p.device != slot.data.device:
+            if here.data_ptr() != slot.address or (p.dtype != dtype and not p.is_complex()):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
                     " built (model.to(...), load_state_dict(assign=True), p.data = ...). Move the model first, then"
                     " build the optimizer; load checkpoints with assign=False."
                 )
-            self.collect(slot)
+        if self._fresh:
+            self.gather()
+        self.collect([slot for slot in self.slots if slot.p.grad is not slot.installed])
 
     def active(self) -> list[bool]:
         """For each slot, whether its parameter got a gradient since the last zero_grad."""
-        return [slot.p.grad is not None and slot.version(slot.p.grad) != slot.zeroed_at for slot in self.slots]
+        return [
+            slot.p.grad is not None and (slot.graphed or slot.version(slot.p.grad) != slot.zeroed_at)
+            for slot in self.slots
+        ]
 
     def runs(self, active: list[bool]) -> Iterator[tuple[slice, bool]]:
         """Maximal runs of the buffer as (span, active), together all of it. In the steady state that is one run."""
@@ -174,12 +233,29 @@ class Bucket:
                 start, current = slot.offset, now
         yield slice(start, self.N), current
 
+    def mask(self, per_slot: Sequence[bool]) -> torch.Tensor:
+        """A truth value for each slot, where the buffers are. From pinned memory, or a GPU would be waited for."""
+        host = torch.tensor(per_slot)
+        return host.pin_memory().to(self.x.device, non_blocking=True) if self.x.is_cuda else host
+
+    def spread(self, per_slot: torch.Tensor, between: float) -> torch.Tensor:
+        """A value for each slot written out for each of its elements, `between` in the padding: [N]."""
+        if self._extents is None:
+            ends = [*(slot.offset for slot in self.slots[1:]), self.N]
+            pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
+            self._extents = torch.tensor(pairs).flatten().to(self.x.device)
+        both = torch.stack((per_slot, torch.full_like(per_slot, between)), dim=1).flatten()
+        return torch.repeat_interleave(both, self._extents, output_size=self.N)
+
     def raise_flags(self, active: list[bool]) -> None:
         """Before the gradient buffer is averaged: zeros what has no gradient and notes what has."""
         for slot, now in zip(self.slots, active, strict=True):
             if not now:
                 self.g[slot.span].zero_()
-        self.g[self.flags] = torch.tensor(active, dtype=self.g.dtype)
+        if all(active):
+            self.g[self.flags].fill_(1)
+        else:
+            self.g[self.flags].copy_(self.mask(active))
 
     def lower_flags(self, active: list[bool]) -> list[bool]:
         """After it was averaged: for each slot, whether its parameter got a gradient on any rank."""
@@ -188,16 +264,20 @@ class Bucket:
         self.g[self.flags] = 0
         return active
 
-    def publish(self) -> None:
-        """Brings parameters that are copies up to date, and tells autograd that the parameters changed."""
-        if self.low is not None:
+    def publish(self, low: bool = True) -> None:
+        """Brings parameters that are copies up to date, and tells autograd that the parameters changed.
+
+        low=False: the 16-bit copy is already.
+        """
+        if low and self.low is not None:
             self.low.copy_(self.x)
         shards, views = self._shards
         if shards:
             torch._foreach_copy_(shards, views)
         torch.autograd.graph.increment_version([slot.p for slot in self.slots])
-        for slot in self.slots:
-            slot.published_at = slot.p._version
+        if self.watched or self.copies:
+            for slot in self.slots:
+                slot.published_at = slot.p._version
 
     def absorb(self, stepped: bool = False) -> None:
         """Takes over what others wrote into parameters that are copies of x.

@@ -27,9 +27,10 @@ from .kernels import backend
 from .kernels.backend import Scalars
 from .kernels.mix import send_sent
 from .kernels.rule import Rule, send_parameter
+from .kernels.scalars import Scalar
 from .mixing import Peers, Topology
 from .ranges import begun, named
-from .transfer import Averaging, Lane, Transfer, average
+from .transfer import Averaging, Lane, Transfer, average, connect, foreseen
 
 NOBODY = Peers((), (), ())
 EVERYBODY = Peers((-1,), (1.0,), ())  # one "neighbor", the workers' mean, by all-reduce
@@ -97,6 +98,9 @@ class Engine:
         self.unwatched = True  # the first step is still to come
         self.step: int | None = None  # the step that has begun
         self.skip = False  # nobody takes a local step in it: all agree that a gradient overflowed
+        # The same as a number on the device, which the passes read: with one worker nothing is to be agreed on, and the
+        # host need not know.
+        self.skipping: Scalar = 0.0
         self.sent = 0  # buckets in line for which it has begun
         self.posted = 0  # those whose message has left
         # Gradients are averaged over these ranks first: all of them, a machine's, or none but this one.
@@ -116,13 +120,35 @@ class Engine:
         lonely = self.exchange is None or self.averages_gradient
         degree = 0 if lonely else self.topology.most_messages
         for b in new:
+            b.watched = self.awc
             b.allocate(len(self.rule.state), self.rule.messages, degree, self.message_dtype, self._sends_x(b))
-            self.lanes.setdefault(b.x.device, Lane(b.x.device))
+            if b.x.device not in self.lanes:
+                self.lanes[b.x.device] = Lane(b.x.device, sends=not self.silent)
+                if degree:
+                    connect(self.exchange, self.topology, b.x.device)  # type: ignore[arg-type]
         self.buckets += new
         kinds = {(b.x.device, b.x.dtype) for b in new}
         elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
         self.passes.append({kind: backend.choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
+        for kind, passes in self.passes[-1].items():
+            self._warm(next(b for b in new if (b.x.device, b.x.dtype) == kind), passes)
         return new
+
+    def _warm(self, b: Bucket, passes: backend.Blocked) -> None:
+        """Has kernels built now that steps will launch, for else they are built in mid-training, in a hook."""
+        peers = [self._peers(step) for step in foreseen(self.topology)]
+        degrees = sorted({len(p.sources) for p in peers})
+        low = () if b.low is None else (b.low,)
+        for copies in (low, (b.messages[0], *low)) if self.awc and len(b.messages) else (low,):
+            passes.warm(b.x, b.g, b.state, b.messages, b.received, degrees, copies)
+        if EVERYBODY in peers and b.messages.dtype != b.x.dtype:  # exact steps send the full precision
+            full = (b.x,) * self.rule.messages
+            passes.warm(b.x, b.g, b.state, full, (full,), (1,), low)
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is ever sent: one worker, with gradients of its own."""
+        return self.exchange is None and self.averager is None
 
     def buffers(self, b: Bucket) -> dict[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""
@@ -143,9 +169,12 @@ class Engine:
         By default a twelfth of the parameters, between 1 and 32 MiB: small enough that little is left to send when the
         backward pass ends, large enough that latency does not count. Where x itself is sent, a quarter, between 8 and
         32 MiB: there is no backward pass to keep up with, only the next bucket's pass, and one costs 60 us of Python.
+        Where nothing is sent, all of them: one pass.
         """
         if self.bucket_bytes is not None:
             return self.bucket_bytes
+        if self.silent:
+            return total
         share, least = (4, 8 << 20) if self.awc else (12, 1 << 20)
         return min(max(total // share, least), 32 << 20)
 
@@ -156,7 +185,7 @@ class Engine:
         weights = self._peers(step).weights
         for passes, s in zip(self.passes, scalars, strict=True):
             for one in passes.values():
-                one.set(s._replace(weights=weights))
+                one.set(s._replace(weights=weights, skip=self.skipping))
         self.step, self.sent, self.posted, self.prepared = step, 0, 0, set()
         self.flights, self.next_flights = self.next_flights, {}
 
@@ -185,7 +214,7 @@ class Engine:
         """Starts averaging a bucket's gradient, where gradients are averaged, once per step."""
         if self.averager is not None and b.index not in self.averages and not self.skip:
             active = b.active()
-            with self.lanes[b.x.device].outbound():
+            with self.lanes[b.x.device].outbound(b.streams):
                 b.raise_flags(active)
                 self.averages[b.index] = Averaging(self.averager, b.g, self.step), active
 
@@ -209,15 +238,16 @@ class Engine:
             self.send_next()
         self._post_until(len(self.buckets))
         for b in self.buckets:
-            self._finish(b, self.flights[b.index])
-            if self.ahead and self.exchange is not None and not self.averages_gradient:
+            follows = self.ahead and self.exchange is not None and not self.averages_gradient
+            written = self._finish(b, self.flights[b.index], follows)
+            if follows:
                 flight = self._open(b, self.step + 1)
                 if self.awc:
-                    self._send(b, flight, self.step + 1)
+                    self._send(b, flight, self.step + 1, written)
                 self.next_flights[b.index] = flight
         for flight in self.flights.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.averages, self.step, self.skip = {}, {}, None, False
+        self.flights, self.averages, self.step, self.skip, self.skipping = {}, {}, None, False, 0.0
 
     def refresh(self) -> None:
         """At the start of a step: parameters and gradients are where they should be, or come there.
@@ -305,11 +335,12 @@ class Engine:
         """What this rank carries of a message: all of it, or its shard among the ranks of its machine."""
         return buffer if self.machine is None else self.machine.shard(buffer)
 
-    def _send(self, b: Bucket, flight: Flight, step: int) -> None:
+    def _send(self, b: Bucket, flight: Flight, step: int, written: bool = False) -> None:
+        """Packs a message, unless it is written already, and sends it."""
         flight.message, peers = b.messages, flight.peers
         if self.exchange is None or not (peers.sources or peers.destinations):
             return
-        with self.lanes[b.x.device].outbound():
+        with self.lanes[b.x.device].outbound(b.streams):
             if not self.awc:  # where x is sent, gradients may come later
                 flight.active = self.active(b)
                 self._prepare(b, flight.active)
@@ -319,9 +350,8 @@ class Engine:
                 if peers is EVERYBODY and b.messages.dtype != b.x.dtype:
                     # A mean of rounded messages would move the workers' mean: exact steps send the full precision.
                     flight.message = b.x.new_empty(b.messages.shape)
-                with named("pack", b.index, step):
-                    for span, now in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
-                        self._pack(b, span, now, flight.message)
+                if not written:
+                    self._pack(b, flight, step)
             flight.span = begun("exchange", b.index, step)
             with named("send", b.index, step):
                 if peers is EVERYBODY:
@@ -331,17 +361,24 @@ class Engine:
                     assert isinstance(flight.transfer, Transfer)
                     flight.transfer.send(self._part(flight.message))
 
-    def _pack(self, b: Bucket, span: slice, active: bool, message: torch.Tensor) -> None:
-        if not active:
-            b.g[span].zero_()
-        state = tuple(t[span] for t in b.state)
-        self._passes(b).pack(b.x[span], b.g[span], state, message[:, span])
-        if not active:  # no local step: what it sends in the place of the parameters is the parameters
-            message[0, span].copy_(b.x[span])
+    def _pack(self, b: Bucket, flight: Flight, step: int) -> None:
+        assert flight.message is not None
+        with named("pack", b.index, step):
+            for span, active in [(slice(0, b.N), True)] if self.awc else b.runs(flight.active):
+                if not active:
+                    b.g[span].zero_()
+                state, message = tuple(t[span] for t in b.state), flight.message[:, span]
+                self._passes(b).pack(b.x[span], b.g[span], state, message)
+                if not active:  # no local step: what it sends in the place of the parameters is the parameters
+                    message[0].copy_(b.x[span])
 
-    def _finish(self, b: Bucket, flight: Flight) -> None:
+    def _finish(self, b: Bucket, flight: Flight, follows: bool) -> bool:
+        """Waits for a bucket's messages and combines them. `follows`: the next exchange starts right after it.
+
+        Returns whether the next message is written.
+        """
         lane = self.lanes[b.x.device]
-        with lane.outbound():
+        with lane.outbound(b.streams):
             with named("wait", b.index, self.step):
                 flight.wait_received()
                 if self.awc:
@@ -353,19 +390,37 @@ class Engine:
         lane.join()
         if self.mixing and not flight.peers.sources:  # a local step: x is as it was left
             self._snapshot(b)
-            return b.publish()
+            b.publish()
+            return False
         self._prepare(b, flight.active)
+        message = self._next_message(b) if follows else ()
+        copies = (*message, *(() if b.low is None else (b.low,)))  # of the new x, in types of their own
         with named("combine", b.index, self.step):
             for span, now in b.runs(flight.active):
+                # SlowMo may change x once more: then they are written when it has.
+                here = () if self.after is not None else tuple(c[span] for c in copies)
                 if now:
                     state = tuple(t[span] for t in b.state)
                     received = flight.received[: len(flight.peers.sources), :, span]
-                    self._passes(b).combine(b.x[span], b.g[span], state, received)
-                elif flight.peers.sources:
-                    self._mix_only(b, span, flight)
+                    self._passes(b).combine(b.x[span], b.g[span], state, received, here)
+                else:
+                    if flight.peers.sources:
+                        self._mix_only(b, span, flight)
+                    for c in here:
+                        c.copy_(b.x[span])
             if self.after is not None:
                 self.after(b)
-            b.publish()
+                for c in copies:
+                    c.copy_(b.x)
+            b.publish(low=False)
+        return bool(message)
+
+    def _next_message(self, b: Bucket) -> tuple[torch.Tensor, ...]:
+        """Where the next step's message goes that is the new x in another type: the pass that computes x writes it."""
+        assert self.step is not None
+        peers = self._peers(self.step + 1)
+        due = self.awc and not self._sends_x(b) and peers is not EVERYBODY and (peers.sources or peers.destinations)
+        return (b.messages[0],) if due else ()
 
     def _prepare(self, b: Bucket, active: list[bool]) -> None:
         if self.before is not None and b.index not in self.prepared:

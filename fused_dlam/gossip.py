@@ -133,6 +133,7 @@ class Gossip(Consensus, Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # as in GossipSGD
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """The inner optimizer's step and one exchange. Every rank must call it equally often.

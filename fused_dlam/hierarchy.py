@@ -23,19 +23,28 @@ import torch.distributed as dist
 from . import sharded, wrapped
 from . import topology as topologies
 from .exchange import Exchange, log
+from .groups import CPU
 from .mixing import Topology
+from .transfer import host_like, to_host
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 
 
 class Machine:
-    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them.
+    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them; device, parts: as there.
 
     `averages=False`: their gradients are equal already, for DDP averages them.
     """
 
-    def __init__(self, local: list[int], timeout: float, averages: bool = True):
-        self.inside, self.averages = Exchange(None, timeout, ranks=local), averages
+    def __init__(
+        self,
+        local: list[int],
+        timeout: float,
+        averages: bool = True,
+        device: torch.device = CPU,
+        parts: Sequence[Sequence[int]] = (),
+    ):
+        self.inside, self.averages = Exchange(None, timeout, local, device, parts), averages
         self.size, self.rank = self.inside.size, self.inside.rank
 
     def shard(self, flat: torch.Tensor) -> torch.Tensor:
@@ -45,8 +54,13 @@ class Machine:
     def gather(self, flat: torch.Tensor, step: int) -> None:
         """Fills a contiguous buffer from every rank's shard of it."""
         whole = flat.view(-1)
+        own = self.shard(whole)
+        staged = flat.is_cuda and self.inside.stages
+        own, parts = (to_host(own), host_like(whole)) if staged else (own.clone(), whole)
         with self.inside.watched("gathering a message inside the machine", step):
-            _all_gather(whole, self.shard(whole).clone(), group=self.inside.group)
+            _all_gather(parts, own, group=self.inside.group)
+        if staged:
+            whole.copy_(parts, non_blocking=True)
 
 
 class Places(NamedTuple):
@@ -54,8 +68,22 @@ class Places(NamedTuple):
 
     size: int
     group: dist.ProcessGroup | None
-    local: list[int]  # ranks of this machine, if machines are workers
-    across: list[int]  # ranks with this one's number on every machine
+    machines: list[list[int]]  # the ranks of each, if machines are workers
+
+    @property
+    def local(self) -> list[int]:
+        """The ranks of this machine."""
+        return _mine(self.machines)
+
+    @property
+    def numbers(self) -> list[list[int]]:
+        """The ranks with one number on every machine."""
+        return [list(ranks) for ranks in zip(*self.machines, strict=True)]
+
+    @property
+    def across(self) -> list[int]:
+        """The ranks with this one's number."""
+        return _mine(self.numbers)
 
     def graph(self, topology: str | Topology, every: int, global_average_every: int | None) -> Topology:
         """Whom the workers hear from: the topology, with local steps and exact averages in between if asked for."""
@@ -74,7 +102,7 @@ class Places(NamedTuple):
         local = self.local if len(self.local) > 1 else []
         if not local and self.size == 1 and len(shards) < 2:
             return None, None, None
-        me = dist.get_rank()
+        me, device = dist.get_rank(), sharded.local(params[0]).device
         workers = self.across or dist.get_process_group_ranks(self.group or dist.group.WORLD)
         ddp = wrapped.ddp_ranks(params)
         wrapped.refuse_ddp(ddp, workers, me)
@@ -83,12 +111,12 @@ class Places(NamedTuple):
             raise ValueError(f"hierarchical has ranks {local} in this machine, but FSDP shards over {shards}")
         exchange = machine = inside = None
         if len(shards) > 1:
-            inside = Exchange(None, timeout, ranks=shards)
+            inside = Exchange(None, timeout, shards, device, self.machines if shards == local else ())
         elif local:
-            machine = Machine(local, timeout, averages=ddp != local)
+            machine = Machine(local, timeout, ddp != local, device, self.machines)
             inside = machine.inside
         if self.size > 1:
-            exchange = Exchange(self.group, timeout, self.across or None)
+            exchange = Exchange(self.group, timeout, self.across or None, device, self.numbers)
             if warn:
                 advise(self.size)
         return exchange, machine, inside
@@ -99,16 +127,20 @@ def places(group: dist.ProcessGroup | None, hierarchical: Any) -> Places:
     size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if size < 1:
         raise ValueError("this rank is not in the given process group")
-    local: list[int] = []
-    across: list[int] = []
+    machines: list[list[int]] = []
     if hierarchical and size > 1:
-        local, across = layout(hierarchical, group)
-        size = len(across)
-    return Places(size, group, local, across)
+        machines = layout(hierarchical, group)
+        size = len(machines)
+    return Places(size, group, machines)
 
 
-def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> tuple[list[int], list[int]]:
-    """(ranks of this machine, ranks with this one's number on every machine), as global ranks.
+def _mine(parts: list[list[int]]) -> list[int]:
+    """The part with this rank, or none."""
+    return next((part for part in parts if dist.get_rank() in part), [])
+
+
+def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """The global ranks of every machine, each in order.
 
     Args:
         hierarchical: True takes LOCAL_WORLD_SIZE consecutive ranks as a machine, as torchrun numbers them; a
@@ -125,17 +157,13 @@ def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> tuple[list[int
                 f"hierarchical=True needs LOCAL_WORLD_SIZE (torchrun sets it) to divide the {len(ranks)} ranks, found"
                 f" {os.environ.get('LOCAL_WORLD_SIZE')!r}; or pass a DeviceMesh of machines x ranks"
             )
-        at = ranks.index(me)
-        machine = at // size
-        return ranks[machine * size : (machine + 1) * size], ranks[at % size :: size]
+        return [ranks[at : at + size] for at in range(0, len(ranks), size)]
     mesh = getattr(hierarchical, "mesh", None)
     if mesh is None or mesh.dim() != 2:
         raise ValueError(f"hierarchical must be True, False or a DeviceMesh of two dimensions, not {hierarchical!r}")
-    here = (mesh == me).nonzero()
-    if len(here) != 1:
+    if int((mesh == me).sum()) != 1:
         raise ValueError(f"rank {me} is not in the DeviceMesh")
-    machine, number = here[0].tolist()
-    return mesh[machine].tolist(), mesh[:, number].tolist()
+    return mesh.tolist()
 
 
 def advise(size: int) -> None:

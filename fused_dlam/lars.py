@@ -72,21 +72,24 @@ def decay(group: dict[str, Any]) -> float:
 def scale_(b: Bucket, active: list[bool], group: dict[str, Any], grad_scale: Scalar) -> None:
     """Scales a bucket's gradients in place; grad_scale multiplies them first. Nothing waits for a GPU.
 
-    16-bit gradients are rounded once: unscaled in float16, those of 1e-6 lost 2 % to it.
+    About twenty operations, however many the layers: their factors are one vector, written out once per element. With
+    operations of their own ResNet-50's 161 parameters were 1,470 kernels, 6 to 9 ms of launches. 16-bit gradients are
+    rounded once: unscaled in float16, those of 1e-6 lost 2 % to it.
     """
-    slots = [slot for slot, now in zip(b.slots, active, strict=True) if now]
-    if not slots:
+    if not any(active):
         return
-    xs, gs = ([flat[slot.span] for slot in slots] for flat in (b.x, b.g))  # a complex number is two real ones
-    x_norms, g_norms = (torch._foreach_norm(ts, dtype=b.x.dtype) for ts in (xs, gs))
+    xs, gs = ([flat[slot.span] for slot in b.slots] for flat in (b.x, b.g))  # a complex number is two real ones
+    x_norms, g_norms = (torch.stack(torch._foreach_norm(ts, dtype=b.x.dtype)) for ts in (xs, gs))
     weight_decay = float(group["weight_decay"])
-    for slot, x, g, x_norm, g_norm in zip(slots, xs, gs, x_norms, g_norms, strict=True):
-        ratio: Any = 1.0
-        if slot.p.ndim > 1:
-            ratio = trust_ratio(x_norm, (g_norm * grad_scale).abs(), group["lars"], weight_decay)
-        wide = g.to(x.dtype)  # g itself, if it is
-        wide.mul_(ratio * grad_scale)
-        if weight_decay:
-            wide.add_(x * (ratio * weight_decay))
-        if wide is not g:
-            g.copy_(wide)
+    ratio = trust_ratio(x_norms, (g_norms * grad_scale).abs(), group["lars"], weight_decay)
+    ratio = torch.where(b.mask([slot.p.ndim > 1 for slot in b.slots]), ratio, 1.0)
+    scale, decay = ratio * grad_scale, ratio * weight_decay
+    if not all(active):
+        now = b.mask(active)
+        scale, decay = torch.where(now, scale, 1.0), torch.where(now, decay, 0.0)
+    wide = b.g.to(b.x.dtype)  # the gradients themselves, if they are
+    wide.mul_(b.spread(scale, 1.0))
+    if weight_decay:
+        wide.addcmul_(b.x, b.spread(decay, 0.0))
+    if wide is not b.g:
+        b.g.copy_(wide)

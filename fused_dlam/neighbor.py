@@ -12,7 +12,7 @@ from .exchange import Exchange
 from .mixing import Topology
 from .transfer import Transfer, average
 
-_exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one per process group
+_exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group and device
 
 
 @torch.no_grad()
@@ -32,7 +32,8 @@ def neighbor_allreduce(
         group: the process group; default: all ranks. All its ranks must call this equally often.
         timeout: seconds a wait may take, fixed by the first call in a group.
 
-    Raises TypeError for integers, ValueError for a topology of another size, ExchangeError if a peer does not answer.
+    Raises TypeError for integers, ValueError for a topology of another size or a tensor on a device that the group does
+    not serve, ExchangeError if a peer does not answer.
     Without a process group the result is a copy.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -41,12 +42,17 @@ def neighbor_allreduce(
     graph = topologies.get(topology, size)
     if size == 1:
         return tensor.clone()
-    key = group or dist.group.WORLD
-    if key not in _exchanges:
-        _exchanges[key] = Exchange(group, timeout)
-    exchange = _exchanges[key]
+    exchanges = _exchanges.setdefault(group or dist.group.WORLD, {})
+    if tensor.device not in exchanges:
+        exchanges[tensor.device] = Exchange(group, timeout, device=tensor.device)
+    exchange = exchanges[tensor.device]
+    with exchange.placed():
+        return _average(exchange, tensor, graph, step)
+
+
+def _average(exchange: Exchange, tensor: torch.Tensor, graph: Topology, step: int) -> torch.Tensor:
     own = tensor.detach().contiguous()
-    if graph.averages_exactly(step) and size > 2:
+    if graph.averages_exactly(step) and exchange.size > 2:
         out = own.clone()
         average(exchange, out, step)
         return out

@@ -268,8 +268,13 @@ class GossipSGD(Consensus, Optimizer):
         rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
         lr, momentum, weight_decay = scalar(group["lr"]), float(group["momentum"]), layerwise.decay(group)
-        memory = dict(group["memory"]) if self._engine.skip else group["memory"]  # a skipped step is not remembered
+        memory = dict(group["memory"])
         h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, memory)
+        skipping = self._engine.skipping
+        if isinstance(skipping, torch.Tensor):
+            group["memory"] = amp.remembered(group["memory"], memory, skipping)
+        elif not self._engine.skip:  # a skipped step is not remembered
+            group["memory"] = memory
         return Scalars(h, (), -scale if group["maximize"] else scale)
 
     def _gradient_scale(self) -> Scalar:

@@ -1,5 +1,8 @@
 """When a bucket is sent: in the backward pass, as its last gradient arrives, or in step().
 
+Autograd runs hooks on one thread per device, and accumulates a gradient on the stream of the forward pass that made it:
+a lock keeps two threads from sending one bucket twice, and a bucket waits for every stream that wrote into it.
+
 A message must not leave before its gradient is final. With `overlap="auto"` the first step sends in step() and watches
 what the training script does in between (clipping, a loss scaler, accumulation: the gradients' version counters tell);
 the ranks agree on it once. If nothing touches the gradients, sending moves into the backward pass from then on.
@@ -7,6 +10,7 @@ the ranks agree on it once. If nothing touches the gradients, sending moves into
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -51,6 +55,7 @@ class Overlap:
         self.seen: object = None  # the settings when the first gradient arrived
         self.arrivals: list[int] = []  # buckets in the order in which they were complete
         self.waiting: dict[int, int] = {}
+        self._lock = threading.RLock()
         self.reset()
 
     def watch(self, b: Bucket) -> None:
@@ -59,6 +64,7 @@ class Overlap:
         A parameter outlives its optimizers: hooks do not keep one alive that is gone, and one that another optimizer
         took a parameter from hears no more of it, or both would collect its gradients in turn.
         """
+        b.hooked = sum(slot.p.requires_grad for slot in b.slots)
         for slot in b.slots:
             if slot.p.requires_grad:
                 former = _hooks.pop(slot.p, None)
@@ -73,12 +79,15 @@ class Overlap:
         def hooked(_: torch.Tensor) -> None:
             self, b = owner(), bucket()
             if self is not None and b is not None:
-                self._arrived(b, b.slots[k])
+                with self._lock:
+                    self._arrived(b, b.slots[k])
 
         return hooked
 
     def _arrived(self, b: Bucket, slot: Slot) -> None:
-        b.collect(slot)
+        if b.x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._captured(b, slot)
+        b.arrived(slot)
         if self.held or not (self.observing or self.sending):
             return
         if self.observing and self.seen is None:
@@ -96,6 +105,16 @@ class Overlap:
             if self.sending:
                 self._send_complete_ones()
 
+    def _captured(self, b: Bucket, slot: Slot) -> None:
+        """This backward pass is recorded, and nothing will arrive when it is replayed.
+
+        The copy into the view is part of the graph; the message leaves in step().
+        """
+        b.collect([slot])
+        slot.graphed = True
+        if self.observing:
+            self.late = f"the gradient of {self.name_of(slot)} comes from a CUDA graph"
+
     def _send_complete_ones(self) -> None:
         """In the one order of all ranks: a bucket waits for those before it."""
         engine = self.engine
@@ -112,7 +131,7 @@ class Overlap:
         """
         if self.observing and self.seen not in (None, self.settings()):
             self.late = "a hyper-parameter was set between the backward pass and step()"
-        for b in self.engine.buckets:
+        for b in self.engine.buckets if self.observing or self.sending else ():
             for slot in b.slots:
                 if slot.arrived_at is None or slot.grad is None:
                     continue  # nothing arrives where no sending depends on it
@@ -138,14 +157,20 @@ class Overlap:
 
     def finish(self) -> None:
         """At the end of step()."""
+        watched = self.observing or self.sending
         if self.first:
             self._agree()
             self.first = self.observing = False
-        self.reset()
+        if watched:
+            self.reset()
+        else:
+            for b in self.engine.buckets:
+                b.streams.clear()
 
     def reset(self) -> None:
         self.arrivals, self.seen = [], None
         for b in self.engine.buckets:
+            b.streams.clear()
             self.waiting[b.index] = sum(slot.p.requires_grad for slot in b.slots)
             for slot in b.slots:
                 slot.arrived_at = None
@@ -158,10 +183,9 @@ class Overlap:
         engine = self.engine
         exchange = engine.exchange
         assert exchange is not None
-        device = "cuda" if exchange.backend == "nccl" else "cpu"
-        late = torch.tensor([float(self.late is not None)], device=device)
+        late = torch.tensor([float(self.late is not None)], device=exchange.wire)
         rest = [b.index for b in engine.buckets if b.index not in self.arrivals]
-        order = torch.tensor(self.arrivals + rest, device=device)
+        order = torch.tensor(self.arrivals + rest, device=exchange.wire)
         with exchange.watched("agreeing on the order of buckets", None):
             dist.all_reduce(late, op=dist.ReduceOp.MAX, group=exchange.group)
             dist.broadcast(order, exchange.ranks[0], group=exchange.group)

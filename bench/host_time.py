@@ -1,0 +1,99 @@
+"""Host time of a step with the Triton kernels, without a GPU: Triton's own launcher on a driver that launches nothing.
+
+    python bench/host_time.py
+
+ResNet-50's 161 parameters, 25.6M, on CPU tensors. Counted is the processor time of `step()`: hooks,
+checks, kernel launches, the exchange's calls (two workers in torch's fake group, whose messages take no time). What a
+GPU adds (streams, events, NCCL's launches) is not in it, and the backward pass's hooks are not either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import stub_driver
+import torch
+import torch.distributed as dist
+
+# fmt: off
+RESNET50 = [(64, 3, 7, 7), (64,), (64,)] + [
+    shape
+    for width, blocks, first in ((64, 3, 64), (128, 4, 256), (256, 6, 512), (512, 3, 1024))
+    for k in range(blocks)
+    for shape in [
+        (width, first if k == 0 else 4 * width, 1, 1), (width,), (width,),
+        (width, width, 3, 3), (width,), (width,), (4 * width, width, 1, 1), (4 * width,), (4 * width,),
+        *([(4 * width, first, 1, 1), (4 * width,), (4 * width,)] if k == 0 else []),
+    ]
+] + [(1000, 2048), (1000,)]
+# fmt: on
+
+
+def microseconds(step, prepare, rounds: int) -> float:
+    """Median processor time of `step()`; `prepare()` runs before each and is not counted."""
+    times = []
+    gc.disable()
+    for _ in range(rounds + 20):
+        prepare()
+        start = time.process_time()
+        step()
+        times.append(time.process_time() - start)
+    gc.enable()
+    return 1e6 * statistics.median(times[20:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=300)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        stub_driver.build(Path(folder))
+        stub = stub_driver.install(Path(folder))
+        measure(stub, rounds)
+
+
+def measure(stub: stub_driver.Stub, rounds: int) -> None:
+    import triton
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    import fused_dlam
+    from fused_dlam.kernels import backend
+    from fused_dlam.kernels.triton_passes import Fused
+
+    backend.choose = lambda rule, *_: Fused(rule, "cpu")  # as if the parameters were on a GPU
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {len(RESNET50)} parameters")
+    alone = {"one worker": {}}
+    pairs = {"two workers, atc": {"overlap": False}, "two workers, awc": {"schedule": "awc"}}
+    for what, options in {**alone, **pairs}.items():
+        if what in pairs and not dist.is_initialized():
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in RESNET50]
+        optimizer = fused_dlam.GossipSGD(params, lr=0.1, weight_decay=1e-4, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+        def backward(optimizer=optimizer, grads=[p.grad for p in params]):
+            optimizer.zero_grad(set_to_none=False)
+            torch._foreach_add_(grads, 1.0)
+
+        before = stub.launches
+        backward()
+        optimizer.step()
+        launches = stub.launches - before
+        us = microseconds(optimizer.step, backward, rounds)
+        buckets = len(optimizer._engine.buckets)
+        print(f"{what:28} {us:7.0f} us   {launches} kernels of ours in {buckets} buckets")
+
+
+if __name__ == "__main__":
+    main()
