@@ -2,10 +2,12 @@
 
 Promises: every built-in rule is at its floor on sm_90 and every negative control is refused (the subset for each
 commit); a rule of ten lines outside the package is gated with no other code; what the gate compiles is, instruction for
-instruction, what the launcher compiles for padded buffers, and new scalars or other buffers compile nothing.
+instruction, what the launcher compiles for padded buffers, and new scalars or other buffers compile nothing; x's copy
+in another type costs its bytes and no more, rounded to nearest even, and the flag of skipped steps one scalar.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -96,6 +98,29 @@ def test_the_floor_is_traced_from_the_equations():
         pack_floor(fused_dlam.Rule("squares", send_square, rules.dsgd.update), "fp32", "fp32")
 
 
+@pytest.mark.parametrize("message", ["bf16", "fp16"])
+def test_a_copy_costs_its_bytes_and_is_rounded_to_nearest_even(message):
+    """For AWC it is the next message, and saves a pass that reads x and writes it; for others a 16-bit parameter."""
+    for rule, d in ((rules.decentlam.adapt_while_communicating(), 2), (rules.adamw, 0), (rules.psgd, 0)):
+        plain, case = (gate_build.Case(rule, "awc", p, message, "bf16", d) for p in ("combine", "emit"))
+        built = gate_build.build(case, "sm_90")
+        assert gate_build.judge(case, "sm_90", built).failures == []
+        assert case.floor.bytes == plain.floor.bytes + 2
+        if d:
+            assert case.floor.bytes == plain.floor.bytes + case._replace(pass_="pack").floor.bytes - 4
+        # Every conversion of what is stored and sent; `.rn` is IEEE's rounding to nearest, ties to even.
+        kind = message.replace("fp", "f")
+        narrowing = [line for line in built.asm["ptx"].splitlines() if re.search(rf"\bcvt\S*\.{kind}\S*\.f32\b", line)]
+        assert narrowing and all(re.search(r"\bcvt\.rn\.", line) for line in narrowing)
+
+
+@pytest.mark.parametrize("rule", [rules.dsgd, rules.pc_dmsgd, rules.adamw], ids=lambda rule: rule.name)
+def test_the_flag_of_skipped_steps_costs_one_scalar(rule):
+    for gradient in ("fp32", "bf16"):
+        case = gate_build.Case(rule, "atc", "guarded", "fp32", gradient, 0)
+        assert gate_build.judge(case, "sm_90", gate_build.build(case, "sm_90")).failures == []
+
+
 def test_a_control_that_is_not_refused_fails_the_gate(monkeypatch, capsys):
     harmless = gate_controls.Control("nothing wrong", "spills", {})
     monkeypatch.setattr(gate_controls, "CONTROLS", [harmless])
@@ -165,13 +190,14 @@ class StandInDriver:
 
 
 class Launches:
-    """In the place of a kernel: compiles what a launch would compile, and keeps it."""
+    """In the place of a kernel: compiles what a launch would compile, keeps it, and launches nothing."""
 
     def __init__(self, kernel):
-        self.kernel, self.compiled = kernel, []
+        self.kernel, self.compiled, self.arg_names = kernel, [], kernel.arg_names
 
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+    def warmup(self, *args, grid, **options):
+        self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+        return {grid: lambda *args: None}
 
 
 @pytest.fixture
@@ -189,12 +215,12 @@ def launches(monkeypatch, tmp_path):
         yield stand_ins
 
 
-def step(rule, n, d, message=torch.float32, lr=0.1, passes=None):
+def step(rule, n, d, message=torch.float32, lr=0.1, passes=None, copies=(), skip=0.0):
     passes = passes or triton_passes.Fused(rule, "cpu")
-    passes.set(Scalars(rule.scalars(lr, 0.9, 0.0), (0.5 / (d + lr),) * d))
+    passes.set(Scalars(rule.scalars(lr, 0.9, 0.0), (0.5 / (d + lr),) * d, skip=skip))
     x, g, *state = (aligned(n) for _ in range(2 + len(rule.state)))
     passes.pack(x, g, state, aligned(rule.messages * n, message).view(-1, n))
-    passes.combine(x, g, state, aligned(d * rule.messages * n, message).view(d, -1, n))
+    passes.combine(x, g, state, aligned(d * rule.messages * n, message).view(d, rule.messages, n), copies)
     return passes
 
 
@@ -212,6 +238,17 @@ def test_the_gate_compiles_what_runs(launches):
         for pass_, kernel in zip(("pack", "combine"), launches, strict=True):
             gated = gate_build.build(gate_build.Case(rule, "atc", pass_, name, "fp32", d), "sm_90")
             assert instructions(kernel.compiled[-1]) == instructions(gated)
+
+
+def test_the_gate_compiles_what_runs_with_copies_and_a_flag(launches):
+    rule = rules.decentlam.adapt_while_communicating()
+    for d, pass_, copies, skip in (
+        (2, "emit", (aligned(4096, torch.bfloat16),), 0.0),
+        (0, "guarded", (), torch.tensor(0.0)),
+    ):
+        step(rule, 4096, d, torch.bfloat16, copies=copies, skip=skip)
+        gated = gate_build.build(gate_build.Case(rule, "awc", pass_, "bf16", "fp32", d), "sm_90")
+        assert instructions(launches[1].compiled[-1]) == instructions(gated)
 
 
 def instructions(kernel):
