@@ -71,18 +71,18 @@ def measure(stub: stub_driver.Stub, rounds: int) -> None:
 
     backend.choose = lambda rule, *_: Fused(rule, "cpu")  # as if the parameters were on a GPU
     print(f"torch {torch.__version__}, triton {triton.__version__}, {len(RESNET50)} parameters")
-    alone = {"one worker": {}}
-    pairs = {"two workers, atc": {"overlap": False}, "two workers, awc": {"schedule": "awc"}}
-    for what, options in {**alone, **pairs}.items():
-        if what in pairs and not dist.is_initialized():
+    ways = {"one worker": {}, "two workers, atc": {"overlap": False}, "two workers, awc": {"schedule": "awc"}}
+    for what, options in ways.items():
+        if options and not dist.is_initialized():
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in RESNET50]
         optimizer = fused_dlam.GossipSGD(params, lr=0.1, weight_decay=1e-4, **options)
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
+        grads = [p.grad for p in params]
 
-        def backward(optimizer=optimizer, grads=[p.grad for p in params]):
+        def backward(optimizer=optimizer, grads=grads):
             optimizer.zero_grad(set_to_none=False)
             torch._foreach_add_(grads, 1.0)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 
@@ -98,7 +99,6 @@ class Bucket:
         self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
         self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
-        self._extents: torch.Tensor | None = None  # elements of each slot and between it and the next
         self._fresh: list[Slot] = []  # whose gradients have arrived, but not in their views
         self.hooked = 0  # slots whose gradients autograd announces
         self.messages = self.received = torch.empty(0)
@@ -179,14 +179,14 @@ class Bucket:
                     f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
                     " layer with sparse=False"
                 )
-            fresh.append((slot, grad, arrived == grad._version))
+            fresh.append((slot, slot.grad, grad, arrived == grad._version))
         if not fresh:
             return
-        torch._foreach_copy_([slot.grad for slot, *_ in fresh], [sharded.local(g.detach()) for _, g, _ in fresh])
-        for slot, _, untouched in fresh:
+        torch._foreach_copy_([view for _, view, _, _ in fresh], [sharded.local(g.detach()) for _, _, g, _ in fresh])
+        for slot, view, _, untouched in fresh:
             slot.p.grad = slot.installed
             if untouched and slot.arrived_at is not None:
-                slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
+                slot.arrived_at = view._version
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Forgets the gradients, or zeros them with one write and keeps the views installed."""
@@ -238,12 +238,20 @@ class Bucket:
         host = torch.tensor(per_slot)
         return host.pin_memory().to(self.x.device, non_blocking=True) if self.x.is_cuda else host
 
+    @cached_property
+    def matrices(self) -> torch.Tensor:
+        """[slots], true for parameters of more than one dimension."""
+        return self.mask([slot.p.ndim > 1 for slot in self.slots])
+
+    @cached_property
+    def _extents(self) -> torch.Tensor:
+        """Elements of each slot, and between it and the next."""
+        ends = [*(slot.offset for slot in self.slots[1:]), self.N]
+        pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
+        return torch.tensor(pairs).flatten().to(self.x.device)
+
     def spread(self, per_slot: torch.Tensor, between: float) -> torch.Tensor:
         """A value for each slot written out for each of its elements, `between` in the padding: [N]."""
-        if self._extents is None:
-            ends = [*(slot.offset for slot in self.slots[1:]), self.N]
-            pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
-            self._extents = torch.tensor(pairs).flatten().to(self.x.device)
         both = torch.stack((per_slot, torch.full_like(per_slot, between)), dim=1).flatten()
         return torch.repeat_interleave(both, self._extents, output_size=self.N)
 

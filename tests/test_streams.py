@@ -1,0 +1,322 @@
+"""Promise: on CUDA streams nothing is read before it is written, or written while it is read, in any mode.
+
+Five steps over four buckets run on fake GPUs (`fake_cuda`), and every access of every byte, by the main stream, the
+lanes, NCCL, gloo and the host, must come after what it depends on through a chain of waits. Each kind of mistake that
+the checker is there for is then made on purpose, and must be found.
+"""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cuda import Machine
+from fake_training import BUCKET_MB, Training, parameters
+from fake_transport import Network
+
+import fused_dlam
+
+STEPS = 5
+NCCL, MIXED, STAGED = ("cuda:nccl", "nccl"), ("cpu:gloo,cuda:nccl", "undefined"), ("cpu:gloo,cuda:gloo", "gloo")
+
+
+def gossip_sgd(params, **options):
+    options = {"lr": 0.05, "bucket_mb": BUCKET_MB, "hierarchical": False} | options
+    return fused_dlam.GossipSGD(params, **options)
+
+
+def gossip(params, **options):
+    options = {"bucket_mb": BUCKET_MB, "hierarchical": False} | options
+    return fused_dlam.Gossip(torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
+
+
+def train(
+    make=gossip_sgd,
+    *,
+    config=NCCL,
+    ranks=2,
+    machine_ranks=None,
+    dtype=torch.float32,
+    devices=("cuda:0",),
+    side_streams=0,
+    threads=False,
+    to_none=True,
+    absent=(),
+    scaler=False,
+    between=None,
+    machine=None,
+    waits_work=True,
+    **options,
+):
+    """Trains, and returns the machine, the network and the optimizer."""
+    machine = machine or Machine()
+    with machine, Network(machine, ranks, *config, machine_ranks, waits_work) as network:
+        params = parameters(dtype=dtype, devices=devices)
+        optimizer = make(params, **options)
+        streams = [torch.cuda.Stream("cuda:0", name=f"side stream {k}") for k in range(side_streams)]
+        scale = torch.amp.GradScaler("cuda") if scaler else None
+        training = Training(machine, params, optimizer, streams, threads, absent, to_none, scale)
+        for k in range(STEPS):
+            training.step()
+            if between is not None:
+                between(optimizer, k)
+    return SimpleNamespace(machine=machine, network=network, optimizer=optimizer)
+
+
+def report(machine) -> str:
+    return "\n".join(f"{count} x {race}" for race, count in machine.races.most_common(20))
+
+
+def averaged(optimizer, k):
+    with optimizer.averaged():
+        pass
+
+
+def synchronized(optimizer, k):
+    if k in (1, 3):
+        optimizer.synchronize()
+
+
+def measured(optimizer, k):
+    optimizer.consensus_distance()
+
+
+BF16 = torch.bfloat16
+MODES = {
+    "atc": {},
+    "atc, overlap=False": dict(overlap=False),
+    "atc, overlap=True": dict(overlap=True),
+    "atc, torch passes": dict(fused=False, overlap=True),
+    "atc, bf16 messages": dict(comm_dtype=BF16),
+    "atc, bf16 messages, torch passes": dict(comm_dtype=BF16, fused=False),
+    "atc, bf16 parameters": dict(dtype=BF16),
+    "atc, zero_grad(set_to_none=False)": dict(to_none=False),
+    "atc, missing gradients": dict(absent=(2, 5)),
+    "awc": dict(schedule="awc"),
+    "awc, torch passes": dict(schedule="awc", fused=False),
+    "awc, bf16 messages": dict(schedule="awc", comm_dtype=BF16),
+    "awc, bf16 parameters": dict(schedule="awc", dtype=BF16),
+    "awc, missing gradients": dict(schedule="awc", absent=(2, 5)),
+    "da-dmsgd": dict(method="da-dmsgd"),
+    "qg-dmsgd": dict(method="qg-dmsgd"),
+    "pmsgd": dict(method="pmsgd"),
+    "pmsgd, missing gradients": dict(method="pmsgd", absent=(2, 5)),
+    "max_grad_norm": dict(max_grad_norm=1.0),
+    "max_grad_norm, pmsgd": dict(max_grad_norm=1.0, method="pmsgd"),
+    "lars": dict(lars=0.01),
+    "lars, bf16 parameters": dict(lars=0.01, dtype=BF16),
+    "slowmo": dict(slowmo=fused_dlam.SlowMo(2)),
+    "slowmo, awc": dict(slowmo=fused_dlam.SlowMo(2), schedule="awc"),
+    "scaler": dict(scaler=True),
+    "scaler, awc": dict(scaler=True, schedule="awc"),
+    "communicate_every": dict(communicate_every=2),
+    "communicate_every, awc": dict(communicate_every=2, schedule="awc"),
+    "global_average_every": dict(global_average_every=2, ranks=4),
+    "global_average_every, awc": dict(global_average_every=2, ranks=4, schedule="awc", comm_dtype=BF16),
+    "synchronize between": dict(between=synchronized),
+    "synchronize between, awc": dict(between=synchronized, schedule="awc"),
+    "averaged between": dict(between=averaged),
+    "averaged between, awc": dict(between=averaged, schedule="awc"),
+    "consensus_distance between": dict(between=measured),
+    "consensus_distance between, awc": dict(between=measured, schedule="awc"),
+    "Gossip": dict(make=gossip),
+    "Gossip, awc": dict(make=gossip, schedule="awc"),
+    "Gossip, awc, bf16 messages": dict(make=gossip, schedule="awc", comm_dtype=BF16),
+    "Gossip, bf16 parameters": dict(make=gossip, dtype=BF16),
+    "exponential graph": dict(topology="exponential", ranks=8, method="dmsgd"),
+    "machines": dict(ranks=4, machine_ranks=2, hierarchical=True),
+    "machines, overlap=True": dict(ranks=4, machine_ranks=2, hierarchical=True, overlap=True),
+    "machines, awc": dict(ranks=4, machine_ranks=2, hierarchical=True, schedule="awc"),
+    "machines, bf16 messages, clip": dict(
+        ranks=4, machine_ranks=2, hierarchical=True, comm_dtype=BF16, max_grad_norm=1.0
+    ),
+    "machines, Gossip": dict(make=gossip, ranks=4, machine_ranks=2, hierarchical=True),
+    "two devices": dict(devices=("cuda:0", "cuda:1"), threads=True),
+    "two devices, overlap=True": dict(devices=("cuda:0", "cuda:1"), threads=True, overlap=True),
+    "two devices, awc": dict(devices=("cuda:0", "cuda:1"), threads=True, schedule="awc"),
+    "gradients on two streams": dict(side_streams=2, overlap=True),
+    "gradients on two streams, pmsgd": dict(side_streams=2, method="pmsgd"),
+    "gradients on two streams, added up": dict(side_streams=2, overlap=True, to_none=False),
+    "one worker": dict(ranks=1),
+    "one worker, lars, clip": dict(ranks=1, lars=0.01, max_grad_norm=1.0),
+    "group of two backends": dict(config=MIXED),
+    "group of two backends, awc": dict(config=MIXED, schedule="awc"),
+}
+GLOO = {
+    "atc": {},
+    "atc, overlap=True": dict(overlap=True),
+    "atc, bf16 messages": dict(comm_dtype=BF16),
+    "awc": dict(schedule="awc"),
+    "awc, bf16 parameters": dict(schedule="awc", dtype=BF16),
+    "pmsgd": dict(method="pmsgd"),
+    "slowmo": dict(slowmo=fused_dlam.SlowMo(2)),
+    "global_average_every": dict(global_average_every=2, ranks=4),
+    "averaged between": dict(between=averaged),
+    "consensus_distance between, awc": dict(between=measured, schedule="awc"),
+    "Gossip, awc": dict(make=gossip, schedule="awc"),
+    "machines": dict(ranks=4, machine_ranks=2, hierarchical=True),
+    "machines, awc": dict(ranks=4, machine_ranks=2, hierarchical=True, schedule="awc"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_race_on_nccl(mode):
+    run = train(**MODES[mode])
+    assert not run.machine.races, report(run.machine)
+    assert not run.machine.faults, run.machine.faults
+
+
+@pytest.mark.parametrize("mode", GLOO)
+def test_no_race_when_messages_pass_through_the_host(mode):
+    run = train(config=STAGED, **GLOO[mode])
+    assert not run.machine.races, report(run.machine)
+    assert not run.machine.faults, run.machine.faults
+
+
+def test_the_modes_do_what_they_say():
+    """A checker that sees nothing finds no race either."""
+    run = train(overlap=True)
+    assert len([s for s in run.network.sent if s.what == "send"]) == 4 * STEPS
+    packs = [launch for launch in run.machine.launches if launch.what == "_pack_kernel"]
+    assert sum(launch.count for launch in packs) == 4 * STEPS
+
+
+@pytest.mark.parametrize("config", [NCCL, STAGED], ids=["nccl", "gloo"])
+def test_a_model_on_the_second_device_touches_no_other(config):
+    """ "cuda" by itself is device 0, on every rank of a machine: they would all meet there."""
+    run = train(config=config, devices=("cuda:1",), threads=True)
+    assert not run.machine.races, report(run.machine)
+    assert not run.machine.faults, run.machine.faults
+    assert {str(s.device) for s in run.network.sent} == {"cuda:1" if config is NCCL else "cpu"}
+    assert {str(memory.device) for memory in run.machine.memories if memory.device.type == "cuda"} == {"cuda:1"}
+
+
+# -- mistakes made on purpose ----------------------------------------------------------------------------------------
+
+
+def is_main(stream) -> bool:
+    return stream.agent.name.startswith("main")
+
+
+@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc", comm_dtype=BF16)], ids=["atc", "awc"])
+def test_a_lane_that_does_not_wait_for_the_main_stream_is_found(options):
+    run = train(machine=Machine(ignore=lambda waiter, source: not is_main(waiter) and is_main(source)), **options)
+    assert run.machine.races
+
+
+@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc"), dict(method="pmsgd")], ids=str)
+def test_a_main_stream_that_does_not_join_the_lane_is_found(options):
+    run = train(machine=Machine(ignore=lambda waiter, source: is_main(waiter) and not is_main(source)), **options)
+    assert run.machine.races
+
+
+@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc"), dict(method="pmsgd")], ids=str)
+def test_an_operation_of_nccl_that_nobody_waits_for_is_found(options):
+    assert train(waits_work=False, **options).machine.races
+
+
+def test_a_bucket_that_waits_for_its_last_gradient_alone_is_found():
+    """Biases come first and on side stream 1, which is then waited for at the end of the backward pass only."""
+    machine = Machine(ignore=lambda waiter, source: not is_main(waiter) and source.agent.name == "side stream 1")
+    assert train(machine=machine, side_streams=2, overlap=True).machine.races
+
+
+def test_a_pinned_buffer_used_again_while_a_copy_from_it_is_queued_is_found():
+    """A neighbor that is ahead overwrites the message that this device has not fetched yet."""
+    run = train(config=STAGED, schedule="awc", machine=Machine(careless=True))
+    assert any("recv" in race and "copy_" in race for race in run.machine.races), report(run.machine)
+
+
+def test_the_host_allocator_gives_pinned_memory_out_again_in_time_and_a_kept_buffer_does_not_wait():
+    """The rule by which a fresh pinned buffer per message is right, and one that is kept is wrong, by itself."""
+
+    def receive_twice(fresh: bool, careless: bool = False):
+        with Machine(careless=careless) as machine, Network(machine, 2, *STAGED) as network:
+            rows = [torch.zeros(8, device="cuda:0") for _ in range(2)]
+            host = torch.empty(8, pin_memory=True)
+            for row in rows:
+                if fresh:
+                    host = None  # as a transfer that has ended lets go of it
+                    host = torch.empty(8, pin_memory=True)
+                network.irecv(host).wait()
+                row.copy_(host, non_blocking=True)
+            return machine.races
+
+    assert not receive_twice(fresh=True)
+    assert receive_twice(fresh=False)
+    assert receive_twice(fresh=True, careless=True)
+
+
+def test_device_memory_that_is_freed_while_another_stream_reads_it_is_found():
+    with Machine() as machine:
+        lane = torch.cuda.Stream()
+        for recorded in (True, False):
+            machine.races.clear()
+            x = torch.zeros(8, device="cuda")
+            lane.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(lane):
+                x + 1
+            if recorded:
+                x.record_stream(lane)
+            del x
+            torch.zeros(8, device="cuda")
+            assert bool(machine.races) != recorded
+
+
+# -- two autograd threads at once ------------------------------------------------------------------------------------
+
+
+def test_hooks_of_two_threads_send_each_bucket_once_and_in_order(monkeypatch):
+    """While one autograd thread sends a bucket, the other's gradient arrives.
+
+    The second hook must wait (a lock) or leave the sending to the first; either way every bucket leaves once, in the
+    one order of all ranks.
+    """
+    machine = Machine()
+    with machine, Network(machine) as network:
+        params = parameters(devices=("cuda:0", "cuda:1"))
+        optimizer = gossip_sgd(params, overlap=True)
+        training = Training(machine, params, optimizer)
+        training.step()  # the first step agrees on the order of buckets
+        reference = [s.address for s in network.sent if s.what == "send"]
+        optimizer.zero_grad()
+        training.forward()
+        on_first = [k for k in reversed(range(8)) if params[k].device.index == 0]
+        on_second = [k for k in reversed(range(8)) if params[k].device.index == 1]
+        entered, finished = threading.Event(), threading.Event()
+        errors, calls = [], []
+        send = network.batch_isend_irecv
+
+        def slow(ops):
+            calls.append(ops)
+            if len(calls) == 2:  # the last bucket of the first thread: now the other one's turn has come
+                entered.set()
+                finished.wait(1.5)  # which it is only if nothing keeps the other one
+            return send(ops)
+
+        for module in (torch.distributed, torch.distributed.distributed_c10d):
+            monkeypatch.setattr(module, "batch_isend_irecv", slow)
+        network.sent.clear()
+
+        def backward(numbers):
+            try:
+                for k in numbers:
+                    training.accumulate(k)
+            except BaseException as error:  # noqa: BLE001 -- a thread's error would be lost
+                errors.append(error)
+            if numbers is on_first:
+                finished.set()
+
+        threads = [threading.Thread(target=backward, args=(n,)) for n in (on_second, on_first)]
+        threads[0].start()
+        assert entered.wait(5), "nothing left in the backward pass"
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        optimizer.step()
+        assert not errors, errors
+        sent = [s.address for s in network.sent if s.what == "send"]
+        assert len(sent) == 4, f"{len(sent)} messages of 4 buckets left"
+        assert sent == reference
+        batches = [s.batch for s in network.sent]
+        assert len(set(batches)) == 4
