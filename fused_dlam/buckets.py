@@ -15,6 +15,7 @@ memory FSDP's own buffers alias. They are copies of x, written by `publish` and 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from . import sharded
 # knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
 ALIGN = 16
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
+PIECE = 1 << 26  # elements
 GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -49,9 +51,10 @@ class Slot:
         self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
         self.zeroed_at = -1  # the gradient view's version when it was last zeroed
         self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
-        self.fresh_at: int | None = None  # the version it arrived with, while it is still to be copied into the view
+        # What arrived and its version then, while it is still to be copied into the view.
+        self.fresh: tuple[weakref.ref[torch.Tensor], int] | None = None
         self.stream: torch.cuda.Stream | None = None  # on which it was accumulated
-        self.graphed = False  # a CUDA graph writes it, and moves no version counter
+        self.graphed = False  # a CUDA graph may write it, and moves no version counter
         self.published_at = -1  # the parameter's version when this package last wrote it
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
@@ -99,7 +102,9 @@ class Bucket:
         self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
         self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
+        self.gathers = self.x.is_cuda  # gradients that autograd makes anew are copied together
         self._fresh: list[Slot] = []  # whose gradients have arrived, but not in their views
+        self._waiting = 0  # their bytes
         self.hooked = 0  # slots whose gradients autograd announces
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
@@ -140,38 +145,43 @@ class Bucket:
 
     def arrived(self, slot: Slot) -> None:
         """Autograd has accumulated a gradient: if it is not the view, it moves there, now or with others'."""
-        slot.graphed = False
-        if not self.x.is_cuda:
+        if not self.gathers:
             return self.collect([slot])
-        slot.stream = torch.cuda.current_stream(self.x.device)
-        self.streams.add(slot.stream)
+        if self.x.is_cuda:
+            slot.stream = torch.cuda.current_stream(self.x.device)
+            self.streams.add(slot.stream)
         if slot.p.grad is not slot.installed and slot.p.grad is not None:
-            if slot.fresh_at is None:
+            if slot.fresh is None:
                 self._fresh.append(slot)
-            slot.fresh_at = slot.p.grad._version
-            waiting = sum(one.numel for one in self._fresh) * self.g.element_size()
-            if len(self._fresh) >= self.hooked or waiting >= GATHER:
+                self._waiting += slot.numel * self.g.element_size()
+            slot.fresh = weakref.ref(slot.p.grad), slot.p.grad._version
+            if len(self._fresh) >= self.hooked or self._waiting >= GATHER:
                 self.gather()
 
     def gather(self) -> None:
         """Moves what has arrived into the views, on the current stream, after the streams that wrote it."""
         if not self._fresh:
             return
-        stream = torch.cuda.current_stream(self.x.device)
-        for slot in self._fresh:
-            if slot.stream not in (None, stream):
-                stream.wait_stream(slot.stream)
-                if slot.p.grad is not None:  # not to be given out again on its own stream before it is read here
-                    sharded.local(slot.p.grad).record_stream(stream)
-        self.streams.add(stream)
-        fresh, self._fresh = self._fresh, []
+        if self.x.is_cuda:
+            stream = torch.cuda.current_stream(self.x.device)
+            for slot in self._fresh:
+                if slot.stream not in (None, stream):
+                    stream.wait_stream(slot.stream)
+                    if slot.p.grad is not None:  # not to be given out again on its own stream before it is read here
+                        sharded.local(slot.p.grad).record_stream(stream)
+            self.streams.add(stream)
+        fresh = self._fresh
+        self._forget_fresh()
         self.collect(fresh)
+
+    def _forget_fresh(self) -> None:
+        self._fresh, self._waiting = [], 0
 
     def collect(self, slots: Iterable[Slot]) -> None:
         """Copies gradients that are not the views into the views, in one operation, and puts the views back."""
         fresh = []
         for slot in slots:
-            grad, arrived, slot.fresh_at = slot.p.grad, slot.fresh_at, None
+            grad, arrived, slot.fresh = slot.p.grad, slot.fresh, None
             if grad is None or grad is slot.installed or slot.grad is None:
                 continue
             if grad.layout != torch.strided:
@@ -179,7 +189,8 @@ class Bucket:
                     f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
                     " layer with sparse=False"
                 )
-            fresh.append((slot, slot.grad, grad, arrived == grad._version))
+            untouched = arrived is not None and arrived[0]() is grad and arrived[1] == grad._version
+            fresh.append((slot, slot.grad, grad, untouched))
         if not fresh:
             return
         torch._foreach_copy_([view for _, view, _, _ in fresh], [sharded.local(g.detach()) for _, _, g, _ in fresh])
@@ -192,9 +203,9 @@ class Bucket:
         """Forgets the gradients, or zeros them with one write and keeps the views installed."""
         if not set_to_none:
             self.g.zero_()
-        self._fresh = []
+        self._forget_fresh()
         for slot in self.slots:
-            slot.fresh_at = None
+            slot.fresh = None
             if set_to_none or slot.p.grad is None:
                 slot.p.grad = None
             else:
@@ -248,12 +259,25 @@ class Bucket:
         """Elements of each slot, and between it and the next."""
         ends = [*(slot.offset for slot in self.slots[1:]), self.N]
         pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
-        return torch.tensor(pairs).flatten().to(self.x.device)
+        return torch.tensor(pairs, dtype=torch.int32).flatten().to(self.x.device)
 
-    def spread(self, per_slot: torch.Tensor, between: float) -> torch.Tensor:
-        """A value for each slot written out for each of its elements, `between` in the padding: [N]."""
+    def spread(self, per_slot: torch.Tensor, between: float) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A value for each slot written out for each of its elements, `between` in the padding: run by run of slots.
+
+        A run is as long as its slots need to be, from PIECE elements on: a model in one bucket is not written out at
+        once.
+        """
         both = torch.stack((per_slot, torch.full_like(per_slot, between)), dim=1).flatten()
-        return torch.repeat_interleave(both, self._extents, output_size=self.N)
+        first = start = 0
+        for k in range(len(self.slots)):
+            end = self.slots[k + 1].offset if k + 1 < len(self.slots) else self.N
+            if end - start >= PIECE or end == self.N:
+                some = slice(2 * first, 2 * k + 2)
+                yield (
+                    slice(start, end),
+                    torch.repeat_interleave(both[some], self._extents[some], output_size=end - start),
+                )
+                first, start = k + 1, end
 
     def raise_flags(self, active: list[bool]) -> None:
         """Before the gradient buffer is averaged: zeros what has no gradient and notes what has."""

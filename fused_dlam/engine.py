@@ -135,7 +135,10 @@ class Engine:
         return new
 
     def _warm(self, b: Bucket, passes: backend.Blocked) -> None:
-        """Has kernels built now that steps will launch, for else they are built in mid-training, in a hook."""
+        """Has kernels built now that steps will launch, for else they are built in mid-training, in a hook.
+
+        But for those that read whether a step is skipped: one worker's first step with a loss scaler builds them.
+        """
         peers = [self._peers(step) for step in foreseen(self.topology)]
         degrees = sorted({len(p.sources) for p in peers})
         low = () if b.low is None else (b.low,)

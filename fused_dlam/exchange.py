@@ -141,7 +141,7 @@ class Watched:
             ) from error
 
 
-INTACT = "The parameters here are intact: restart from a checkpoint, or with the workers that are left."
+INTACT = "Some buckets may have taken this step here, none is damaged: restart from a checkpoint, or without that rank."
 LOST = "What never came may have been combined on the GPU by now: restart from a checkpoint."
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,7 +16,10 @@ import torch.distributed.distributed_c10d as c10d
 
 CPU = torch.device("cpu")
 BACKENDS = ("nccl", "gloo", "fake")
-_built: Counter[tuple[int, ...]] = Counter()  # groups this process has begun to build, by their ranks
+# What this process has built in the lifetime of a default group, by the ranks of all that were built at once: in a job
+# that starts anew with a fresh process in the place of a dead one, all count from one.
+_built: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter] = weakref.WeakKeyDictionary()
+_naming = threading.Lock()
 
 
 def transport(group: dist.ProcessGroup | None, device: torch.device) -> str:
@@ -60,30 +65,32 @@ def build(ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Se
         # Sends wait for no queued backward kernel, as in FSDP2.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     mine = None
-    for part in parts if everybody else (ranks,):
-        members = tuple(sorted(part))
-        _built[members] += 1
+    built = _built.setdefault(dist.group.WORLD, Counter())  # type: ignore[arg-type]
+    at_once = tuple(tuple(sorted(part)) for part in (parts if everybody else (ranks,)))
+    for members in at_once:
+        number = hashlib.sha1(str((at_once, members)).encode()).hexdigest()
         made = _named(
-            f"fused_dlam_{hashlib.sha1(str(members).encode()).hexdigest()}_{_built[members]}",
-            list(members), backend, timeout, options, not everybody,
-        )  # fmt: skip
+            f"fused_dlam_{number}_{built[at_once]}", list(members), backend, timeout, options, local=not everybody
+        )
         if members == tuple(sorted(ranks)):
             mine = made
+    built[at_once] += 1  # not if that failed, as it may have on this rank alone
     assert mine is not None
     return mine
 
 
 def _named(name, ranks, backend, timeout, options, local) -> dist.ProcessGroup:
     """`dist.new_group` under a given name, for which it has no argument."""
-    own, c10d._process_group_name = c10d._process_group_name, lambda *_, **__: name  # type: ignore[assignment]
-    try:
-        return dist.new_group(
-            ranks,
-            timeout=timedelta(seconds=timeout),
-            backend=backend,
-            pg_options=options,
-            use_local_synchronization=local,
-            group_desc="fused_dlam",
-        )
-    finally:
-        c10d._process_group_name = own
+    with _naming:
+        own, c10d._process_group_name = c10d._process_group_name, lambda *_, **__: name  # type: ignore[assignment]
+        try:
+            return dist.new_group(
+                ranks,
+                timeout=timedelta(seconds=timeout),
+                backend=backend,
+                pg_options=options,
+                use_local_synchronization=local,
+                group_desc="fused_dlam",
+            )
+        finally:
+            c10d._process_group_name = own

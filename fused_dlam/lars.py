@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -87,9 +88,11 @@ def scale_(b: Bucket, active: list[bool], group: dict[str, Any], grad_scale: Sca
     if not all(active):
         now = b.mask(active)
         scale, decay = torch.where(now, scale, 1.0), torch.where(now, decay, 0.0)
-    wide = b.g.to(b.x.dtype)  # the gradients themselves, if they are
-    wide.mul_(b.spread(scale, 1.0))
-    if weight_decay:
-        wide.addcmul_(b.x, b.spread(decay, 0.0))
-    if wide is not b.g:
-        b.g.copy_(wide)
+    decays = b.spread(decay, 0.0) if weight_decay else repeat(None)
+    for (span, factor), added in zip(b.spread(scale, 1.0), decays, strict=False):
+        g = b.g[span]
+        wide = g.to(b.x.dtype).mul_(factor)  # g itself, if it is
+        if added is not None:
+            wide.addcmul_(b.x[span], added[1])
+        if wide is not g:
+            g.copy_(wide)

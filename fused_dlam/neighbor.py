@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from . import topology as topologies
 from .exchange import Exchange
+from .groups import transport
 from .mixing import Topology
 from .transfer import Transfer, average
 
@@ -43,9 +44,12 @@ def neighbor_allreduce(
     if size == 1:
         return tensor.clone()
     exchanges = _exchanges.setdefault(group or dist.group.WORLD, {})
-    if tensor.device not in exchanges:
-        exchanges[tensor.device] = Exchange(group, timeout, device=tensor.device)
-    exchange = exchanges[tensor.device]
+    backend = transport(group, tensor.device)
+    # One for gloo, whatever the device: ranks may use devices in orders of their own.
+    place = tensor.device if backend == "nccl" else backend
+    if place not in exchanges:
+        exchanges[place] = Exchange(group, timeout, device=tensor.device)
+    exchange = exchanges[place]
     with exchange.placed():
         return _average(exchange, tensor, graph, step)
 

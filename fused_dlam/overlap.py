@@ -23,8 +23,8 @@ from .engine import Engine
 from .exchange import log
 
 HOW = (
-    "max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all but the last backward pass of an"
-    " accumulation, schedule='awc' hides the exchange without regard to gradients"
+    "overlap=False sends in step(), max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all"
+    " but the last backward pass of an accumulation, schedule='awc' hides the exchange without regard to gradients"
 )
 
 _hooks = WeakTensorKeyDictionary()  # of each parameter, that of its present optimizer
@@ -122,6 +122,7 @@ class Overlap:
             self.begin()
         while engine.sent < len(engine.buckets) and self.waiting[engine.buckets[engine.sent].index] <= 0:
             with torch.no_grad():
+                engine.buckets[engine.sent].gather()  # what has arrived, though others of it never may
                 engine.send_next()
 
     def check(self) -> None:
@@ -138,9 +139,7 @@ class Overlap:
                 if slot.grad._version != slot.arrived_at:
                     self.late = f"the gradient of {self.name_of(slot)} changed between the backward pass and step()"
                     if not self.observing:
-                        raise RuntimeError(
-                            f"{self.late}, but its message leaves in the backward pass. {HOW}; overlap=False waits."
-                        )
+                        raise RuntimeError(f"{self.late}, but its message leaves in the backward pass. {HOW}.")
 
     def hold_back(self, why: str) -> None:
         """At the start of step(), for a reason that backward passes cannot know: messages leave in step().

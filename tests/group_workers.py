@@ -9,7 +9,7 @@ import torch.distributed as dist
 import workers
 
 import fused_dlam
-from fused_dlam import neighbor_allreduce
+from fused_dlam import groups, neighbor_allreduce
 
 
 def _train(rank, steps=6, **options):
@@ -63,6 +63,18 @@ def named(rank, backend, folder):
     dist.init_process_group(backend, store=dist.FileStore(f"{folder}/{backend}", n), rank=rank, world_size=n)
     optimizer = fused_dlam.GossipSGD([torch.nn.Parameter(torch.ones(4))], lr=0.1, timeout=30.0)
     out = dist.get_backend(), optimizer._engine.exchange.backend, _train(rank)
+    dist.barrier()
+    return out
+
+
+def again(rank, folder):
+    """The job starts anew in processes of which one is fresh: what it trains, and what the first job did."""
+    first, n = _train(rank), dist.get_world_size()
+    dist.destroy_process_group()
+    if rank == 1:
+        groups._built.clear()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", n), rank=rank, world_size=n)
+    out = first, _train(rank)
     dist.barrier()
     return out
 

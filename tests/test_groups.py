@@ -48,6 +48,11 @@ def test_groups_under_other_names(backend, tmp_path):
         assert torch.equal(path, plain[rank])
 
 
+def test_a_job_that_starts_anew_with_a_fresh_process(tmp_path):
+    for first, second in run_workers(group_workers.again, 2, str(tmp_path)):
+        assert torch.equal(first, second)
+
+
 def test_a_mesh_that_makes_its_own_group(tmp_path):
     results = run_workers(group_workers.mesh, 4, str(tmp_path))
     assert all(name == "undefined" for name, _ in results)
