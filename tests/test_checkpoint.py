@@ -8,6 +8,7 @@
 """
 
 import checkpoint_workers
+import pytest
 import torch
 from test_processes import AWC, GOSSIP
 
@@ -15,6 +16,7 @@ from fused_dlam import SlowMo, rules
 from fused_dlam.launch import run_workers
 
 
+@pytest.mark.slow
 def test_every_method_continues_bit_for_bit():
     """Through torch.save and weights_only; saved tensors drag no flat buffer along."""
     forced = {"allow_unstable": True}  # ten steps do not overflow

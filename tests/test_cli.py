@@ -145,6 +145,7 @@ def test_topology_prints_the_growth_that_the_library_computes(name, n, momentum,
     assert re.search(f"symmetric +{'yes' if graph.is_symmetric else 'no'}\n", text)
 
 
+@pytest.mark.slow
 def test_topology_prints_estimates_with_their_error():
     """Of a graph that never repeats."""
     text, graph = call("topology", "ou-equidyn", "-n", 9), topology.ou_equidyn(9)
@@ -157,6 +158,7 @@ def test_topology_prints_estimates_with_their_error():
     assert "averages exactly sooner or later" in call("topology", "random-match", "-n", 4)
 
 
+@pytest.mark.slow
 def test_topology_of_65536_workers_forms_no_matrix(monkeypatch):
     def dense(self):
         raise AssertionError("34 GB")

@@ -65,6 +65,7 @@ def run_gate(*args, **env):
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_subset_for_each_commit():
     result = run_gate("--quick")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -73,6 +74,7 @@ def test_the_subset_for_each_commit():
     assert controls.count(" refused ") == len(gate_controls.CONTROLS)
 
 
+@pytest.mark.slow
 def test_a_rule_outside_the_package(capsys):
     assert gate.main([f"{__file__}:nesterov", "--quick"]) == 0
     assert capsys.readouterr().out.count("\nnesterov ") == 12  # 2 types x (pack, 2 combine, 2 awc), 2 that emit

@@ -52,7 +52,7 @@ def reference(method, graph, weight_decay, schedule="atc", momentum=0.9, **layer
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("n", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5))])
 def test_every_method_follows_the_oracle(n):
     """1e-5 after 50 steps, relative to the parameters' size; frozen and unused parameters are untouched bit for bit."""
     graphs = {1: ["ring"], 5: ["one-peer-exponential", "exponential", "star"]}.get(
@@ -188,7 +188,7 @@ def test_workers_that_disagree_are_told_so():
         assert how in errors[0] and "rank 1" in errors[0]
 
 
-@pytest.mark.parametrize("how", ["gone", "late"])
+@pytest.mark.parametrize("how", ["gone", pytest.param("late", marks=pytest.mark.slow)])
 def test_a_lost_peer_is_named_in_time(how):
     """Every rank that depends on it gets an ExchangeError with rank, peer and step; parameters stay finite."""
     results = run_workers(workers.lose_a_peer, 4, how, 5.0)
