@@ -27,7 +27,7 @@ from . import sharded
 # knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
 ALIGN = 16
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
-PIECE = 1 << 26  # elements
+PIECE = 1 << 26  # elements for which values per slot are written out at once: 256 MiB, and as much for their index
 GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -259,7 +259,8 @@ class Bucket:
         """Elements of each slot, and between it and the next."""
         ends = [*(slot.offset for slot in self.slots[1:]), self.N]
         pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
-        return torch.tensor(pairs, dtype=torch.int32).flatten().to(self.x.device)
+        kind = torch.int32 if self.N < 1 << 31 else torch.int64  # also of an index for every element
+        return torch.tensor(pairs, dtype=kind).flatten().to(self.x.device)
 
     def spread(self, per_slot: torch.Tensor, between: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """A value for each slot written out for each of its elements, `between` in the padding: run by run of slots.
@@ -272,11 +273,8 @@ class Bucket:
         for k in range(len(self.slots)):
             end = self.slots[k + 1].offset if k + 1 < len(self.slots) else self.N
             if end - start >= PIECE or end == self.N:
-                some = slice(2 * first, 2 * k + 2)
-                yield (
-                    slice(start, end),
-                    torch.repeat_interleave(both[some], self._extents[some], output_size=end - start),
-                )
+                some, span = slice(2 * first, 2 * k + 2), slice(start, end)
+                yield span, torch.repeat_interleave(both[some], self._extents[some], output_size=end - start)
                 first, start = k + 1, end
 
     def raise_flags(self, active: list[bool]) -> None:
