@@ -22,19 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import stub_driver
 import torch
 import torch.distributed as dist
-
-# fmt: off
-RESNET50 = [(64, 3, 7, 7), (64,), (64,)] + [
-    shape
-    for width, blocks, first in ((64, 3, 64), (128, 4, 256), (256, 6, 512), (512, 3, 1024))
-    for k in range(blocks)
-    for shape in [
-        (width, first if k == 0 else 4 * width, 1, 1), (width,), (width,),
-        (width, width, 3, 3), (width,), (width,), (4 * width, width, 1, 1), (4 * width,), (4 * width,),
-        *([(4 * width, first, 1, 1), (4 * width,), (4 * width,)] if k == 0 else []),
-    ]
-] + [(1000, 2048), (1000,)]
-# fmt: on
+from gpu_sections.models import resnet50_shapes
 
 
 def microseconds(step, prepare, rounds: int) -> float:
@@ -69,13 +57,14 @@ def measure(stub: stub_driver.Stub, rounds: int) -> None:
     from fused_dlam.kernels import backend
     from fused_dlam.kernels.triton_passes import Fused
 
+    shapes = resnet50_shapes()
     backend.choose = lambda rule, *_: Fused(rule, "cpu")  # as if the parameters were on a GPU
-    print(f"torch {torch.__version__}, triton {triton.__version__}, {len(RESNET50)} parameters")
+    print(f"torch {torch.__version__}, triton {triton.__version__}, {len(shapes)} parameters")
     ways = {"one worker": {}, "two workers, atc": {"overlap": False}, "two workers, awc": {"schedule": "awc"}}
     for what, options in ways.items():
         if options and not dist.is_initialized():
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-        params = [torch.nn.Parameter(torch.randn(shape)) for shape in RESNET50]
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
         optimizer = fused_dlam.GossipSGD(params, lr=0.1, weight_decay=1e-4, **options)
         for p in params:
             p.grad = torch.ones_like(p)

@@ -24,11 +24,11 @@ log = logging.getLogger("fused_dlam")
 class ExchangeError(RuntimeError):
     """A peer did not answer: it died, was cut off, or takes part in another exchange.
 
-    Over gloo the wait that runs out of time raises it. Over NCCL a wait only orders streams, and what becomes of a dead
-    peer is torch's choice: by default its watchdog ends this process once `timeout` has passed, and nothing is raised.
-    With TORCH_NCCL_BLOCKING_WAIT=1 every wait is one of the host and raises this error, at the price of the overlap;
-    with TORCH_NCCL_ASYNC_ERROR_HANDLING=2 the process lives on and the next exchange raises it, while this rank may
-    have combined what never came: go back to a checkpoint.
+    Over gloo the wait that runs out of time raises it. Over NCCL, on which this has not run yet, a wait only orders
+    streams, and what becomes of a dead peer is torch's choice, by its documentation: by default its watchdog ends this
+    process once `timeout` has passed, and nothing is raised. With TORCH_NCCL_BLOCKING_WAIT=1 every wait is one of the
+    host and raises this error, at the price of the overlap; with TORCH_NCCL_ASYNC_ERROR_HANDLING=2 the process lives on
+    and the next exchange raises it, while this rank may have combined what never came: go back to a checkpoint.
     """
 
 

@@ -13,7 +13,7 @@ from .groups import transport
 from .mixing import Topology
 from .transfer import Transfer, average
 
-_exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group and device
+_exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group; by device for NCCL
 
 
 @torch.no_grad()
