@@ -21,8 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fused_dlam.kernels import compiled, rules
-from fused_dlam.kernels.blocked import Blocked, Scalars
+from fused_dlam import rules
+from fused_dlam.kernels import numba_passes as compiled
+from fused_dlam.kernels.torch_passes import Blocked
+from fused_dlam.rules.scalars import Scalars
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 

@@ -34,11 +34,11 @@ import torch
 import torch.distributed as dist
 
 from fused_dlam import topology
-from fused_dlam.exchange import Exchange
-from fused_dlam.hierarchy import Machine, places
-from fused_dlam.launch import run_workers
+from fused_dlam.comm.group import Group
+from fused_dlam.comm.place import Machine, places
+from fused_dlam.comm.transfer import Averaging, Transfer
+from fused_dlam.tools.launch import run_workers
 from fused_dlam.topology import Topology
-from fused_dlam.transfer import Averaging, Transfer
 
 ALL_REDUCE, RAW, ONE_PEER = "all-reduce", "raw one-peer", "one-peer-exponential"
 LIBRARY = (ONE_PEER, "exponential", "ring")
@@ -89,7 +89,7 @@ class Bench:
     """One rank's part."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.exchange = plan, Exchange(timeout=plan.deadline)
+        self.plan, self.exchange = plan, Group(timeout=plan.deadline)
         self.rank, self.n = self.exchange.rank, self.exchange.size
         self.graphs = {name: topology.get(name, self.n) for name in LIBRARY}
         self.graphs[RAW] = self.graphs[ONE_PEER]
@@ -102,7 +102,7 @@ class Bench:
         if self.per_host > 1:
             where = places(None, True)
             self.machine = Machine(where.local, plan.deadline, parts=where.machines)
-            self.across = Exchange(None, plan.deadline, where.across, parts=where.numbers)
+            self.across = Group(None, plan.deadline, where.across, parts=where.numbers)
             self.graphs[HIERARCHICAL] = topology.get(ONE_PEER, self.across.size)
             self.operations = OPERATIONS
 

@@ -39,7 +39,9 @@ def lay_out(site: Path) -> None:
     """A tree in which `fused_dlam`, with its kernels, and `gpu_sections` can be imported. Copies: a checkout may be
     edited while the sections run, and its folder may be read-only."""
     skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(HERE.parent / "fused_dlam", site / "fused_dlam", ignore=skip)
+    shutil.copytree(
+        HERE.parent / "fused_dlam", site / "fused_dlam", ignore=shutil.ignore_patterns("__pycache__", "kernels")
+    )
     shutil.copytree(HERE.parent / "kernels", site / "fused_dlam" / "kernels", ignore=skip)
     shutil.copytree(HERE / "gpu_sections", site / "gpu_sections", ignore=skip)
 

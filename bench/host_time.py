@@ -54,7 +54,7 @@ def measure(stub: stub_driver.Stub, rounds: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     import fused_dlam
-    from fused_dlam.kernels import backend
+    from fused_dlam.kernels import passes as backend
     from fused_dlam.kernels.triton_passes import Fused
 
     shapes = resnet50_shapes()

@@ -57,8 +57,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fused_dlam import Simulation, SlowMo, Topology, consensus_growth, topology
-from fused_dlam.cli import need, picture
-from fused_dlam.lars import Lars
+from fused_dlam.layers.lars import Lars
+from fused_dlam.tools.cli import need, picture
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ONE_PEER = "one-peer-exponential"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_dlam.report import table
+from fused_dlam.tools.describe import table
 
 Cells = dict[str, dict[int, list[dict[str, Any]]]]  # method, batch: one record per seed
 YARDSTICK = "PmSGD"

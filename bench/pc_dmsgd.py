@@ -21,8 +21,8 @@ import torch
 from pc_training import BETA, CASES, RATES, SYMMETRIC, TRAINED, measure_digits, measure_start, show_digits, show_start
 
 from fused_dlam import Simulation, rules, topology
-from fused_dlam.regression import Quadratic, period_map
-from fused_dlam.report import table
+from fused_dlam.theory.regression import Quadratic, period_map
+from fused_dlam.tools.describe import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPHS = {

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fused_dlam import Rule, Simulation, rules, topology
-from fused_dlam.regression import Regression, limiting_bias
-from fused_dlam.report import table
+from fused_dlam.theory.regression import Regression, limiting_bias
+from fused_dlam.tools.describe import table
 
 BETA = 0.9
 CASES = {

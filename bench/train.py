@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_dlam import GossipSGD
-from fused_dlam.launch import run_workers
+from fused_dlam.tools.launch import run_workers
 
 LAYERS, LR, MOMENTUM = 8, 1e-3, 0.9
 # way over yardstick, where computation takes as long as one message: ours, measured on the same network in one run

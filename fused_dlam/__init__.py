@@ -1,26 +1,19 @@
 """Decentralized momentum optimizers for PyTorch: data-parallel training by gossip, without all-reduce."""
 
-from pathlib import Path
-
-_here = Path(__file__).resolve().parent
-if not (_here / "kernels").is_dir():  # a source checkout keeps kernels/ beside this folder
-    __path__.append(str(_here.parent))
-
-from . import topology  # noqa: E402
-from .amp import GradScaler  # noqa: E402
-from .decentlam import DecentLaM  # noqa: E402
-from .exchange import ExchangeError  # noqa: E402
-from .gossip import Gossip  # noqa: E402
-from .kernels import rules  # noqa: E402
-from .kernels.jit import jit  # noqa: E402
-from .kernels.rule import Rule  # noqa: E402
-from .mixing import Topology  # noqa: E402
-from .neighbor import neighbor_allreduce  # noqa: E402
-from .optimizer import GossipSGD  # noqa: E402
-from .resume import load_checkpoint, save_checkpoint, worker_state  # noqa: E402
-from .simulator import Simulation, simulate  # noqa: E402
-from .slowmo import SlowMo  # noqa: E402
-from .stability import consensus_growth  # noqa: E402
+from . import rules, topology
+from .comm.group import ExchangeError
+from .comm.neighbor import neighbor_allreduce
+from .layers.slowmo import SlowMo
+from .optim.checkpoint import load_checkpoint, save_checkpoint, worker_state
+from .optim.decentlam import DecentLaM
+from .optim.gossip import Gossip
+from .optim.gossip_sgd import GossipSGD
+from .optim.mixed_precision import GradScaler
+from .rules.jit import jit
+from .rules.rule import Rule
+from .theory.simulator import Simulation, simulate
+from .theory.stability import consensus_growth
+from .topology.topology import Topology
 
 __version__ = "0.1.0"
 __all__ = [

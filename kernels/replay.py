@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .rule import named
+from ..rules.rule import named
 
 
 class _Value:

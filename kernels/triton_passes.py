@@ -10,8 +10,8 @@ from itertools import cycle, islice
 import torch
 import triton
 
-from .blocked import Scalars
-from .rule import Rule
+from ..rules.rule import Rule
+from ..rules.scalars import Scalars
 from .triton_kernels import BLOCK, INTERPRETED, OPTIONS, WARPS, Fields, _combine_kernel, _pack_kernel
 from .triton_launch import Buffers, Launcher, parts, rows_of
 

@@ -1,4 +1,8 @@
-import sys
-from os.path import dirname
+"""tests/ has the rooms of the package and is none itself: this makes `from workers import data` work in each."""
 
-sys.path.insert(0, dirname(__file__))  # tests/ is no package: this makes `from oracle import run` work
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FOLDERS = [HERE, *sorted(p for p in HERE.rglob("*") if p.is_dir() and p.name != "__pycache__")]
+sys.path[:0] = map(str, FOLDERS)

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import torch
 
-from fused_dlam.kernels import rules
-from fused_dlam.kernels.backend import Scalars
-from fused_dlam.kernels.gate_floor import combine_floor, pack_floor
-from fused_dlam.kernels.rule import Rule
+from fused_dlam import rules
+from fused_dlam.kernels.gate.floor import combine_floor, pack_floor
 from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.rules.rule import Rule
+from fused_dlam.rules.scalars import Scalars
 
 from . import in_place
 from .compile import SHAPES

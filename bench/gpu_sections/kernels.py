@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fused_dlam.kernels import rules
-from fused_dlam.kernels.backend import Scalars
-from fused_dlam.kernels.blocked import Blocked
+from fused_dlam import rules
+from fused_dlam.kernels.torch_passes import Blocked
 from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.rules.scalars import Scalars
 
 from .device import DEVICE, SMOKE, free
 from .record import Record

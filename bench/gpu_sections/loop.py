@@ -18,9 +18,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from fused_dlam import hierarchy, transfer
-from fused_dlam.exchange import Exchange
-from fused_dlam.mixing import Peers, Topology
+from fused_dlam.comm import place as hierarchy
+from fused_dlam.comm import transfer
+from fused_dlam.comm.group import Group
+from fused_dlam.topology.topology import Peers, Topology
 
 from .device import DEVICE, SMOKE, sleep
 
@@ -49,9 +50,7 @@ class Loop:
 
     def __init__(self, weight: float = 0.5):
         self.peers = Peers((0,), (weight,), (0,))
-        self.exchange = Exchange(
-            None, 60.0, device=torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu")
-        )
+        self.exchange = Group(None, 60.0, device=torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
 
     def __enter__(self) -> Loop:
         self._patches = contextlib.ExitStack()

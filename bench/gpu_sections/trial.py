@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from fused_dlam.kernels import rules
-from fused_dlam.kernels.backend import Scalars
-from fused_dlam.kernels.gate_floor import pack_floor
-from fused_dlam.kernels.mix import mix, mix_ahead
-from fused_dlam.kernels.rule import Rule
+from fused_dlam import rules
+from fused_dlam.kernels.gate.floor import pack_floor
 from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.rules.averaging import mix, mix_ahead
+from fused_dlam.rules.rule import Rule
+from fused_dlam.rules.scalars import Scalars
 
 from .device import DEVICE, SMOKE
 

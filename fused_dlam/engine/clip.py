@@ -1,0 +1,27 @@
+"""Clipping by the norm of a worker's whole gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from ..rules.scalars import Scalar, scalar, smallest
+from .engine import Engine
+
+
+def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
+    """min(1, limit / norm) for the gradients in the flat buffers times `unscale`, as torch's clip_grad_norm_ has it.
+
+    Where gradients are averaged the norm is that of the averaged one, where they are in shards that of all shards.
+    """
+    for b in engine.buckets:
+        engine.start_average(b)
+    squares = [
+        torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
+        for b in engine.buckets
+        for span, active in b.runs(engine.active(b))
+        if active
+    ]
+    first = engine.buckets[0].x.device
+    square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
+    norm = scalar(engine.sum_over_shards(square).sqrt())
+    return smallest(1.0, limit / (norm * unscale + 1e-6))

@@ -1,0 +1,97 @@
+"""LARS: every layer's gradient is scaled to a fixed share of its weights' size, before any rule sees it.
+
+    g <- r (g + lambda x),  r = eta |x| / (|g| + lambda |x| + eps),  1 where |x| or |g| is zero
+
+(You, Gitman and Ginsburg 2017; in this form, with the learning rate left to the optimizer, NVIDIA apex.) The rule then
+runs without weight decay, for it is in the gradient already. Biases and normalization parameters (at most one
+dimension) keep r = 1, as usual practice has it. Methods that average gradients scale the averaged one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+
+from ..engine.buckets import Bucket
+from ..rules.scalars import Scalar, Scalars
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Lars:
+    """For the simulator, which knows no layers: eta, and which columns of x are one layer each."""
+
+    coefficient: float
+    layers: Sequence[slice]
+
+    def __call__(self, x: Any, g: Any, weight_decay: float) -> Any:
+        """The scaled gradients of all workers, [n, d]."""
+        g = g + weight_decay * x
+        for layer in self.layers:
+            size = (x[:, layer] ** 2).sum(-1) ** 0.5
+            decayed, own = g[:, layer], g[:, layer] - weight_decay * x[:, layer]
+            ratio = trust_ratio(size, (own**2).sum(-1) ** 0.5, self.coefficient, weight_decay)
+            g[:, layer] = ratio[:, None] * decayed
+        return g
+
+
+def trust_ratio(x_norm: Any, g_norm: Any, coefficient: float, weight_decay: float) -> Any:
+    """r, element-wise over tensors or arrays of norms."""
+    zero = (x_norm == 0) | (g_norm == 0)
+    return coefficient * x_norm / (g_norm + weight_decay * x_norm + EPS) * ~zero + 1.0 * zero
+
+
+def around(
+    groups: Sequence[dict[str, Any]], scalars: Sequence[Scalars]
+) -> tuple[Callable[[Bucket, list[bool]], None], list[Scalars]]:
+    """What the engine calls before the rule sees a bucket's gradient, and the rule's scalars.
+
+    In groups that have "lars" the gradients' scale is in the gradient already, as weight decay is (see `decay`).
+    """
+    scales = [s.grad_scale for s in scalars]
+
+    def before(b: Bucket, active: list[bool]) -> None:
+        if groups[b.group]["lars"] is not None:
+            scale_(b, active, groups[b.group], scales[b.group])
+
+    return before, [
+        s if group["lars"] is None else s._replace(grad_scale=1.0) for group, s in zip(groups, scalars, strict=True)
+    ]
+
+
+def decay(group: dict[str, Any]) -> float:
+    """The weight decay that is left to the rule, decoupled (AdamW's) or not."""
+    return float(group["weight_decay"]) if group["lars"] is None else 0.0
+
+
+def scale_(b: Bucket, active: list[bool], group: dict[str, Any], grad_scale: Scalar) -> None:
+    """Scales a bucket's gradients in place; grad_scale multiplies them first. Nothing waits for a GPU.
+
+    Some 35 kernels, however many the layers: their factors are one vector, written out once per element. With kernels
+    of their own ResNet-50's 161 parameters took 1,470, 6 to 9 ms of launches. 16-bit gradients are rounded once:
+    unscaled in float16, those of 1e-6 lost 2 % to it.
+    """
+    if not any(active):
+        return
+    xs, gs = ([flat[slot.span] for slot in b.slots] for flat in (b.x, b.g))  # a complex number is two real ones
+    x_norms, g_norms = (torch.stack(torch._foreach_norm(ts, dtype=b.x.dtype)) for ts in (xs, gs))
+    weight_decay = float(group["weight_decay"])
+    ratio = trust_ratio(x_norms, (g_norms * grad_scale).abs(), group["lars"], weight_decay)
+    ratio = torch.where(b.matrices, ratio, 1.0)
+    scale, decay = ratio * grad_scale, ratio * weight_decay
+    if not all(active):
+        now = b.mask(active)
+        scale, decay = torch.where(now, scale, 1.0), torch.where(now, decay, 0.0)
+    decays = b.spread(decay, 0.0) if weight_decay else repeat(None)
+    for (span, factor), added in zip(b.spread(scale, 1.0), decays, strict=False):
+        g = b.g[span]
+        wide = g.to(b.x.dtype).mul_(factor)  # g itself, if it is
+        if added is not None:
+            wide.addcmul_(b.x[span], added[1])
+        if wide is not g:
+            g.copy_(wide)

@@ -1,0 +1,251 @@
+"""`Gossip`: any torch optimizer, its workers averaging with a few neighbors instead of all-reducing gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import Optimizer
+
+from ..comm import sharded
+from ..comm.place import places
+from ..engine.buckets import Bucket, Slot
+from ..engine.engine import Engine
+from ..engine.guards import check_place
+from ..rules.averaging import mix, mix_ahead
+from ..rules.scalars import Scalars
+from ..topology.topology import Topology
+from . import mixed_precision as amp
+from . import options as settings
+from . import state_dict as checkpoint
+from .shared import Consensus
+
+
+class Gossip(Consensus, Optimizer):
+    """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
+
+        atc    x' = W (x + d)      d the inner optimizer's step at x: adapt, then combine
+        awc    x' = W x + d        x is sent when the last step ends, behind the next forward and backward pass
+
+    (Chen and Sayed, "Diffusion adaptation strategies for distributed optimization and learning over networks", 2012.)
+    With `torch.optim.SGD` that is DmSGD. What is averaged are the parameters; the inner optimizer's state (momentum,
+    second moments) stays each worker's own. Use it wherever an optimizer is used, learning rate schedulers included.
+    It moves the parameters into flat buffers, as `GossipSGD` does, and broadcasts rank 0's.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
+            may do what it likes in its step but replace a parameter.
+        topology, schedule, group, hierarchical, communicate_every, global_average_every, comm_dtype, fused, bucket_mb,
+            timeout: as in `GossipSGD`. With hierarchical= gradients are averaged inside a machine before the inner
+            step; there is no message before the backward pass is over, so nothing is to be said about overlap.
+
+    Raises TypeError or ValueError for bad input, also if the topology never brings its workers together, before
+    anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
+
+    16-bit parameters get a float32 master that takes over what the inner optimizer did to them and is averaged, so
+    that averaging rounds nothing away; what the inner optimizer rounds stays rounded.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        topology: str | Topology = "one-peer-exponential",
+        schedule: str = "atc",
+        group: dist.ProcessGroup | None = None,
+        *,
+        hierarchical: Any = None,
+        communicate_every: int = 1,
+        global_average_every: int | None = None,
+        comm_dtype: torch.dtype | None = None,
+        fused: bool | None = None,
+        bucket_mb: float | None = None,
+        timeout: float = 600.0,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Gossip wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if isinstance(optimizer, Consensus):
+            raise TypeError(f"{type(optimizer).__name__} gossips already")
+        settings.check_exchange(schedule, bucket_mb, comm_dtype)
+        where = places(group, hierarchical)
+        graph = where.graph(topology, communicate_every, global_average_every)
+        if graph.n > 1 and graph.rho >= 1 - 1e-9:
+            raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
+
+        self.inner = optimizer
+        self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
+        self._place = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
+        everything = [p for g in self.param_groups for p in g["params"]]
+        exchange, machine, inside = where.connect(everything, timeout, hierarchical is None)
+        ahead = schedule == "awc"
+        self._running = Engine(
+            mix_ahead if ahead else mix, graph, exchange, machine, inside, fused, comm_dtype,
+            bucket_mb, ahead, mixing=True,
+        )  # fmt: skip
+        for g in self.param_groups:
+            self._enter(g)
+
+    # -- the inner optimizer's groups and state are this one's -------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    def __repr__(self) -> str:
+        topology, schedule = self._place["gossip_topology"], self._place["gossip_schedule"]
+        return f"Gossip({topology!r}, {schedule!r}) of {self.inner!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
+        self.inner.add_param_group(param_group)
+        try:
+            self._enter(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _enter(self, group: dict[str, Any]) -> None:
+        """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
+        engine = self._engine
+        settings.check_parameters(group["params"])
+        group.update({**self._place, "gossip_step": self._step})
+        for exchange in (engine.inside, engine.exchange):
+            if exchange is not None:
+                facts = settings.facts(group, group["params"], engine)
+                exchange.agree({"the optimizer": type(self.inner).__name__, **facts})
+        engine.start_equal(engine.add_group(group["params"]))
+
+    @property
+    def _step(self) -> int:  # type: ignore[override]
+        return self.param_groups[0].get("gossip_step", 0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # as in GossipSGD
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """The inner optimizer's step and one exchange. Every rank must call it equally often.
+
+        Args:
+            closure: passed on to the inner optimizer; with hierarchical= it is called once, before its step.
+
+        Raises RuntimeError if a parameter was moved or replaced, ExchangeError if a peer does not answer.
+        """
+        engine = self._engine
+        check_place(engine)
+        if len(self.param_groups) != len(engine.passes):
+            raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
+        engine.refresh()
+        if engine.exchange is not None and engine.step is None:  # else the last attempt raised: it goes on from there
+            engine.begin(self._step, [Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.passes))
+        if engine.exchange is not None and engine.ahead:
+            engine.post_all()
+        loss = self._local_step(closure)
+        if engine.exchange is not None:
+            for b in engine.buckets:
+                b.refresh()
+                b.absorb(stepped=True)
+            engine.complete()
+        engine.averages = {}
+        for group in self.param_groups:
+            group["gossip_step"] += 1
+        return loss
+
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        engine, loss = self._engine, None
+        if engine.averager is None:
+            grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
+            if self._unscale(grads):
+                return self.inner.step() if closure is None else self.inner.step(closure)
+            return None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for b in engine.buckets:
+            b.refresh()
+        finite = self._unscale([b.g for b in engine.buckets])  # not averaged yet: ranks may have scales of their own
+        for b in engine.buckets:
+            for slot, now in zip(b.slots, engine.active(b), strict=True):
+                slot.p.grad = slot.installed if now else None
+        if finite:
+            self.inner.step()
+        return loss
+
+    def _unscale(self, grads: list[torch.Tensor]) -> bool:
+        """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see `amp`."""
+        scale = getattr(self, "grad_scale", None)
+        if getattr(self, "found_inf", None) is None:
+            return True
+        skip = amp.overflowed(self)
+        if scale is not None and grads:
+            torch._foreach_div_(grads, scale)
+        return not skip
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, with the exchange's step and, for 16-bit parameters, master values."""
+        state_dict = self.inner.state_dict()
+        state = dict(state_dict["state"])
+        for key, (b, slot) in self._slots(state_dict).items():
+            if b.low is not None and self._engine.exchange is not None:
+                state[key] = {**state.get(key, {}), "gossip_master": slot.stateful(b.x).clone()}
+        return {**state_dict, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this topology, or one of the inner optimizer alone. On all ranks.
+
+        What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
+        """
+        checkpoint.check(state_dict, self.param_groups)
+        before = [{k: g[k] for k in self._place} for g in self.param_groups]
+        state = {
+            key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
+            for key, s in state_dict["state"].items()
+        }
+        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if s != {}}})
+        for group, old in zip(self.param_groups, before, strict=True):
+            for name, value in old.items():
+                group.setdefault(name, value)
+        self._engine.forget()
+        masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
+        with torch.no_grad():
+            for b in self._engine.buckets:
+                checkpoint.restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
+
+    def _slots(self, state_dict: dict[str, Any]) -> dict[Any, tuple[Bucket, Slot]]:
+        """(bucket, slot) of a checkpoint's parameters, by their numbers in it."""
+        places = {slot.p: (b, slot) for b in self._engine.buckets for slot in b.slots}
+        return {
+            key: places[p]
+            for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            for key, p in zip(theirs["params"], group["params"], strict=True)
+        }
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Hooks of `state_dict` and `load_state_dict` are the inner optimizer's, which they are given."""
+        return self.inner.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_load_state_dict_post_hook(hook, prepend)

@@ -1,0 +1,133 @@
+"""Checkpoints: plain tensors out of flat buffers, and back into them.
+
+A worker's own `state_dict` continues its run bit for bit, on the topology it was saved on. What is to continue on
+another number of workers is the workers' mean: `consensus_state_dict`, or `load_checkpoint` from everybody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from ..comm.sharded import local
+from ..engine.buckets import Bucket, Slot
+from ..engine.engine import Engine
+
+PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entries of a group that say where it ran
+
+
+def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError for a checkpoint of another method or topology."""
+    for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
+        for what in ("method", "slowmo", *PLACE):
+            if what in theirs and what in ours and theirs[what] != ours[what]:
+                raise ValueError(
+                    f"the checkpoint is of {what.removeprefix('gossip_')} {theirs[what]!r}, this optimizer of"
+                    f" {ours[what]!r}"
+                    + (
+                        ". To go on with another number of workers or another graph, save"
+                        " optimizer.consensus_state_dict(), or use fused_dlam.save_checkpoint and"
+                        " load_checkpoint(mean=True)"
+                        if what in PLACE
+                        else ": load the model alone, its state means nothing to this method"
+                    )
+                )
+        if "method" not in ours:
+            continue  # the inner optimizer of a Gossip knows what it can load
+        if "betas" in theirs:  # its steps are counted per parameter, in its state
+            raise ValueError(
+                "the checkpoint is of one of torch's Adams; there is fused_dlam.Gossip(torch.optim.AdamW(...))"
+            )
+        if theirs.get("dampening"):
+            raise ValueError("the checkpoint uses dampening, which no method here defines")
+        if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
+            raise ValueError(
+                f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same nesterov="
+            )
+
+
+def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[torch.Tensor, dict]:
+    """A checkpoint's state by parameter, uncast: torch rounds state to the parameter's type when it loads, which would
+    ruin float32 state of 16-bit parameters."""
+    return {
+        p: state_dict["state"].get(key, {})
+        for theirs, group in zip(state_dict["param_groups"], param_groups, strict=True)
+        for key, p in zip(theirs["params"], group["params"], strict=True)
+    }
+
+
+def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engine) -> None:
+    """Copies saved state into the flat buffers and makes the optimizer's state views of them again."""
+    with torch.no_grad():
+        for b in engine.buckets:
+            for slot in b.slots:
+                values = optimizer.state[slot.p]
+                for name, buffer in engine.buffers(b).items():
+                    view, value = slot.view(buffer), saved[slot.p].get(name)
+                    if value is not None:
+                        view.copy_(local(value))
+                    elif name in ("master", "slow_anchor"):
+                        view.copy_(slot.data)
+                    else:
+                        view.zero_()
+                    values[name] = slot.stateful(buffer)
+            restore_copies(b, lambda slot: saved[slot.p].get("master"))
+
+
+def restore_copies(b: Bucket, master: Callable[[Slot], torch.Tensor | None]) -> None:
+    """x where parameters are copies of it: from a checkpoint's master values, if there are, or the parameters."""
+    for slot in b.copies:
+        value = master(slot)
+        slot.view(b.x).copy_(slot.data if value is None else local(value))
+    b.publish()
+
+
+def detach(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Copies the views, so that a checkpoint holds plain tensors and not whole flat buffers.
+
+    A group's memory becomes pairs: DCP keeps a list as it is, but makes every entry of a dictionary an entry of the
+    checkpoint, and reads back only what a new optimizer's memory, which is empty, has.
+    """
+    groups = [
+        {k: [list(pair) for pair in numbers(v).items()] if k == "memory" else v for k, v in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": copied(state_dict["state"]), "param_groups": groups}
+
+
+def copied(state: dict[Any, Any]) -> dict[Any, Any]:
+    """A state whose tensors may be written to."""
+    return {
+        key: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in s.items()} if isinstance(s, dict) else s
+        for key, s in state.items()
+    }
+
+
+def tensors(state_dict: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the state that can be averaged, in the order of the names; of DTensors this rank's shard."""
+    for key, values in sorted(state_dict["state"].items(), key=lambda item: str(item[0])):
+        for name, value in sorted(values.items()) if isinstance(values, dict) else ():
+            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+                yield f"{key}.{name}", local(value)
+
+
+def entries(state_dict: dict[str, Any]) -> str:
+    """What `tensors` yields, for workers to compare before they average it."""
+    return str([(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors(state_dict)])
+
+
+def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, Any]:
+    """A mean state for any number of workers: without a place, and zero where the mean is zero by definition."""
+    for name, value in tensors(state_dict):
+        if name.rpartition(".")[2] in centered:
+            value.zero_()
+    groups = [{k: v for k, v in group.items() if k not in PLACE} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def numbers(memory: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a rule remembers of its scalars, without tensors: a checkpoint may be loaded on another device."""
+    return {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in memory.items()}

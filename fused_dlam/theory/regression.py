@@ -1,0 +1,109 @@
+"""The field's test problem: full-batch linear regression in which every worker's data have another solution.
+
+    f_i(x) = |A_i x - b_i|^2 / (2 rows),  b_i = A_i x_i + noise,  minimized: the mean of the f_i
+
+All of a method's bias shows, for the gradients are exact and the optimum is known; and because gradients are affine in
+x, so is a step of any linear rule: where the workers end is the fixed point of a period, found by solving, not waiting.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import rules
+from ..rules.rule import Rule
+from ..topology.topology import Topology
+from .simulator import Simulation
+
+
+class Quadratic:
+    """n workers, f_i(x) = x^T H_i x / 2 - c_i^T x, for H of [n, d, d] and c of [n, d]."""
+
+    def __init__(self, H: np.ndarray, c: np.ndarray):
+        self.H, self.c = H, c
+        self.n, self.d = c.shape
+        self.optimum = np.linalg.solve(H.mean(axis=0), c.mean(axis=0))
+
+    def grad(self, x: np.ndarray) -> np.ndarray:
+        """Every worker's gradient at its own parameters, [n, d]; or at each of many points, [n, points, d]."""
+        if x.ndim == 3:
+            return np.einsum("nde,npe->npd", self.H, x) - self.c[:, None]
+        return np.einsum("nde,ne->nd", self.H, x) - self.c
+
+    def error(self, x: np.ndarray) -> np.ndarray:
+        """Mean over the workers of |x_i - optimum|^2 / |optimum|^2, for x of [..., n, d]."""
+        return ((x - self.optimum) ** 2).sum(-1).mean(-1) / (self.optimum**2).sum()
+
+    @property
+    def heterogeneity(self) -> float:
+        """b^2 of the theorems: the mean of |gradient of f_i|^2 at the optimum."""
+        return float((self.grad(np.tile(self.optimum, (self.n, 1))) ** 2).sum(-1).mean())
+
+
+class Regression(Quadratic):
+    """n workers, d unknowns, `rows` data points each.
+
+    Args:
+        spread: standard deviation of the workers' own solutions about the common one (0: like data).
+        label_noise: standard deviation of the noise in b.
+        seed: of the data.
+    """
+
+    def __init__(
+        self, n: int, d: int = 10, rows: int = 50, spread: float = 1.0, label_noise: float = 0.1, seed: int = 3
+    ):
+        random = np.random.default_rng(seed)
+        A = random.standard_normal((n, rows, d))
+        solutions = random.standard_normal(d) + spread * random.standard_normal((n, d))
+        b = np.einsum("nrd,nd->nr", A, solutions) + label_noise * random.standard_normal((n, rows))
+        super().__init__(np.einsum("nrd,nre->nde", A, A) / rows, np.einsum("nrd,nr->nd", A, b) / rows)
+
+
+def period_map(
+    method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
+) -> tuple[np.ndarray, np.ndarray]:
+    """(A, offset) of z <- A z + offset, what one period of the topology does to z = (x, state), flattened [k, n, d].
+
+    Formed column by column by the rule's own equations, which must be linear; k = 1 + the number of state buffers.
+    """
+    if topology.period is None:
+        raise ValueError(f"topology {topology.name!r} never repeats: there is no period to be solved for")
+    rule = rules.get(method)
+    n, d, k = problem.n, problem.d, 1 + len(rule.state)
+    size = k * n * d
+    points = np.zeros((k, n, d, size + 1))  # all unit vectors, and zero
+    points.reshape(size, size + 1)[:, :size] = np.eye(size)
+    x, *state = points.transpose(0, 1, 3, 2).reshape(k, n, -1)
+    workers = Simulation(rule, topology, x, momentum, **hyper)
+    workers.state = workers.rule.State(*state)
+    for _ in range(topology.period):
+        workers.step(problem.grad(workers.x.reshape(n, -1, d)).reshape(n, -1), lr)
+    values = np.stack([workers.x, *workers.state]).reshape(k, n, size + 1, d)
+    affine = values.transpose(0, 1, 3, 2).reshape(size, size + 1)
+    return affine[:, :-1] - affine[:, -1:], affine[:, -1]
+
+
+def limiting_bias(
+    method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
+) -> float:
+    """The error with which a linear rule ends at a constant learning rate, the mean over a period of the topology.
+
+    The fixed point of the period's map is solved for, O((k n d)^3). Conserved quantities (the mean of a correction)
+    stay at their start, zero. inf where the steps do not contract: the workers never arrive.
+    """
+    A, offset = period_map(method, topology, problem, lr, momentum, **hyper)
+    if abs(np.linalg.eigvals(A)).max() > 1 + 1e-9:
+        return np.inf
+    x, *state = _fixed_point(A, offset).reshape(-1, problem.n, problem.d)
+    workers = Simulation(method, topology, x, momentum, **hyper)
+    workers.state = workers.rule.State(*state)
+    return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in topology.phases]))
+
+
+def _fixed_point(A: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Where z <- A z + offset goes from z = 0, also where A conserves something, L^T A = L^T: L^T z stays zero."""
+    U, sizes, Vt = np.linalg.svd(np.eye(len(A)) - A)
+    some = sizes > 1e-12 * sizes[0]
+    z = Vt[some].T @ ((U.T[some] @ offset) / sizes[some])
+    L, free = U[:, ~some], Vt[~some].T
+    return z - free @ np.linalg.solve(L.T @ free, L.T @ z) if free.size else z

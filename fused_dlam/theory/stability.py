@@ -1,0 +1,147 @@
+"""The certificate: does disagreement between workers die out under a method, on a topology, at a momentum?
+
+A rule's equations with zero gradient are a linear map of all workers' (x, state). Its growth per step on the
+disagreement (everything but what all workers share) is a spectral radius over one period, or where the graph is drawn
+anew at every step an estimate of the largest Lyapunov exponent. Below one, the disagreement that data and rounding stir
+up is forgotten; above one it overflows, whatever the learning rate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import rules
+from ..rules.jit import Array
+from ..rules.rule import Rule, send_parameter
+from ..topology import lyapunov as paths
+from ..topology.topology import Topology
+
+REFUSED = 1 - 1e-9  # the growth from which on a method is refused
+
+
+def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> float:
+    """The factor by which disagreement between workers grows per step, gradients left out. Stable: below 1.
+
+    Args:
+        method: a name or a `Rule`; derived from its own equations, so it must be linear in x and state.
+        topology: a `Topology`, e.g. `fused_dlam.topology.exponential(8)`.
+        momentum: beta.
+        hyper: the method's own hyper-parameters, e.g. `correction_rate`, `correction_gain`, `mu`; and
+            `schedule="atc"` or `"awc"`.
+
+    Methods that average gradients exactly keep equal workers equal: 0. Circulant topologies are decomposed into
+    Fourier modes (65,536 workers take seconds), a single matrix into its eigenvalues; otherwise the whole map is
+    formed, [k n, k n] with k = 1 + the number of state buffers. Of random graphs it is an estimate: see `lyapunov`.
+    """
+    return lyapunov(method, topology, momentum, **hyper)[0]
+
+
+def lyapunov(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> tuple[float, float]:
+    """`consensus_growth` and its standard error: 0 where the matrices repeat.
+
+    On a `RandomTopology` it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more, the
+    very ones that training makes. The same on every rank up to rounding.
+    """
+    if not isinstance(topology, Topology):
+        raise TypeError("consensus_growth needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
+    rule = rules.get(method)
+    schedule = hyper.pop("schedule", "atc")
+    if schedule not in ("atc", "awc"):
+        raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
+    if schedule == "awc":
+        rule = rule.adapt_while_communicating()
+    rule.check_hyper(hyper)
+    if rule.average == "gradient" or topology.n == 1:
+        return 0.0, 0.0
+    h = rule.scalars(1.0, momentum, 0.0, topology.slowest_rho, hyper)
+    if topology.period is None:
+        growth, error, _ = paths.estimate(topology.phase, topology.n, *_coefficients(rule, h), 1 / (1 - momentum))
+        return growth, error
+    modes = topology.modes
+    return (_growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)), 0.0
+
+
+def _coefficients(rule: Rule, h) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A, B, C of one worker's step V' = A V + B pull(C V) at zero gradient, V = (x, state)."""
+
+    k, m = 1 + len(rule.state), rule.messages
+    units, pulls = np.eye(k).view(Array), np.eye(m).view(Array)  # a column each: all unit vectors at once
+
+    def update(x, state, pull):
+        x_new, state_new = rule.update.fn(x, 0.0 * x, rule.State(*state), pull, h)
+        return np.stack([value + 0.0 * x for value in (x_new, *state_new)]).view(np.ndarray)
+
+    A = update(units[0], units[1:], (0.0 * units[0],) * m)
+    B = update(0.0 * pulls[0], [0.0 * pulls[0]] * (k - 1), tuple(pulls))
+    C = np.stack(rule.send.fn(units[0], 0.0 * units[0], rule.State(*units[1:]), h)).view(np.ndarray)
+    return A, B, C
+
+
+def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) -> bool:
+    """Whether the growth is below one, by two standard errors where it is an estimate."""
+    growth, error = lyapunov(method, topology, momentum, **hyper)
+    return growth + 2 * error < REFUSED
+
+
+def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
+    """The growth per step when every phase acts on a mode as a number, `modes` [period, modes].
+
+    In chunks: 65,536 workers times 16 phases would otherwise be 0.5 GB.
+    """
+    A, B, C = _coefficients(rule, h)
+    BC, worst, period = B @ C, 0.0, len(modes)
+    for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
+        product = np.broadcast_to(np.eye(len(A), dtype=complex), (chunk.shape[1], *A.shape))
+        log_scale = np.zeros(chunk.shape[1])
+        for lam in chunk:
+            product = (A + (lam - 1)[:, None, None] * BC) @ product  # on this mode, pull = (lam - 1) * message
+            scale = abs(product).max(axis=(1, 2))
+            scale[scale == 0] = 1.0
+            product, log_scale = product / scale[:, None, None], log_scale + np.log(scale)
+        radius = abs(np.linalg.eigvals(product)).max(axis=1)
+        worst = max(worst, float((radius ** (1 / period) * np.exp(log_scale / period)).max()))
+    return worst
+
+
+def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
+    """The same from the dense map, on the quotient by the vectors that are equal on all workers."""
+    A, B, C = _coefficients(rule, h)
+    n, k = topology.n, len(A)
+    # Q: an orthonormal basis of the vectors that sum to zero. All-equal vectors are invariant (rows sum to one), so
+    # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
+    Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
+    one, product, log_scale = np.eye(n - 1), np.eye(k * (n - 1)), 0.0
+    for phase in topology.phases:
+        product = (np.kron(A, one) + np.kron(B @ C, Q.T @ phase.dense() @ Q - one)) @ product
+        scale = abs(product).max()
+        if scale == 0:
+            return 0.0
+        product, log_scale = product / scale, log_scale + np.log(scale)
+    radius = float(abs(np.linalg.eigvals(product)).max())
+    return float(np.exp((np.log(radius) + log_scale) / len(topology.phases))) if radius > 0 else 0.0
+
+
+def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, error: float = 0.0, **hyper) -> str:
+    """What to tell a user whose choice is unstable, every remedy tried before it is named."""
+    found = []
+    ours = rules.pc_dmsgd if rule.send is not send_parameter else rules.pc_dmsgd.adapt_while_communicating()
+    if rule.name != ours.name and is_stable(ours, topology, momentum):
+        found.append("method='pc-dmsgd', which is stable here")
+    symmetric = topology.symmetrize() if topology.is_doubly_stochastic and not topology.is_symmetric else None
+    if symmetric is not None and is_stable(rule, symmetric, momentum, **hyper):
+        found.append("a symmetric graph such as 'symmetric-exponential' or topology.symmetrize()")
+    if is_stable(rule, topology.lazy(), momentum, **hyper):
+        found.append("the lazy graph, topology.lazy()")
+    smaller = next((b for b in np.arange(round(momentum, 2), 0, -0.05) if b < momentum
+                    and is_stable(rule, topology, float(b), **hyper)), None)  # fmt: skip
+    if smaller is not None:
+        found.append(f"momentum={smaller:.2f} or less")
+    estimated = ""
+    if topology.period is None:
+        estimated = f" (an estimate, +- {error:.4f}, for the graph is random; two errors are added)"
+    return (
+        f"method {rule.name!r} is unstable on {topology.name!r} with {topology.n} workers at momentum {momentum:g}:"
+        f" disagreement between workers would grow {growth:.4f}-fold per step{estimated}. What would work: "
+        + ("; ".join(found) if found else "nothing we know of")
+        + ". (allow_unstable=True overrides this.)"
+    )

@@ -1,0 +1,119 @@
+"""EquiTopo (Song et al. 2022): random offsets around a circle, by which the consensus rate does not depend on n.
+
+A_a: worker i hears from i + a with weight (n-1)/n and keeps 1/n. The mean of A_a over all offsets a = 1, ..., n-1 is J.
+
+    d-equistatic   W = mean of A_a over M offsets drawn once, with replacement
+    u-equistatic   W = mean of (A_a + A_a^T)/2 over them
+    od-equidyn     W_k = (1-eta) I + eta A_a, one offset drawn at every step
+    ou-equidyn     W_k = (1-eta) I + eta B: a matching i <-> i+a drawn at every step; a pair exchanges with weight
+                   (n-1)/n, who is left over keeps all
+
+For M >= 8 ln(2n/p) / (3 eps^2) offsets the static ones have |W - J| <= eps with probability 1-p. The others contract
+the mean square of the disagreement per step by at least 1 - 2 eta (1-eta), and 1 - 2 eta/3 for eta <= 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from .drawn import RandomTopology, check_seed, generator
+from .matrix import Circulant, Sparse, check_workers, circulant
+from .topology import Topology
+
+
+def d_equistatic(n: int, offsets: int | None = None, seed: int = 0) -> Topology:
+    """A fixed random circulant: worker i hears from i + a for M offsets a. Directed.
+
+    Args:
+        offsets: M, ceil(log2 n) by default; drawn with replacement, so that the degree is at most M.
+        seed: if the draw is not connected, the next seed's is taken, and so on: the same on every rank.
+    """
+    return Topology(_static(n, offsets, seed, mirror=False), _name("d-equistatic", M=(offsets, None), seed=(seed, 0)))
+
+
+def u_equistatic(n: int, offsets: int | None = None, seed: int = 0) -> Topology:
+    """A fixed random circulant: worker i hears from i +- a for M offsets a, 2M neighbors at most. Symmetric.
+
+    Args as of `d_equistatic`.
+    """
+    return Topology(_static(n, offsets, seed, mirror=True), _name("u-equistatic", M=(offsets, None), seed=(seed, 0)))
+
+
+def od_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
+    """At every step all hear from i + a, with one random offset a. Directed; never repeats.
+
+    Args:
+        eta: the share of the exchange, in (0, 1]. The paper's code has 1, at which a step all but rotates the workers'
+            values; 1/2 contracts fastest.
+    """
+    draw = partial(_rotation, check_workers(n), check_seed(seed), _share(eta))
+    return RandomTopology(draw, n, min(1, n - 1), _name("od-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
+
+
+def ou_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
+    """At every step pairs i, i + a exchange, with one random offset a. Symmetric; never repeats.
+
+    Args:
+        eta: the share of the exchange, in (0, 1]. The paper's code has 1, at which pairs all but swap; 1/2 contracts
+            fastest.
+    """
+    draw = partial(_pairs, check_workers(n), check_seed(seed), _share(eta))
+    return RandomTopology(draw, n, min(1, n - 1), _name("ou-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
+
+
+def _static(n: int, offsets: int | None, seed: int, mirror: bool) -> Circulant:
+    n, seed = check_workers(n), check_seed(seed)
+    M = max(1, math.ceil(math.log2(n))) if offsets is None else offsets
+    if isinstance(M, bool) or not isinstance(M, (int, np.integer)) or M < 1:
+        raise ValueError(f"the number of offsets must be an integer >= 1, not {M!r}")
+    drawn = [0] if n == 1 else generator(seed, 0).randint(1, n, size=M).tolist()
+    if math.gcd(n, *drawn) > 1:
+        return _static(n, offsets, seed + 1, mirror)
+    weights = {0: 1 / n}
+    for a in drawn:
+        for hears_from in (-a, a) if mirror else (-a,):
+            share = (n - 1) / n / len(drawn) / (2 if mirror else 1)
+            weights[hears_from % n] = weights.get(hears_from % n, 0.0) + share
+    return circulant(n, weights)
+
+
+def _rotation(n: int, seed: int, eta: float, step: int) -> Circulant:
+    if n == 1:
+        return circulant(1, {0: 1.0})
+    a = generator(seed, step).randint(1, n)
+    share = eta * (n - 1) / n
+    return circulant(n, {0: 1 - share, -a: share})
+
+
+def _pairs(n: int, seed: int, eta: float, step: int) -> Sparse:
+    """Starting from a random worker s and going round, whoever is free and whose i + a is free is paired with it."""
+    random = generator(seed, step)
+    a, s = (random.randint(1, n), random.randint(n)) if n > 1 else (0, 0)
+    partner = np.arange(n)
+    first = _first_of_pairs(n, a)
+    i, j = (first + s) % n, (first + a + s) % n
+    partner[i], partner[j] = j, i
+    weight = np.where(partner != np.arange(n), eta * (n - 1) / n, 0.0)
+    return Sparse(partner[:, None], weight[:, None])
+
+
+def _first_of_pairs(n: int, a: int) -> np.ndarray:
+    """Whom the walk from s = 0 pairs with their i + a. In blocks of b = min(a, n-a), every other one, but for the last
+    b workers: i + a is free where i's own block was not taken by the one before it."""
+    b = min(a, n - a)
+    i = np.arange(n - b if n > 1 else 0)
+    return i[i // max(b, 1) % 2 == 0]
+
+
+def _share(eta: float) -> float:
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must be in (0, 1], not {eta!r}")
+    return float(eta)
+
+
+def _name(name: str, **settings) -> str:
+    """Ranks compare names: what is not as by default belongs in it. settings: (value, default)."""
+    return ", ".join([name, *(f"{key} = {value}" for key, (value, default) in settings.items() if value != default)])

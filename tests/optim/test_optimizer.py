@@ -1,0 +1,365 @@
+"""Promises about `GossipSGD` on one worker without a process group:
+
+- equal to `torch.optim.SGD` within one rounding per step, under weight decay and a schedule through zero;
+- parameters and gradients stay views of flat buffers, whatever a training script does; what breaks them is told;
+- bad input is refused with a sentence.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fused_dlam
+from fused_dlam import DecentLaM, GossipSGD, Simulation, SlowMo, topology
+from fused_dlam.layers.lars import Lars
+
+SINGLE = ["pmsgd", "dmsgd", "decentlam", "pc-dmsgd"]
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def loss_of(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    p = next(model.parameters())
+    x = torch.randn(13, 5, generator=generator).to(p.dtype)
+    return model(x).square().mean() + model(x).sum() * 0.1
+
+
+def schedule(step):
+    return (0.0, 0.05, 0.1, 0.1, 0.0, 0.01, 0.1, 0.0)[step % 8]
+
+
+@pytest.mark.parametrize("method", SINGLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_worker_is_torch_sgd(method, dtype):
+    """From equal states, every step is within one rounding (of the parameter's and the step's size) of torch's."""
+    ours, theirs = network(dtype), network(dtype)
+    a = GossipSGD(ours.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, method=method)
+    b = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    eps = torch.finfo(dtype).eps
+    for step in range(40):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.param_groups[0]["lr"] = schedule(step)
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            m, n = a.state[p]["momentum_buffer"], b.state[q]["momentum_buffer"]
+            assert (abs(p - q) <= 2 * eps * (abs(q) + schedule(step) * abs(n)).clamp_min(eps)).all()
+            assert (abs(m - n) <= 4 * eps * abs(n).max()).all()
+            with torch.no_grad():  # errors of one step must not add up
+                q.copy_(p)
+                n.copy_(m)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_and_parameters_are_views(set_to_none):
+    """After backward, accumulation and clipping all gradients lie in one flat buffer, and parameters always do."""
+    model = network()
+    optimizer = GossipSGD(model.parameters(), lr=0.1)
+    (bucket,) = optimizer._engine.buckets
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none)
+        assert not set_to_none or all(p.grad is None for p in model.parameters())
+        loss_of(model).backward()
+        loss_of(model, 1).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for slot in bucket.slots:
+            assert slot.p.grad is slot.grad
+            assert slot.p.untyped_storage().data_ptr() == bucket.x.untyped_storage().data_ptr()
+            assert slot.grad.untyped_storage().data_ptr() == bucket.g.untyped_storage().data_ptr()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("how", ["model.zero_grad", "set_to_none", "create_graph", "assigned"])
+def test_gradients_that_are_no_views_are_collected(how):
+    """Fresh gradients, however they came about, give bit-equal parameters to views."""
+    a, b = network(), network()
+    first, second = GossipSGD(a.parameters(), lr=0.1), GossipSGD(b.parameters(), lr=0.1)
+    for step in range(4):
+        first.zero_grad()
+        loss_of(a, step).backward()
+        first.step()
+        if how == "set_to_none":
+            for p in b.parameters():
+                p.grad = None
+        else:
+            b.zero_grad()
+        if how == "assigned":
+            for p, g in zip(b.parameters(), torch.autograd.grad(loss_of(b, step), list(b.parameters())), strict=True):
+                p.grad = g
+        else:
+            loss_of(b, step).backward(create_graph=how == "create_graph")
+        second.step()
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_a_parameter_without_gradient_is_skipped_as_in_torch():
+    """No weight decay, no momentum step; its neighbors in the flat buffer are updated. Bit-equal to leaving it out."""
+    model, twin = network(), network()
+    optimizer = GossipSGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    reference = torch.optim.SGD(twin.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
+    for step in range(6):
+        for m, o in ((model, optimizer), (twin, reference)):
+            o.zero_grad()
+            m[2].weight.requires_grad_(step < 2)  # frozen while momentum is left
+            loss_of(m, step).backward()
+            o.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_no_gradients_at_all_is_no_step():
+    model = network()
+    optimizer = GossipSGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_layouts():
+    """Channels-last, 0-d, empty, transposed, expanded-and-cloned and complex parameters follow torch.optim.SGD."""
+
+    def parameters():
+        torch.manual_seed(1)
+        return [
+            nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)),
+            nn.Parameter(torch.randn(())),
+            nn.Parameter(torch.empty(0, 3)),
+            nn.Parameter(torch.randn(3, 8).T),
+            nn.Parameter(torch.randn(4, 6)[:, ::2]),
+            nn.Parameter(torch.randn(3, 2, dtype=torch.complex64)),
+            nn.Parameter(torch.randn(5, dtype=torch.float64)),
+        ]
+
+    ours, theirs = parameters(), parameters()
+    a, b = GossipSGD(ours, lr=0.1), torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    for _ in range(5):
+        for params, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            sum((p.abs() ** 2).sum() * (i + 1) for i, p in enumerate(params)).backward()
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.shape == q.shape
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_parameters_have_float32_masters():
+    """The parameters are the rounded float32 run, not a run in bfloat16: bit-equal after 30 small steps."""
+    model, twin = network(torch.bfloat16), network(torch.bfloat16).float()
+    optimizer = GossipSGD(model.parameters(), lr=1e-3)
+    reference = GossipSGD(twin.parameters(), lr=1e-3)
+    for step in range(30):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        reference.zero_grad()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.float()
+        optimizer.step()
+        reference.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q.bfloat16()) and torch.equal(optimizer.state[p]["master"], q)
+
+
+def test_closures_schedulers_groups_and_late_groups():
+    """A closure's loss is returned; torch's schedulers drive every group; a group added late takes part."""
+    model, twin = network(), network()
+    late, late_twin = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def build(cls, model, **more):
+        first, second = list(model[0].parameters()), list(model[2].parameters())
+        groups = [{"params": first}, {"params": second, "lr": 0.01, "momentum": 0.5, "weight_decay": 0.1}]
+        optimizer = cls(groups, lr=0.1, momentum=0.9, **more)
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.1)
+
+    (a, sa), (b, sb) = build(GossipSGD, model), build(torch.optim.SGD, twin)
+    for step in range(8):
+        if step == 4:
+            a.add_param_group({"params": [late], "lr": 0.2})
+            b.add_param_group({"params": [late_twin], "lr": 0.2})
+        losses = []
+        for m, extra, optimizer, scheduler in ((model, late, a, sa), (twin, late_twin, b, sb)):
+
+            def closure(m=m, extra=extra, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = loss_of(m) + (extra**2).sum()
+                loss.backward()
+                return loss
+
+            losses.append(optimizer.step(closure).item())
+            scheduler.step()
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for p, q in zip([*model.parameters(), late], [*twin.parameters(), late_twin], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pc-dmsgd", "decentlam", "dsgd", "qg-dmsgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_resumed_run_is_bit_equal(method, dtype, tmp_path):
+    """Through torch.save and weights_only loading, mid-schedule; small checkpoints hold no whole flat buffers."""
+    model = network(dtype)
+    optimizer = GossipSGD(model.parameters(), lr=0.1, method=method)
+    for step in range(12):
+        if step == 6:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+        optimizer.param_groups[0]["lr"] = schedule(step)
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    for entry in saved["optimizer"]["state"].values():
+        assert all(v.untyped_storage().nbytes() == v.numel() * v.element_size() for v in entry.values())
+    again = network(dtype)
+    resumed = GossipSGD(again.parameters(), lr=0.5, method=method)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.param_groups[0]["step"] == 6
+    for step in range(6, 12):
+        resumed.param_groups[0]["lr"] = schedule(step)
+        resumed.zero_grad()
+        loss_of(again, step).backward()
+        resumed.step()
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_checkpoints_of_torch_sgd_load_and_others_are_refused():
+    model, twin = network(), network()
+    theirs = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    loss_of(twin).backward()
+    theirs.step()
+    ours = GossipSGD(model.parameters(), lr=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
+        assert not ours.state[p]["correction_buffer"].any()
+    assert ours.param_groups[0]["lr"] == 0.1
+    with pytest.raises(ValueError, match="of method 'dmsgd'.*of 'pc-dmsgd'"):
+        ours.load_state_dict(GossipSGD(network().parameters(), method="dmsgd").state_dict())
+    adam = torch.optim.Adam(twin.parameters()).state_dict()
+    with pytest.raises(ValueError, match="of one of torch's Adams.*fused_dlam.Gossip"):
+        GossipSGD(model.parameters(), method="adam").load_state_dict(adam)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lars": 0.0}, {"lars": -1.0}, {"method": "adam", "beta2": 1.0}, {"method": "adamw", "eps": 0.0}]
+)
+def test_settings_of_layers_and_adam_are_checked(wrong):
+    name = list(wrong)[-1]
+    with pytest.raises(ValueError, match=f"Invalid {name}: {wrong[name]}"):
+        GossipSGD([torch.nn.Parameter(torch.zeros(2))], **wrong)
+
+
+def test_moved_parameters_are_refused():
+    model = network()
+    optimizer = GossipSGD(model.parameters(), lr=0.1)
+    loss_of(model).backward()
+    model.double()
+    with pytest.raises(RuntimeError, match="Move the model first"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = GossipSGD(embedding.parameters(), lr=0.1)
+    embedding.weight.grad = None
+    with pytest.raises(RuntimeError, match="sparse"):
+        embedding(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"lr": -1.0}, "Invalid learning rate: -1"),
+        ({"lr": float("nan")}, "Invalid learning rate"),
+        ({"momentum": 1.0}, "Invalid momentum"),
+        ({"weight_decay": -0.1}, "Invalid weight_decay"),
+        ({"method": "sgd"}, "unknown method 'sgd'; known: psgd"),
+        ({"topology": "moebius"}, "unknown topology 'moebius'; known: full"),
+        ({"topology": topology.ring(4)}, "is for 4 workers, but there are 1"),
+        ({"schedule": "late"}, "Invalid schedule"),
+        ({"method": "da-dmsgd", "schedule": "awc"}, "one message"),
+        ({"correction_rate": 2.0}, "Invalid correction_rate"),
+        ({"correction_gain": 0.5}, "Invalid correction_gain"),
+        ({"method": "qg-dmsgd", "mu": 1.5}, "Invalid mu"),
+        ({"communicate_every": 0}, "every k >= 1"),
+        ({"comm_dtype": torch.int8}, "Invalid comm_dtype"),
+        ({"bucket_mb": 0}, "Invalid bucket_mb"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(options, match):
+    with pytest.raises(ValueError, match=match):
+        GossipSGD(network().parameters(), **{"lr": 0.1, **options})
+
+
+def test_unknown_options_and_types_are_refused():
+    with pytest.raises(TypeError, match="has no hyper-parameter 'dampening'"):
+        GossipSGD(network().parameters(), lr=0.1, dampening=0.5)
+    with pytest.raises(TypeError, match="method must be a name or a Rule"):
+        GossipSGD(network().parameters(), lr=0.1, method=3)
+    with pytest.raises(TypeError, match="pass method= to GossipSGD"):
+        DecentLaM(network().parameters(), lr=0.1, method="dmsgd")
+    with pytest.raises(TypeError, match="floating-point"):
+        fused_dlam.neighbor_allreduce(torch.arange(3), "ring")
+
+
+@pytest.mark.parametrize("method", ["dmsgd", "adamw"])
+def test_lars_takes_weight_decay_over(method):
+    """Coupled or decoupled: the simulator's steps to 1e-12, in float64."""
+    p = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    optimizer = GossipSGD([p], lr=0.1, weight_decay=0.3, method=method, lars=0.05)
+    alone = Simulation(method, "ring", torch.ones(1, 6, dtype=torch.float64), 0.9, 0.3, lars=Lars(0.05, [slice(0, 6)]))
+    for step in range(5):
+        p.grad = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        alone.step(p.grad.reshape(1, 6).clone(), 0.1)
+        optimizer.step()
+        torch.testing.assert_close(p.detach().reshape(1, 6), alone.x, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+def test_lars_rounds_once(dtype):
+    """16-bit gradients of 1e-6 under a loss scale: one rounding, whatever their size; complex ones are a layer too."""
+    random = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(32, 32, generator=random, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    p = nn.Parameter(x.to(dtype))
+    optimizer = GossipSGD([p], lr=1.0, method="dsgd", lars=1e-3)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(0.0)
+    p.grad = (g * 1e-6 * 2.0**16).to(dtype)
+    x, g = (t.detach().to(torch.promote_types(dtype, torch.float64)) for t in (p, p.grad))
+    g = g / 2**16
+    optimizer.step()
+    moved = optimizer.state[p].get("master", p.detach()).to(x.dtype) - x
+    expected = -1e-3 * x.norm() / (g.norm() + 1e-8) * g
+    assert (moved - expected).norm() < max(torch.finfo(dtype).eps / 2, 1e-4) * expected.norm()
+
+
+def test_slowmo_starts_from_what_was_loaded():
+    """A model loaded after construction is where the first round starts, not a step: without a gradient it stays."""
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = GossipSGD([p], lr=0.1, slowmo=SlowMo(every=2))
+    with torch.no_grad():
+        p.fill_(10.0)
+    for _ in range(6):
+        p.grad = torch.zeros(3)
+        optimizer.step()
+        assert (p == 10.0).all()
+
+
+def test_consensus_without_neighbors():
+    model = network()
+    optimizer = DecentLaM(model.parameters(), lr=0.1)
+    with optimizer.averaged(model):
+        assert optimizer.consensus_distance() == 0.0
+    t = torch.randn(3)
+    assert torch.equal(fused_dlam.neighbor_allreduce(t, "ring"), t)

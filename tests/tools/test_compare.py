@@ -1,0 +1,123 @@
+"""Promises of `fused-dlam compare` and of what it computes:
+
+- the limiting bias, solved for, is where a long simulation ends, to 1e-9 of the start's error, whatever is conserved;
+- the paper's verification figures: DmSGD is faster than DSGD and more biased, DecentLaM as fast as DmSGD and as
+  accurate as DSGD; the exponents are the theorems', within 0.1 in lr and 0.15 in 1 - beta and 1 - rho;
+- the command prints these figures, draws them, and tells what is wrong with a wrong call in one line.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from test_cli import assert_png, call, cells
+
+from fused_dlam import simulate, topology
+from fused_dlam.theory.regression import Regression, limiting_bias
+from fused_dlam.tools import compare
+from fused_dlam.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Regression(5, d=4, seed=1)
+
+
+def test_gradient_and_optimum(problem):
+    """The gradient is the derivative of the loss (central differences, 1e-6) and vanishes on average at the optimum."""
+    x = np.random.default_rng(0).standard_normal((5, 4))
+    loss = lambda x: np.einsum("nd,nde,ne->n", x, problem.H, x) / 2 - (problem.c * x).sum(1)  # noqa: E731
+    for i in range(4):
+        step = 1e-6 * np.eye(4)[i]
+        assert (loss(x + step) - loss(x - step)) / 2e-6 == pytest.approx(problem.grad(x)[:, i], abs=1e-6)
+    at_optimum = problem.grad(np.tile(problem.optimum, (5, 1)))
+    assert abs(at_optimum.mean(axis=0)).max() < 1e-12 and problem.heterogeneity > 1
+    many = problem.grad(np.stack([x, 2 * x], axis=1))
+    assert np.allclose(many[:, 1], problem.grad(2 * x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "graph", "hyper"),
+    [
+        ("dsgd", topology.exponential(5), {}),
+        ("dmsgd", topology.one_peer_exponential(5), {}),
+        ("decentlam", topology.ring(5), {}),
+        ("decentlam", topology.ring(5), {"schedule": "awc"}),
+        ("pc-dmsgd", topology.one_peer_exponential(5), {}),
+        ("pc-dmsgd", topology.one_peer_exponential(5), {"correction_gain": math.inf}),  # conserves the mean of p
+        ("qg-dmsgd", topology.star(5), {}),
+        ("exact-diffusion", topology.ring(5), {}),
+        ("gradient-tracking", topology.exponential(5), {}),
+        ("pmsgd", topology.ring(5), {}),
+    ],
+    ids=str,
+)
+def test_the_fixed_point_is_where_the_workers_end(problem, method, graph, hyper):
+    solved = limiting_bias(method, graph, problem, 0.01, 0.8, **hyper)
+    x = simulate(method, graph, lambda k, x: problem.grad(x), np.zeros((5, 4)), 6000, 0.01, 0.8, **hyper)
+    assert solved == pytest.approx(problem.error(x[-graph.period :]).mean(), rel=1e-6, abs=1e-9)
+
+
+def test_what_diverges_has_no_bias(problem):
+    assert limiting_bias("decentlam", topology.one_peer_exponential(5), problem, 0.01, 0.9) == math.inf
+    assert limiting_bias("dsgd", topology.ring(5), problem, 10.0) == math.inf
+
+
+def test_the_exponents_are_the_theorems():
+    """And DmSGD's bias over DecentLaM's is near 1/(1 - beta)^2."""
+    problem, graph = Regression(8), topology.symmetric_exponential(8)
+    sweeps = [s for method in compare.THEOREMS for s in compare.sweep(method, graph, problem, 0.9)]
+    assert len(sweeps) == 9
+    for s in sweeps:
+        assert s.exponent == pytest.approx(s.theorem, abs=0.1 if s.quantity == "lr" else 0.15), s
+    dmsgd, decentlam = (s for s in sweeps if s.quantity == "1 - beta" and s.method != "dsgd")
+    assert dmsgd.values == pytest.approx([0.5, 0.2, 0.1, 0.05])
+    for v, above, below in zip(dmsgd.values, dmsgd.bias, decentlam.bias, strict=True):
+        assert above / below == pytest.approx(v**-2, rel=0.05)
+
+
+def test_the_command_reproduces_the_papers_figures(tmp_path):
+    text = call("compare", "--out", tmp_path / "out.png", "--topology", "symmetric-exponential")
+    rows = {name: cells(text, name) for name in ("pmsgd", "dsgd", "dmsgd", "decentlam")}
+    steps = {name: [math.inf if c == "never" else int(c) for c in row[2:7]] for name, row in rows.items()}
+    final = {name: float(row[7]) for name, row in rows.items()}
+    assert steps["decentlam"][3] <= 1.05 * steps["pmsgd"][3] < steps["dsgd"][3] / 9  # to 1e-4: fast
+    assert steps["dmsgd"][1] < steps["dsgd"][1] / 9 and steps["dmsgd"][4] == math.inf  # fast and biased
+    assert final["dmsgd"] > 30 * final["dsgd"] and final["decentlam"] == pytest.approx(final["dsgd"], rel=0.05)
+    assert_png(tmp_path / "out.png")
+
+
+def test_divergence_is_said_and_drawn(tmp_path):
+    settings = ("-n", 8, "--steps", 400, "--out", tmp_path / "out.png", "--topology", "one_peer_exponential", "ring")
+    text = call("compare", "decentlam", "da-dmsgd", *settings)
+    assert [line for line in text.splitlines() if "decentlam" in line and "diverges" in line]
+    assert_png(tmp_path / "out.png")
+
+
+def test_the_sweep_command(tmp_path):
+    text = call(
+        "compare", "--sweep", "dmsgd", "decentlam", "--out", tmp_path / "out.png", "--topology", "ring", "-n", 5
+    )
+    assert "(-2)" in cells(text, "dmsgd")[1] and "(+0)" in cells(text, "decentlam")[1]
+    assert_png(tmp_path / "out.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lion"], "unknown method 'lion'"),
+        (["--topology", "circle"], "unknown topology 'circle'"),
+        (["--lr", "-1"], "--lr must be a positive number"),
+        (["--momentum", "1"], "--momentum must be from 0 to below 1"),
+        (["da-dmsgd", "--schedule", "awc"], "'awc' needs a method with one message"),
+        (["--sweep", "da-dmsgd"], "has theorems for dsgd, dmsgd, decentlam, not for da-dmsgd"),
+        (["--sweep", "--lr", "0.1"], "leave out --lr"),
+        (["--sweep", "--schedule", "awc"], "leave out --schedule"),
+        (["--sweep", "--topology", "exponential"], "needs one static, symmetric graph"),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in error and error.count("\n") == 1
