@@ -117,19 +117,19 @@ BY_DESIGN = {
     "several workers and a scaler": (
         gossip_sgd(),
         dict(scaler=True),
-        ("amp.py", 3),
+        ("mixed_precision.py", 3),
         "whether a step is skipped decides on the host what is packed; torch's scaler waits here, too",
     ),
     "a number on the device and passes of torch": (
         lr_on_device(fused=False),
         {},
-        ("blocked.py", 3),
+        ("scalars.py", 3),
         "their scalars are arguments of torch's operations: numbers on the host, read back once per step",
     ),
     "max_grad_norm and passes of torch": (
         gossip_sgd(max_grad_norm=1.0, fused=False),
         {},
-        ("blocked.py", 3),
+        ("scalars.py", 3),
         "the same, for the clipping coefficient",
     ),
     "pmsgd where this rank misses a gradient": (

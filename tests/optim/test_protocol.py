@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dlam import DecentLaM, GossipSGD, SlowMo, rules, topology
 from fused_dlam.engine import guards
-from fused_dlam.engine.engine.buckets import build
+from fused_dlam.engine.buckets import build
 from fused_dlam.optim import certificate
 from fused_dlam.optim import mixed_precision as amp
 from fused_dlam.rules import scalars
