@@ -20,7 +20,7 @@ def ours(line: str) -> bool:
 def where() -> str:
     """The innermost line of the package that runs, or of anything else if it is not in the package."""
     frame = sys._getframe(1)
-    here = os.path.dirname(os.path.abspath(__file__))
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the room of the tests that use it
     outside = ""
     while frame is not None:
         name = frame.f_code.co_filename
