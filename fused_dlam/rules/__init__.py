@@ -1,26 +1,19 @@
-"""Every method by name. Their equations: momentum.py, corrected.py, nesterov.py, adaptive.py."""
+"""Every method by name. A method is a `Rule` in one of the files below, and one entry in the list here.
+
+momentum.py has the momentum SGD methods, pc_dmsgd.py ours, corrected.py D2, exact diffusion and the tracking methods,
+nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write one.
+"""
 
 from __future__ import annotations
 
 from .adaptive import adam, adamw
 from .corrected import d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking
-from .momentum import (
-    auto_correction_rate,
-    awc_dmsgd,
-    da_dmsgd,
-    decentlam,
-    dmsgd,
-    dsgd,
-    inverse_lr,
-    pc_dmsgd,
-    pmsgd,
-    psgd,
-    qg_dmsgd,
-)
+from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
-from .rule import Rule
+from .pc_dmsgd import auto_correction_rate, pc_dmsgd
+from .rule import Hyper, Rule
 
-__all__ = ["ALL", "NESTEROV", "auto_correction_rate", "get", "inverse_lr"]
+__all__ = ["ALL", "Hyper", "Rule", "auto_correction_rate", "get", "inverse_lr"]
 
 ALL = {
     rule.name: rule
@@ -31,9 +24,6 @@ ALL = {
         adam, adamw,
     )
 }  # fmt: skip
-
-#: What `nesterov=True` makes of a method.
-NESTEROV = {name.removeprefix("nesterov-"): rule for name, rule in ALL.items() if name.startswith("nesterov-")}
 
 
 def get(method: str | Rule) -> Rule:

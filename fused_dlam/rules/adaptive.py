@@ -1,16 +1,22 @@
-"""Decentralized Adam: every worker's moments are its own, parameters are averaged.
+"""Decentralized Adam: every worker's moments are its own, and the parameters are averaged.
 
-    x' = W (x - lr d),  d = m^ / (sqrt(v^) + eps),  m^ and v^ the bias-corrected moments of the worker's own gradients
+    x' = W (x - lr d),  d = m^ / (sqrt(v^) + eps)
 
-As BlueFog's adapt-then-combine optimizer does it; with schedule="awc" as Decent-DP does, W x - lr d. The moments are
-not averaged and the bias is at least DSGD's: workers with unlike data take steps of like size in unlike directions.
-beta_1 is `momentum`, so that schedules of momentum reach it. With one worker: torch.optim.Adam and AdamW.
+m^ and v^ are the bias-corrected moments of the worker's own gradients (Kingma and Ba 2015). This is the form of
+BlueFog's adapt-then-combine optimizer. With schedule="awc" it is W x - lr d, the form of Decent-DP. beta_1 is
+`momentum`, so that schedules of momentum reach it. With one worker these are torch.optim.Adam and AdamW (Loshchilov
+and Hutter 2019).
+
+The moments are not averaged, so the bias is at least DSGD's: workers with unlike data take steps of like size in unlike
+directions.
 """
 
 from __future__ import annotations
 
+from math import inf
+
 from .jit import jit
-from .rule import Rule
+from .rule import Hyper, Rule
 
 
 @jit
@@ -44,12 +50,12 @@ def update_adamw(x, g, s, pull, h):
 
 
 def derive_adam(h: dict, memory: dict) -> dict:
-    """Bias corrections, from the number of steps t, taken out of the fraction as the paper's section 2 does:
+    """The bias corrections after t steps, moved from the elements to two scalars as in section 2 of Adam's paper:
 
         lr m^ / (sqrt(v^) + eps) = step_size m / (sqrt(v) + scaled_eps)
 
-    with step_size = lr r / (1 - beta_1^t), scaled_eps = eps r, r = sqrt(1 - beta_2^t): an operation less per element.
-    keep = 1 - lr lambda: AdamW's decoupled decay. (Adam's is coupled, lambda x in the gradient.)
+    with r = sqrt(1 - beta_2^t), step_size = lr r / (1 - beta_1^t) and scaled_eps = eps r. This saves an operation per
+    element. keep = 1 - lr lambda is AdamW's decoupled decay; Adam's is coupled, lambda x in the gradient.
     """
     t = memory["adam_steps"] = memory.get("adam_steps", 0) + 1
     beta1, beta2 = h["momentum"], h["beta2"]
@@ -64,7 +70,7 @@ def derive_adam(h: dict, memory: dict) -> dict:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HYPER = {"beta2": 0.999, "eps": 1e-8}
+HYPER = {"beta2": Hyper(0.999, at_least=0, below=1), "eps": Hyper(1e-8, above=0, below=inf)}
 
 adam = Rule("adam", send_adam, update_adam, MOMENTS, hyper=HYPER, derive=derive_adam)
 adamw = Rule("adamw", send_adamw, update_adamw, MOMENTS, hyper=HYPER, derive=derive_adam)

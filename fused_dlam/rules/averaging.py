@@ -1,8 +1,11 @@
-"""Averaging alone, for parameters that another optimizer steps: x' = x + pull, that is W times what was sent.
+"""Averaging alone, for parameters that another optimizer steps: x' = x + pull, which is W times what was sent.
 
-Adapt then combine sends x after the inner optimizer's step: x' = W x. Adapt while communicating sends x before the
-step d is known, x' = W x + d: x has moved on to x + d when the messages are there, so the worker keeps what it sent
-in a buffer, and pull is taken of that.
+`mix` is adapt then combine: x is sent after the inner optimizer's step, and x' = W x.
+
+`mix_ahead` is adapt while communicating: x is sent before the inner optimizer's step d is known, and x' = W x + d. When
+the messages arrive x has become x + d. So the worker keeps what it sent in a buffer, and pull is relative to that.
+
+These two belong to the optimizer `Gossip`; they are not methods, so `rules.ALL` does not have them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
 """Methods that correct a worker's drag by what its neighbors tell: D2, exact diffusion, and the tracking methods.
 
-Letters as in momentum.py; c is a correction in gradient units that starts at zero and sums to zero over the workers.
-The published forms keep the last x and the last g. Written with pulls, what they keep is one buffer: of D2's
-x' = W (x - lr (c + m)), c = (x_prev - x) / lr_prev - m_prev, is left c' = c - pull / lr, an integral of the pull
-without a leak; of a tracked gradient y' = W y + g' - g is left t' = y + pull - g, and y = t + g in the next step.
+Letters as in momentum.py. c is a correction in gradient units; it starts at zero and sums to zero over the workers.
+
+The published forms keep the last x and the last g. Written with pulls one buffer is enough:
+
+    D2        x' = W (x - lr (c + m)), c = (x_prev - x) / lr_prev - m_prev   becomes   c' = c - pull / lr
+    tracking  y' = W y + g' - g, a tracked gradient                          becomes   t' = y + pull - g, y' = t' + g'
+
+So c of D2 is an integral of the pull without a leak. Momentum 0 gives D2, exact diffusion and gradient tracking as
+published.
 """
 
 from __future__ import annotations
@@ -26,8 +31,9 @@ def update_d2_dmsgd(x, g, s, pull, h):
     return x - h.lr * (u + s.correction_buffer) + pull[0], (u, c)
 
 
-# D2 (Tang et al., ICML 2018) on the momentum m in the place of the gradient. Needs lambda_min(W) > -1/3 (the
-# certificate sees to it) and a static W: on time-varying graphs it diverges.
+# D2 (Tang et al., ICML 2018) with the momentum m in the place of the gradient. A symmetric static W needs every
+# eigenvalue above -1/3. The ring of 8 has one of exactly -1/3, and the certificate refuses it. At momentum 0.9 the
+# certificate also refuses the exponential, the one-peer exponential and the one-peer hypercube graph of 8.
 d2_dmsgd = Rule(
     "d2-dmsgd",
     send_corrected,
@@ -45,8 +51,9 @@ def update_exact_diffusion(x, g, s, pull, h):
     return x - h.lr * (u + s.correction_buffer) + h.half * pull[0], (u, c)
 
 
-# Exact diffusion (Yuan et al. 2019): D2 over the lazy (I + W)/2, half of every pull; any symmetric W. With momentum
-# it is EDM (Hu et al. 2025); momentum=0 is the original.
+# Exact diffusion (Yuan et al. 2019) is D2 with the lazy (I + W)/2 in the place of W: half of every pull. With momentum
+# it is EDM (Hu et al. 2025); momentum=0 is the original. It is stable on symmetric static graphs. At momentum 0.9 it is
+# stable on the one-peer exponential graph of 8 too (growth 0.9437), but not on that of 64 (1.0878).
 exact_diffusion = Rule(
     "exact-diffusion",
     send_corrected,
@@ -73,8 +80,8 @@ def update_gradient_tracking(x, g, s, pull, h):
 
 
 # Gradient tracking with one exchange per step: x' = W (x - lr m), m = beta m_prev + y, y' = W y + g' - g, y_0 = g_0
-# (Xu et al. 2015, Di Lorenzo and Scutari 2016, Nedic et al. 2017; momentum on y as in Lin et al.'s code). The variant
-# y' = W (y + g' - g) would need the average before the step that is averaged: two exchanges in turn.
+# (Xu et al. 2015; Di Lorenzo and Scutari 2016; Nedic et al. 2017). Momentum acts on y as in the code of Lin et al.
+# 2021. The variant y' = W (y + g' - g) would need two exchanges in turn, because the step uses the average.
 gradient_tracking = Rule(
     "gradient-tracking",
     send_tracked,
@@ -98,7 +105,7 @@ def update_momentum_tracking(x, g, s, pull, h):
 
 
 # Momentum tracking (Takezawa et al., TMLR 2023): m' = beta m + g, x' = W x - lr (m' - c), c' = W (c - m') + m'. The
-# paper starts m and c at (g_0 - mean g_0) / (1 - beta), by one all-reduce; here they start at zero, like all buffers.
+# paper starts m and c at (g_0 - mean g_0) / (1 - beta), by one all-reduce. Here they start at zero, like all buffers.
 momentum_tracking = Rule(
     "momentum-tracking",
     send_momentum_tracking,

@@ -1,4 +1,8 @@
-"""`jit`: marks a rule's equation so that one text runs in a Triton kernel, in numba, on torch tensors and in numpy."""
+"""`jit` marks an equation of a rule, so that one text runs in a Triton kernel, in numba, on torch tensors and in numpy.
+
+With Triton, `jit` is `triton.jit`: it makes a function that other Triton kernels can call, and keeps the plain function
+as `.fn`. Without Triton, `jit` keeps the plain function as `.fn` and does nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy as np
 
 try:
     from triton import jit
-except ImportError:  # no triton on this platform: the equations still run everywhere but in a Triton kernel
+except ImportError:  # Triton does not exist for this platform: the equations run everywhere but in a Triton kernel
 
     class PlainFunction:
         """Carries the plain function under the name Triton gives it, `.fn`."""
@@ -22,7 +26,7 @@ except ImportError:  # no triton on this platform: the equations still run every
 
 
 class Array(np.ndarray):
-    """A numpy array with the one method of equations that numpy's lack: view one as this to hand it to an equation."""
+    """A numpy array with `.sqrt()`, which equations use and numpy lacks: `array.view(Array)` fits an equation."""
 
     def sqrt(self):
         return np.sqrt(self)

@@ -1,12 +1,15 @@
-"""Nesterov's lookahead, as torch.optim.SGD(nesterov=True) has it: the step is g + beta u in place of u = beta m + g.
+"""Nesterov's form of five methods, as torch.optim.SGD(nesterov=True) has it.
 
-`nesterov=True` of the optimizer makes "dmsgd" into "nesterov-dmsgd" and so on. Letters as in momentum.py.
+The step is g + beta u in the place of u = beta m + g. Letters as in momentum.py. The name of such a method is
+"nesterov-" and the method's own, as in "nesterov-dmsgd". State buffers, hyper-parameters and bounds are the method's
+own too.
 """
 
 from __future__ import annotations
 
 from .jit import jit
-from .momentum import derive_pc_dmsgd, derive_qg_dmsgd, pc_dmsgd, qg_dmsgd, send_gradient
+from .momentum import derive_qg_dmsgd, qg_dmsgd, send_gradient
+from .pc_dmsgd import derive_pc_dmsgd, pc_dmsgd
 from .rule import Rule, send_parameter
 
 
@@ -46,7 +49,7 @@ def update_nesterov_qg_dmsgd(x, g, s, pull, h):
     return x - h.lr * step + pull[0], (m,)
 
 
-# As in Lin et al.'s code: the lookahead enters the displacement that the momentum filters.
+# The lookahead enters the displacement that the momentum filters, as in the code of Lin et al. 2021.
 nesterov_qg_dmsgd = Rule(
     "nesterov-qg-dmsgd",
     send_nesterov_step,
@@ -65,7 +68,7 @@ def update_nesterov_pc_dmsgd(x, g, s, pull, h):
     return x - h.lr * (g + h.momentum * u) + pull[0], (u - p, p)
 
 
-# The correction acts on the momentum as in PC-DmSGD, so the workers' mean is Nesterov SGD on the mean gradient.
+# The correction acts on the momentum as in PC-DmSGD. So the workers' mean is Nesterov SGD on the mean gradient.
 nesterov_pc_dmsgd = Rule(
     "nesterov-pc-dmsgd",
     send_nesterov_step,

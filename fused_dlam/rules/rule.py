@@ -1,4 +1,8 @@
-"""A method is two equations: what a worker sends, and how it updates once its neighbors have pulled on it."""
+"""A method is two equations: what a worker sends, and how it updates once its neighbors have pulled on it.
+
+`Rule` holds the two equations, the names of the state buffers, and the hyper-parameters with their bounds. Everything
+else about a method (kernels, CPU passes, simulator, certificate, gate) is derived from this one object.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import importlib
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf, isnan
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,10 +20,70 @@ import torch
 from .jit import jit
 from .scalars import Scalar
 
-#: A hyper-parameter's default: a number, or a function of (momentum, rho) with rho the topology's contraction per step.
+#: A hyper-parameter's default: a number, or a function of (momentum, rho). rho is the topology's contraction per step.
 Default = float | Callable[[float, float], float]
 
 COMMON = ("lr", "momentum", "weight_decay")
+# An optimizer keeps hyper-parameters in its parameter groups, beside these entries.
+RESERVED = (*COMMON, "params", "method", "topology", "schedule", "step", "memory", "maximize", "layers")
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A hyper-parameter of a method: its default and its bounds. A bound that is None does not exist.
+
+    Where the default is a function of (momentum, rho), the values "auto" and None both mean that function's value.
+    Where it is a number, None means that number and "auto" is refused.
+
+    Raises ValueError if the default is out of the bounds or no number, or if two bounds are on one side.
+    """
+
+    default: Default
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __post_init__(self):
+        if None not in (self.at_least, self.above) or None not in (self.at_most, self.below):
+            raise ValueError("a hyper-parameter has one lower bound at most, and one upper bound")
+        if not callable(self.default) and not self._contains(self.default):
+            raise ValueError(f"Invalid default: {self.default!r}, must be {self.bounds}")
+
+    def allows(self, value: Any) -> bool:
+        """Whether a user may set this value. NaN, bool, tensors and strings other than "auto" are refused."""
+        if value is None or (isinstance(value, str) and value == "auto" and callable(self.default)):
+            return True
+        return self._contains(value)
+
+    def _contains(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        number = float(value)
+        return (
+            not isnan(number)
+            and (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+
+    @property
+    def bounds(self) -> str:
+        """The bounds as text, such as "'auto' or in [0, 1)", "above 0 and finite" or "a number"."""
+        low = self.above if self.at_least is None else self.at_least
+        high = self.below if self.at_most is None else self.at_most
+        opening, closing = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
+        if low is not None and high is not None and high < inf:
+            text = f"in {opening}{low:g}, {high:g}{closing}"
+        elif low is not None:
+            text = f"{'above' if opening == '(' else '>='} {low:g}"
+            text += " and finite" if self.below == inf else " (math.inf is allowed)"
+        elif high is not None:
+            text = f"{'below' if closing == ')' else '<='} {high:g}"
+        else:
+            text = "a number"
+        return f"'auto' or {text}" if callable(self.default) else text
 
 
 @jit
@@ -31,28 +98,29 @@ class Rule:
         send(x, g, s, h)          -> tuple of messages
         update(x, g, s, pull, h)  -> x', tuple of new state buffers
 
-    x is the parameter, g the gradient, s a named tuple of this worker's state buffers (all start at zero), h a named
-    tuple of scalars, and pull one value per message: pull[k] = sum_j W[i, j] (message k of j - my message k), so that
-    `message + pull` is the weighted average when the weights of a row sum to one. Both functions are decorated with
-    `fused_dlam.jit` and may use nothing but their arguments: no Python constants (a constant would change the
-    precision in compiled code), no other functions.
+    x is the parameter and g the gradient. s is a named tuple of this worker's state buffers, which all start at zero.
+    h is a named tuple of scalars. pull has one value per message: pull[k] = sum_j W[i, j] (message k of j - my message
+    k). So `message + pull` is the weighted average when the weights of a row sum to one. Both functions are decorated
+    with `fused_dlam.jit`. They may use their arguments and nothing else: no other functions, and no Python constants,
+    because a constant would change the precision in compiled code.
 
     Args:
         name: the method's name, as users and checkpoints see it.
         send, update: the two equations.
         state: names of the state buffers, e.g. "momentum_buffer" (what `torch.optim.SGD` calls it).
-        hyper: hyper-parameters beyond lr, momentum and weight_decay, with defaults; a default may be a function of
-            (momentum, rho). They are fields of h.
-        derive: `derive(h, memory) -> dict` adds scalars to h that the host computes once per step, such as 1/lr with
-            a guard; `h` is a dict, `memory` a dict of floats that outlives the step and is saved in checkpoints. Where
-            lr is a tensor on a GPU, h["lr"] and what is kept of it are 0-d float64 tensors there: + - * / and the
-            functions of `kernels.scalars` leave them there; `max`, `if` and `float` work, but wait for the GPU.
-        average: "neighbors" for gossip; "gradient" averages the gradient over all workers by all-reduce before
-            `update` (then send must return the gradient).
-        centered: state buffers whose mean over the workers is zero by definition, like an integral of pulls; a
+        hyper: hyper-parameters beyond lr, momentum and weight_decay, by name. Each is a `Hyper`, or a default alone (a
+            number or a function of (momentum, rho)), which then has no bounds. They are fields of h.
+        derive: `derive(h, memory) -> dict` adds scalars to h that the host computes once per step, such as a guarded
+            1/lr. `h` is a dict. `memory` is a dict of floats that outlives the step and is saved in checkpoints.
+            Where lr is a tensor on a GPU, h["lr"] and what is kept of it are 0-d float64 tensors there. + - * / and
+            the functions of `rules.scalars` leave them there; `max`, `if` and `float` work, but wait for the GPU.
+        average: "neighbors" for gossip. "gradient" averages the gradient over all workers by all-reduce before
+            `update`; then send must return the gradient.
+        centered: state buffers whose mean over the workers is zero by definition, like an integral of pulls. A
             checkpoint for another number of workers starts them from zero.
 
-    Raises TypeError if an equation is not decorated with `jit`, ValueError if its results have the wrong form.
+    Raises TypeError if an equation is not decorated with `jit`. Raises ValueError if the results of an equation have
+    the wrong form, or if a hyper-parameter has a name that a parameter group needs for something else.
     """
 
     def __init__(
@@ -61,7 +129,7 @@ class Rule:
         send: Any,
         update: Any,
         state: tuple[str, ...] = (),
-        hyper: Mapping[str, Default] | None = None,
+        hyper: Mapping[str, Hyper | Default] | None = None,
         derive: Callable[[dict, dict], dict] | None = None,
         average: str = "neighbors",
         centered: tuple[str, ...] = (),
@@ -76,23 +144,30 @@ class Rule:
         self.centered = tuple(centered)
         if not set(self.centered) <= set(self.state):
             raise ValueError(f"rule {name!r}: centered names {self.centered}, but its state is {self.state}")
-        self.hyper = dict(hyper or {})
+        taken = [key for key in hyper or () if key in RESERVED]
+        if taken:
+            raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
+        self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
         self.derive = derive
+        self._try()
+
+    def _try(self) -> None:
+        """Evaluates both equations on single numbers: tells the number of messages, and finds mistakes of form."""
         self.State = named("State", self.state)
         values = self._values(lr=1.0, momentum=0.5, weight_decay=0.0, rho=0.5, hyper={}, memory={})
         self.H = named("H", tuple(values))
-        # One trial on single numbers tells the number of messages, and that the equations have the promised form.
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         h, s = self.H(**values), self.State(*(zero for _ in self.state))
-        messages = send.fn(one, zero, s, h)
+        messages = self.send.fn(one, zero, s, h)
         if not isinstance(messages, tuple) or not messages:
-            raise ValueError(f"rule {name!r}: send must return a non-empty tuple of messages, not {messages!r}")
+            raise ValueError(f"rule {self.name!r}: send must return a non-empty tuple of messages, not {messages!r}")
         self.messages = len(messages)
-        self._sends_x = bool(messages[0] == 1.0)
-        result = update.fn(one, zero, s, (zero,) * self.messages, h)
+        # A message such as x - lr g equals x where g and the state are zero. Such a message may be replaced by x.
+        self._sends_parameters = bool(messages[0] == 1.0)
+        result = self.update.fn(one, zero, s, (zero,) * self.messages, h)
         buffers = result[1] if isinstance(result, tuple) and len(result) == 2 else None
         if not isinstance(buffers, tuple) or len(buffers) != len(self.state):
-            raise ValueError(f"rule {name!r}: update must return x', (one value for each of {self.state})")
+            raise ValueError(f"rule {self.name!r}: update must return x', (one value for each of {self.state})")
 
     def __repr__(self) -> str:
         return f"Rule({self.name!r}, state={self.state}, messages={self.messages})"
@@ -110,11 +185,9 @@ class Rule:
 
     def _values(self, lr, momentum, weight_decay, rho, hyper, memory) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        for name, default in self.hyper.items():
-            value = hyper.get(name)
-            if value is None or value == "auto":
-                value = default(momentum, rho) if callable(default) else default
-            values[name] = value
+        for name, value in self.defaults(hyper).items():
+            default = self.hyper[name].default
+            values[name] = default(momentum, rho) if callable(default) and value == "auto" else value
         if self.derive is not None:
             values.update(self.derive(values, memory))
         return values
@@ -125,26 +198,43 @@ class Rule:
         """h for one step. `memory` is updated in place: call this once per step."""
         return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, {} if memory is None else memory))
 
-    def check_hyper(self, hyper: Mapping[str, Any]) -> None:
-        """Raises TypeError for a hyper-parameter this method does not have."""
-        for name in hyper:
+    def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""
+        values = {name: "auto" if callable(h.default) else h.default for name, h in self.hyper.items()}
+        return values | {name: hyper[name] for name in values if hyper.get(name) is not None}
+
+    def check_hyper(self, values: Mapping[str, Any]) -> None:
+        """Raises TypeError for a hyper-parameter this method does not have, ValueError for a value out of bounds."""
+        for name in values:
             if name not in self.hyper:
                 known = ", ".join((*COMMON, *self.hyper))
                 raise TypeError(f"method {self.name!r} has no hyper-parameter {name!r}; it has {known}")
+        for name, value in values.items():
+            if not self.hyper[name].allows(value):
+                raise ValueError(f"Invalid {name}: {value!r}, must be {self.hyper[name].bounds}")
 
     def adapt_while_communicating(self) -> Rule:
-        """This rule under the AWC schedule: the message is x itself, the update is unchanged.
+        """This rule under the AWC schedule: the message is x itself, and everything else stays.
 
-        Raises ValueError for rules whose message is not one parameter-like value.
+        Raises ValueError for rules whose message is not one value in the place of the parameters.
         """
-        if self.average != "neighbors" or self.messages != 1 or not self._sends_x:
+        if self.average != "neighbors" or self.messages != 1 or not self._sends_parameters:
             raise ValueError(
                 f"schedule='awc' needs a method with one message in the place of the parameters; {self.name!r} is not"
                 " one. Use schedule='atc'."
             )
         if self.send is send_parameter:
             return self
-        return Rule(self.name, send_parameter, self.update, self.state, self.hyper, self.derive, centered=self.centered)
+        return Rule(
+            self.name,
+            send_parameter,
+            self.update,
+            self.state,
+            hyper=self.hyper,
+            derive=self.derive,
+            average=self.average,
+            centered=self.centered,
+        )
 
 
 def _find(module: str, name: str) -> Rule:

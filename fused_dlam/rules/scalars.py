@@ -1,7 +1,7 @@
 """Arithmetic on a step's scalars, which may be numbers or 0-d tensors on a device.
 
-A learning rate that lives on a GPU must not be read by the host: that waits for everything launched before it. So a
-rule's `derive` computes with whatever it is given; + - * / do on both, and this is the rest of what the rules need.
+The host must not read a learning rate that lives on a GPU: reading waits for everything launched before it. So a rule's
+`derive` computes with whatever it is given. + - * / work on both; this file has the rest of what the rules need.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ Scalar = float | torch.Tensor
 
 
 def on_host(value: torch.Tensor) -> bool:
-    """Whether reading it waits for nothing."""
+    """Whether the host can read the value without waiting."""
     return value.is_cpu
 
 
 def scalar(value: Scalar) -> Scalar:
-    """A float; of a tensor on a device, a float64 copy there, so that nothing waits and no later write shows."""
+    """The value as a float. A tensor on a device becomes a float64 copy there: no wait, and no later write shows."""
     if not isinstance(value, torch.Tensor) or on_host(value):
         return float(value)
     return value.detach().reshape(()).to(torch.float64, copy=True)
@@ -48,10 +48,10 @@ class Scalars(NamedTuple):
     h: Any  # the rule's named tuple, see Rule.scalars
     weights: tuple[float, ...]  # one for each received message, in the order of `received`
     grad_scale: Scalar = 1.0  # multiplies the gradient first: -1 maximizes, 1/loss scale unscales
-    skip: Scalar = 0.0  # a flag; not 0: nobody takes this step, `combine` leaves x, the state and copies as they are
+    skip: Scalar = 0.0  # not 0: nobody takes this step, and `combine` leaves x, the state and the copies as they are
 
     def numbers(self) -> Scalars:
-        """The same with tensors read back, all at once: for passes that need numbers, which then wait for the GPU."""
+        """The same with every tensor read back, in one go. Passes that need numbers wait for the GPU here."""
         values = (self.grad_scale, self.skip, *self.h)
         late = [v for v in values if isinstance(v, torch.Tensor)]
         if not late:

@@ -2,8 +2,8 @@
 
     f_i(x) = |A_i x - b_i|^2 / (2 rows),  b_i = A_i x_i + noise,  minimized: the mean of the f_i
 
-All of a method's bias shows, for the gradients are exact and the optimum is known; and because gradients are affine in
-x, so is a step of any linear rule: where the workers end is the fixed point of a period, found by solving, not waiting.
+The gradients are exact and the optimum is known, so all of a method's bias shows. The gradients are affine in x, so a
+step of a linear rule is affine too. So the workers end at the fixed point of a period, found by solving, not waiting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Quadratic:
         self.optimum = np.linalg.solve(H.mean(axis=0), c.mean(axis=0))
 
     def grad(self, x: np.ndarray) -> np.ndarray:
-        """Every worker's gradient at its own parameters, [n, d]; or at each of many points, [n, points, d]."""
+        """Every worker's gradient at its own parameters, x of [n, d], or at many points each, x of [n, points, d]."""
         if x.ndim == 3:
             return np.einsum("nde,npe->npd", self.H, x) - self.c[:, None]
         return np.einsum("nde,ne->nd", self.H, x) - self.c
@@ -36,7 +36,7 @@ class Quadratic:
 
     @property
     def heterogeneity(self) -> float:
-        """b^2 of the theorems: the mean of |gradient of f_i|^2 at the optimum."""
+        """b^2 of the theorems: the mean over the workers of |gradient of f_i|^2 at the optimum."""
         return float((self.grad(np.tile(self.optimum, (self.n, 1))) ** 2).sum(-1).mean())
 
 
@@ -62,16 +62,16 @@ class Regression(Quadratic):
 def period_map(
     method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(A, offset) of z <- A z + offset, what one period of the topology does to z = (x, state), flattened [k, n, d].
+    """(A, offset) such that one period of the topology is z <- A z + offset for z = (x, state), [k, n, d] flattened.
 
-    Formed column by column by the rule's own equations, which must be linear; k = 1 + the number of state buffers.
+    The rule's own equations, which must be linear, form it column by column. k = 1 + the number of state buffers.
     """
     if topology.period is None:
         raise ValueError(f"topology {topology.name!r} never repeats: there is no period to be solved for")
     rule = rules.get(method)
     n, d, k = problem.n, problem.d, 1 + len(rule.state)
     size = k * n * d
-    points = np.zeros((k, n, d, size + 1))  # all unit vectors, and zero
+    points = np.zeros((k, n, d, size + 1))  # all unit vectors, and the zero vector
     points.reshape(size, size + 1)[:, :size] = np.eye(size)
     x, *state = points.transpose(0, 1, 3, 2).reshape(k, n, -1)
     workers = Simulation(rule, topology, x, momentum, **hyper)
@@ -86,10 +86,10 @@ def period_map(
 def limiting_bias(
     method: str | Rule, topology: Topology, problem: Quadratic, lr: float, momentum: float = 0.9, **hyper
 ) -> float:
-    """The error with which a linear rule ends at a constant learning rate, the mean over a period of the topology.
+    """The error with which a linear rule ends at a constant learning rate: the mean over a period of the topology.
 
-    The fixed point of the period's map is solved for, O((k n d)^3). Conserved quantities (the mean of a correction)
-    stay at their start, zero. inf where the steps do not contract: the workers never arrive.
+    Solves for the fixed point of the period's map, in O((k n d)^3). Conserved quantities, such as the mean of a
+    correction, stay at zero, where they start. Returns inf where the steps do not contract: the workers never arrive.
     """
     A, offset = period_map(method, topology, problem, lr, momentum, **hyper)
     if abs(np.linalg.eigvals(A)).max() > 1 + 1e-9:
@@ -101,7 +101,7 @@ def limiting_bias(
 
 
 def _fixed_point(A: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Where z <- A z + offset goes from z = 0, also where A conserves something, L^T A = L^T: L^T z stays zero."""
+    """Where z <- A z + offset goes from z = 0. A may conserve something, L^T A = L^T; then L^T z stays zero."""
     U, sizes, Vt = np.linalg.svd(np.eye(len(A)) - A)
     some = sizes > 1e-12 * sizes[0]
     z = Vt[some].T @ ((U.T[some] @ offset) / sizes[some])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 
 from .. import rules
 from .. import topology as topologies
-from ..layers.lars import Lars
-from ..layers.slowmo import SlowMo
+from ..layers.layer import Layer, checked, finishing
+from ..layers.old_names import from_old_names
 from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..topology.topology import Topology
@@ -26,7 +26,7 @@ class Simulation:
         x: the start, [n, d]: a numpy array (taken in float64), or a torch tensor (its type and device are kept).
         momentum, weight_decay: beta and lambda; may be set between steps.
         schedule: "atc" (adapt then combine) or "awc" (adapt while communicating).
-        lars, slowmo: layers around the rule.
+        layers: what is around the rule, e.g. `[Lars(0.01, columns), SlowMo(12)]`.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
     Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
@@ -40,21 +40,24 @@ class Simulation:
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         schedule: str = "atc",
-        lars: Lars | None = None,
-        slowmo: SlowMo | None = None,
+        layers: Sequence[Layer] = (),
         **hyper,
     ):
         if schedule not in ("atc", "awc"):
             raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
+        layers = from_old_names(hyper, layers)
         rule = rules.get(method)
         self.rule = rule.adapt_while_communicating() if schedule == "awc" else rule
         self.rule.check_hyper(hyper)
         self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
         self.topology = topologies.get(topology, len(x))
         self.momentum, self.weight_decay, self.hyper = momentum, weight_decay, hyper
-        self.lars, self.slowmo = lars, slowmo
+        self.layers = checked(layers)
+        self.settings = {name: value for layer in self.layers for name, value in layer.settings.items()}
         self.state = self.rule.State(*(0.0 * self.x for _ in self.rule.state))
-        self.slow = (self.x, 0.0 * self.x)  # x_0 and u of SlowMo
+        self.extra = [
+            tuple(self.x if kind == "x" else 0.0 * self.x for kind in layer.state.values()) for layer in self.layers
+        ]
         self.memory: dict[str, float] = {}
         self.steps = 0
 
@@ -64,22 +67,19 @@ class Simulation:
             raise ValueError(f"grad returned shape {tuple(g.shape)}, expected {tuple(self.x.shape)}")
         averaged = self.rule.average == "gradient"
         decay = self.weight_decay
-        if self.lars is not None:
-            if averaged:
-                g = 0.0 * g + g.mean(0)
-            g, decay = self.lars(self.x, g, decay), 0.0
+        if averaged and finishing(self.layers, self.settings):
+            g = 0.0 * g + g.mean(0)
+        for layer in self.layers:
+            if layer.finishes(self.settings):
+                g, decay = layer.gradient(self.x, g, decay), 0.0
         rho = self.topology.slowest_rho
         h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory)
         messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
-        if self.slowmo is not None:
-            inverse = rules.inverse_lr({"lr": lr}, self.memory)
-            if self.slowmo.due(self.steps):
-                mean = 0.0 * self.x + self.x.mean(0)
-                self.x, u = self.slowmo(mean, *self.slow, lr, inverse)
-                self.slow = (self.x, u)
+        for k, layer in enumerate(self.layers):
+            self.x, self.extra[k] = layer.outer(self.x, self.extra[k], self.steps, lr, self.memory)
         self.steps += 1
         return self.x
 
@@ -111,8 +111,8 @@ def simulate(
     """
     x = np.array(x0, dtype=np.float64)
     if x.ndim == 1:
-        if isinstance(topology, str):
-            raise ValueError("x0 must be [n, d] when the topology is given by name")
+        if not isinstance(topology, Topology):
+            raise ValueError("x0 must be [n, d] when the topology is given by name, or as a function of n")
         x = np.tile(x, (topology.n, 1))
     workers = Simulation(method, topology, x, momentum, weight_decay, schedule, **options)
     out = np.empty((steps + 1, *x.shape))

@@ -1,9 +1,9 @@
 """The certificate: does disagreement between workers die out under a method, on a topology, at a momentum?
 
-A rule's equations with zero gradient are a linear map of all workers' (x, state). Its growth per step on the
-disagreement (everything but what all workers share) is a spectral radius over one period, or where the graph is drawn
-anew at every step an estimate of the largest Lyapunov exponent. Below one, the disagreement that data and rounding stir
-up is forgotten; above one it overflows, whatever the learning rate.
+With zero gradient a rule's equations are a linear map of all workers' (x, state). The disagreement is everything but
+what all workers share. Its growth per step is the map's spectral radius over one period of the topology; where the
+graph is drawn anew at every step it is an estimate of exp(largest Lyapunov exponent). Below one, workers forget the
+disagreement that data and rounding stir up. Above one it overflows, whatever the learning rate.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ import numpy as np
 from .. import rules
 from ..rules.jit import Array
 from ..rules.rule import Rule, send_parameter
-from ..topology import lyapunov as paths
+from ..topology import spectrum
 from ..topology.topology import Topology
 
-REFUSED = 1 - 1e-9  # the growth from which on a method is refused
+REFUSED = 1 - 1e-9  # a method is refused from this growth on
 
 
 def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> float:
     """The factor by which disagreement between workers grows per step, gradients left out. Stable: below 1.
 
     Args:
-        method: a name or a `Rule`; derived from its own equations, so it must be linear in x and state.
+        method: a name or a `Rule`. The growth is computed from its equations, which must be linear in x and state.
         topology: a `Topology`, e.g. `fused_dlam.topology.exponential(8)`.
         momentum: beta.
         hyper: the method's own hyper-parameters, e.g. `correction_rate`, `correction_gain`, `mu`; and
             `schedule="atc"` or `"awc"`.
 
     Methods that average gradients exactly keep equal workers equal: 0. Circulant topologies are decomposed into
-    Fourier modes (65,536 workers take seconds), a single matrix into its eigenvalues; otherwise the whole map is
-    formed, [k n, k n] with k = 1 + the number of state buffers. Of random graphs it is an estimate: see `lyapunov`.
+    Fourier modes (65,536 workers take seconds), a single matrix into its eigenvalues. Otherwise the whole map is
+    formed, [k n, k n] with k = 1 + the number of state buffers. For random graphs it is an estimate: see `growth`.
     """
-    return lyapunov(method, topology, momentum, **hyper)[0]
+    return growth(method, topology, momentum, **hyper)[0]
 
 
-def lyapunov(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> tuple[float, float]:
-    """`consensus_growth` and its standard error: 0 where the matrices repeat.
+def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> tuple[float, float]:
+    """`consensus_growth` and its standard error, which is 0 where the matrices repeat.
 
-    On a `RandomTopology` it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more, the
-    very ones that training makes. The same on every rank up to rounding.
+    On a random graph it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more. These are
+    the exchanges that training makes, so the estimate is the same on every rank up to rounding.
     """
     if not isinstance(topology, Topology):
         raise TypeError("consensus_growth needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
@@ -55,17 +55,19 @@ def lyapunov(method: str | Rule, topology: Topology, momentum: float = 0.9, **hy
         return 0.0, 0.0
     h = rule.scalars(1.0, momentum, 0.0, topology.slowest_rho, hyper)
     if topology.period is None:
-        growth, error, _ = paths.estimate(topology.phase, topology.n, *_coefficients(rule, h), 1 / (1 - momentum))
-        return growth, error
+        factor, error, _ = spectrum.estimate(topology.phase, topology.n, *_coefficients(rule, h), 1 / (1 - momentum))
+        return factor, error
     modes = topology.modes
     return (_growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)), 0.0
 
 
+lyapunov = growth  # the old name
+
+
 def _coefficients(rule: Rule, h) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A, B, C of one worker's step V' = A V + B pull(C V) at zero gradient, V = (x, state)."""
-
     k, m = 1 + len(rule.state), rule.messages
-    units, pulls = np.eye(k).view(Array), np.eye(m).view(Array)  # a column each: all unit vectors at once
+    units, pulls = np.eye(k).view(Array), np.eye(m).view(Array)  # every column is a unit vector
 
     def update(x, state, pull):
         x_new, state_new = rule.update.fn(x, 0.0 * x, rule.State(*state), pull, h)
@@ -78,15 +80,15 @@ def _coefficients(rule: Rule, h) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) -> bool:
-    """Whether the growth is below one, by two standard errors where it is an estimate."""
-    growth, error = lyapunov(method, topology, momentum, **hyper)
-    return growth + 2 * error < REFUSED
+    """Whether the growth is below one. An estimate must be below by two standard errors."""
+    factor, error = growth(method, topology, momentum, **hyper)
+    return factor + 2 * error < REFUSED
 
 
 def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
     """The growth per step when every phase acts on a mode as a number, `modes` [period, modes].
 
-    In chunks: 65,536 workers times 16 phases would otherwise be 0.5 GB.
+    Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
     """
     A, B, C = _coefficients(rule, h)
     BC, worst, period = B @ C, 0.0, len(modes)
@@ -104,10 +106,10 @@ def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
 
 
 def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
-    """The same from the dense map, on the quotient by the vectors that are equal on all workers."""
+    """The growth per step from the dense map, on the quotient by the vectors that are equal on all workers."""
     A, B, C = _coefficients(rule, h)
     n, k = topology.n, len(A)
-    # Q: an orthonormal basis of the vectors that sum to zero. All-equal vectors are invariant (rows sum to one), so
+    # Q is an orthonormal basis of the vectors that sum to zero. Rows sum to one, so all-equal vectors are invariant. So
     # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
     Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
     one, product, log_scale = np.eye(n - 1), np.eye(k * (n - 1)), 0.0
@@ -121,8 +123,11 @@ def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
     return float(np.exp((np.log(radius) + log_scale) / len(topology.phases))) if radius > 0 else 0.0
 
 
-def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, error: float = 0.0, **hyper) -> str:
-    """What to tell a user whose choice is unstable, every remedy tried before it is named."""
+def remedies(rule: Rule, topology: Topology, momentum: float, factor: float, error: float = 0.0, **hyper) -> str:
+    """What to tell a user whose choice is unstable. Every remedy is tried before it is named.
+
+    factor, error: the growth and its standard error, as from `growth`.
+    """
     found = []
     ours = rules.pc_dmsgd if rule.send is not send_parameter else rules.pc_dmsgd.adapt_while_communicating()
     if rule.name != ours.name and is_stable(ours, topology, momentum):
@@ -141,7 +146,7 @@ def remedies(rule: Rule, topology: Topology, momentum: float, growth: float, err
         estimated = f" (an estimate, +- {error:.4f}, for the graph is random; two errors are added)"
     return (
         f"method {rule.name!r} is unstable on {topology.name!r} with {topology.n} workers at momentum {momentum:g}:"
-        f" disagreement between workers would grow {growth:.4f}-fold per step{estimated}. What would work: "
+        f" disagreement between workers would grow {factor:.4f}-fold per step{estimated}. What would work: "
         + ("; ".join(found) if found else "nothing we know of")
         + ". (allow_unstable=True overrides this.)"
     )

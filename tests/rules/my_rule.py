@@ -1,6 +1,7 @@
-"""The rule of README, as a user would write it: nothing of it is in the package."""
+"""The rule of fused_dlam/rules/README.md, as a user would write it: nothing of it is in the package."""
 
 from fused_dlam import Rule, jit
+from fused_dlam.rules import Hyper
 
 
 @jit
@@ -14,4 +15,4 @@ def update(x, g, s, pull, h):
     return x - h.lr * (m + h.boost * g) + pull[0], (m,)
 
 
-mine = Rule("mine", send, update, state=("m",), hyper={"boost": 0.1})
+mine = Rule("mine", send, update, state=("m",), hyper={"boost": Hyper(0.1, at_least=0)})
