@@ -1,14 +1,16 @@
 """The Base-(k+1) graph (Takezawa et al. 2023): exact averaging in few steps, for any n, with k neighbors at most.
 
-hyper-hypercube   n = f_1 f_2 ... f_L, all factors at most k+1: in step l the workers whose numbers differ only in
-                  digit l average, f_l at a time
-simple            n = sum of a_l (k+1)^p_l, digits of n: the workers fall into groups V_1, V_2, ... of these sizes
-  1. every group averages, as a hyper-hypercube
-  2. for l = 1, 2, ...: each worker of the later groups exchanges with one worker of each of the a_l parts of V_l,
-     so that the mean of every part becomes the mean of all, and so does the mean of the later groups together
-  3. each part of V_l averages, as a hyper-hypercube
-base              n = q d with a hyper-hypercube over d: d simple graphs over q side by side, then the
-                  hyper-hypercube across; of all such d the shortest
+It is built from three graphs:
+
+hyper-hypercube   n = f_1 f_2 ... f_L, where no factor exceeds k+1. Write a worker's number with digits in the bases
+                  f_1, f_2, ...; in step l, workers that differ only in digit l average, f_l at a time.
+simple            n = sum of a_l (k+1)^p_l, the digits of n. The workers form groups V_1, V_2, ... of these sizes.
+  1. Every group averages, as a hyper-hypercube.
+  2. For l = 1, 2, ...: each worker of the later groups exchanges with one worker of each of the a_l parts of V_l.
+     The mean of every part becomes the mean of all, and so does the mean of the later groups together.
+  3. Each part of V_l averages, as a hyper-hypercube.
+base              n = q d, where d has a hyper-hypercube: d simple graphs over q workers each, side by side, then the
+                  hyper-hypercube across them. The shortest graph of all such d is taken.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from .matrix import check_workers, sparse
 from .topology import Topology
 
 Workers = Sequence[int]
-Step = dict[tuple[int, int], float]  # W[i, j] = W[j, i] for pairs i, j: the rest of a row is the worker's own
+Step = dict[tuple[int, int], float]  # W[i, j] = W[j, i] for pairs i, j. A worker keeps the rest of its row
 
 
 def base_k(n: int, k: int = 1) -> Topology:
-    """Exact averaging within a period, for any n, with at most k neighbors per step (Base-(k+1) graph). Symmetric."""
+    """An exact average within a period, for any n, with at most k neighbors per step. Symmetric."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"the number of neighbors k must be an integer >= 1, not {k!r}")
     check_workers(n)
@@ -40,7 +42,7 @@ def base_k(n: int, k: int = 1) -> Topology:
 
 @cache
 def factors(n: int, k: int) -> tuple[int, ...] | None:
-    """As few factors of n as possible, none above k+1; None where n has a prime factor above it."""
+    """The fewest factors of n that do not exceed k+1. None if n has a larger prime factor."""
     if n == 1:
         return ()
     found = [(f, *rest) for f in range(2, k + 2) if n % f == 0 and (rest := factors(n // f, k)) is not None]
@@ -48,6 +50,7 @@ def factors(n: int, k: int) -> tuple[int, ...] | None:
 
 
 def hyper_hypercube(workers: Workers, k: int) -> list[Step]:
+    """The steps in which these workers average exactly. Their number must have factors up to k+1 only."""
     steps, stride = [], 1
     for f in factors(len(workers), k) or ():
         step: Step = {}
@@ -60,10 +63,11 @@ def hyper_hypercube(workers: Workers, k: int) -> list[Step]:
 
 
 def simple(workers: Workers, k: int) -> list[Step]:
+    """The steps in which any number of workers average exactly."""
     n = len(workers)
     if factors(n, k) is not None:
         return hyper_hypercube(workers, k)
-    groups: list[list[Workers]] = []  # by group its parts, of (k+1)^p workers each
+    groups: list[list[Workers]] = []  # each group's parts, of (k+1)^p workers each
     rest = workers
     while rest:
         part = (k + 1) ** max(p for p in range(n) if (k + 1) ** p <= len(rest))
@@ -81,7 +85,7 @@ def simple(workers: Workers, k: int) -> list[Step]:
             share = len(groups[t][0]) / (len(wholes[t]) + len(later))
             for m, i in enumerate(later):
                 step.update({(i, part[m]): share for part in groups[t]})
-            idle = [i for part in groups[t] for i in part[len(later) :]]  # may average meanwhile, which helps training
+            idle = [i for part in groups[t] for i in part[len(later) :]]  # averaging them too helps training
             for start in range(0, len(idle), k + 1):
                 _average(idle[start : start + k + 1], step)
         for l in range(min(t, len(groups))):
@@ -91,6 +95,7 @@ def simple(workers: Workers, k: int) -> list[Step]:
 
 
 def base(workers: Workers, d: int, k: int) -> list[Step]:
+    """d simple graphs side by side, then a hyper-hypercube across them."""
     q = len(workers) // d
     inside = [simple(workers[start * q : (start + 1) * q], k) for start in range(d)]
     across = [hyper_hypercube(workers[start::q], k) for start in range(q)]
@@ -98,9 +103,10 @@ def base(workers: Workers, d: int, k: int) -> list[Step]:
 
 
 def _average(workers: Workers, step: Step) -> None:
+    """Lets these workers average in this step."""
     step.update({pair: 1 / len(workers) for pair in itertools.combinations(workers, 2)})
 
 
 def _side_by_side(graphs: list[list[Step]], t: int) -> Step:
-    """Step t of several graphs over different workers; who is through begins again, which helps training."""
+    """Step t of several graphs over different workers. A graph that has ended begins again, which helps training."""
     return {pair: weight for steps in graphs if steps for pair, weight in steps[t % len(steps)].items()}

@@ -1,15 +1,17 @@
-"""EquiTopo (Song et al. 2022): random offsets around a circle, by which the consensus rate does not depend on n.
+"""EquiTopo (Song et al. 2022): random offsets around a circle. Their consensus rate does not depend on n.
 
-A_a: worker i hears from i + a with weight (n-1)/n and keeps 1/n. The mean of A_a over all offsets a = 1, ..., n-1 is J.
+In the matrix A_a worker i hears from i + a with weight (n-1)/n and keeps 1/n. The mean of A_a over all offsets
+a = 1, ..., n-1 is J.
 
     d-equistatic   W = mean of A_a over M offsets drawn once, with replacement
-    u-equistatic   W = mean of (A_a + A_a^T)/2 over them
+    u-equistatic   W = mean of (A_a + A_a^T)/2 over M offsets drawn once
     od-equidyn     W_k = (1-eta) I + eta A_a, one offset drawn at every step
-    ou-equidyn     W_k = (1-eta) I + eta B: a matching i <-> i+a drawn at every step; a pair exchanges with weight
-                   (n-1)/n, who is left over keeps all
+    ou-equidyn     W_k = (1-eta) I + eta B, where B is a matching i <-> i+a drawn at every step: a pair exchanges with
+                   weight (n-1)/n, and a worker without a partner keeps its value
 
-For M >= 8 ln(2n/p) / (3 eps^2) offsets the static ones have |W - J| <= eps with probability 1-p. The others contract
-the mean square of the disagreement per step by at least 1 - 2 eta (1-eta), and 1 - 2 eta/3 for eta <= 1/2.
+With M >= 8 ln(2n/p) / (3 eps^2) offsets the static graphs have |W - J| <= eps with probability 1-p. Per step,
+od-equidyn multiplies the mean square of the disagreement by at most 1 - 2 eta (1-eta), and ou-equidyn by at most
+1 - 2 eta/3 if eta <= 1/2.
 """
 
 from __future__ import annotations
@@ -28,26 +30,26 @@ def d_equistatic(n: int, offsets: int | None = None, seed: int = 0) -> Topology:
     """A fixed random circulant: worker i hears from i + a for M offsets a. Directed.
 
     Args:
-        offsets: M, ceil(log2 n) by default; drawn with replacement, so that the degree is at most M.
-        seed: if the draw is not connected, the next seed's is taken, and so on: the same on every rank.
+        offsets: M, ceil(log2 n) by default. They are drawn with replacement, so the degree is at most M.
+        seed: if the draw is not connected, the next seed is tried, and so on. All ranks find the same one.
     """
     return Topology(_static(n, offsets, seed, mirror=False), _name("d-equistatic", M=(offsets, None), seed=(seed, 0)))
 
 
 def u_equistatic(n: int, offsets: int | None = None, seed: int = 0) -> Topology:
-    """A fixed random circulant: worker i hears from i +- a for M offsets a, 2M neighbors at most. Symmetric.
+    """A fixed random circulant: worker i hears from i +- a for M offsets a. Symmetric.
 
-    Args as of `d_equistatic`.
+    A worker has at most 2M neighbors. The arguments are those of `d_equistatic`.
     """
     return Topology(_static(n, offsets, seed, mirror=True), _name("u-equistatic", M=(offsets, None), seed=(seed, 0)))
 
 
 def od_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
-    """At every step all hear from i + a, with one random offset a. Directed; never repeats.
+    """At every step worker i hears from i + a, with one random offset a. Directed; never repeats.
 
     Args:
-        eta: the share of the exchange, in (0, 1]. The paper's code has 1, at which a step all but rotates the workers'
-            values; 1/2 contracts fastest.
+        eta: the share of the exchange, in (0, 1]. 1/2 contracts fastest. The paper's code has 1, which nearly rotates
+            the workers' values.
     """
     draw = partial(_rotation, check_workers(n), check_seed(seed), _share(eta))
     return RandomTopology(draw, n, min(1, n - 1), _name("od-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
@@ -57,8 +59,8 @@ def ou_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
     """At every step pairs i, i + a exchange, with one random offset a. Symmetric; never repeats.
 
     Args:
-        eta: the share of the exchange, in (0, 1]. The paper's code has 1, at which pairs all but swap; 1/2 contracts
-            fastest.
+        eta: the share of the exchange, in (0, 1]. 1/2 contracts fastest. The paper's code has 1, at which pairs nearly
+            swap their values.
     """
     draw = partial(_pairs, check_workers(n), check_seed(seed), _share(eta))
     return RandomTopology(draw, n, min(1, n - 1), _name("ou-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
@@ -89,7 +91,7 @@ def _rotation(n: int, seed: int, eta: float, step: int) -> Circulant:
 
 
 def _pairs(n: int, seed: int, eta: float, step: int) -> Sparse:
-    """Starting from a random worker s and going round, whoever is free and whose i + a is free is paired with it."""
+    """Goes round from a random worker s, and pairs each worker i that is free with i + a if that is free too."""
     random = generator(seed, step)
     a, s = (random.randint(1, n), random.randint(n)) if n > 1 else (0, 0)
     partner = np.arange(n)
@@ -101,8 +103,11 @@ def _pairs(n: int, seed: int, eta: float, step: int) -> Sparse:
 
 
 def _first_of_pairs(n: int, a: int) -> np.ndarray:
-    """Whom the walk from s = 0 pairs with their i + a. In blocks of b = min(a, n-a), every other one, but for the last
-    b workers: i + a is free where i's own block was not taken by the one before it."""
+    """The workers i that the walk from s = 0 pairs with i + a.
+
+    They are every other block of b = min(a, n-a) workers, without the last b workers: i + a is free where the block
+    before has not taken i's own block.
+    """
     b = min(a, n - a)
     i = np.arange(n - b if n > 1 else 0)
     return i[i // max(b, 1) % 2 == 0]
@@ -115,5 +120,5 @@ def _share(eta: float) -> float:
 
 
 def _name(name: str, **settings) -> str:
-    """Ranks compare names: what is not as by default belongs in it. settings: (value, default)."""
+    """The name with all settings, {key: (value, default)}, that differ from their defaults. Ranks compare names."""
     return ", ".join([name, *(f"{key} = {value}" for key, (value, default) in settings.items() if value != default)])

@@ -1,14 +1,19 @@
-"""One step's mixing matrix, in the form that suits it.
+"""One step's mixing matrix W, in one of three forms.
 
-`W[i, j]` weighs worker j's message at worker i; rows sum to one. A `Circulant` is a few numbers (every worker does the
-same, shifted: n may be 100,000), a `Sparse` a few per worker, a `Dense` all n^2.
+`W[i, j]` weighs worker j's message at worker i. Rows sum to one.
+
+    Circulant   a few numbers in all: every worker does the same, shifted, so n may be 100,000
+    Sparse      a few numbers per worker
+    Dense       all n^2 numbers
+
+All three have the same methods, so the other files never ask which one they hold, except to save time or memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +23,10 @@ TOLERANCE = 1e-9  # on row and column sums
 
 @dataclass(frozen=True)
 class Peers:
-    """One worker's part in one exchange. The order of `sources` is the order of the sum, the same in every run."""
+    """One worker's part in one exchange.
+
+    Messages are summed in the order of `sources`, which is the same in every run.
+    """
 
     sources: tuple[int, ...]  # workers it hears from
     weights: tuple[float, ...]  # W[rank, source], one for each source
@@ -40,22 +48,25 @@ class Circulant:
         return W
 
     def symbol(self) -> np.ndarray:
-        """The n eigenvalues, in the order of the Fourier modes (mode 0 is the workers' mean)."""
+        """The n eigenvalues, in the order of the Fourier modes. Mode 0 is the workers' mean."""
         first_column = np.zeros(self.n)
         for offset, weight in self.weights:
             first_column[offset] += weight
         return np.fft.fft(first_column)
 
     def values(self) -> np.ndarray:
-        """Every weight once; the last axis of it sums as the rows do."""
+        """The distinct weights. Their sum over the last axis is the sum of a row."""
         return np.array([w for _, w in self.weights])
 
     def columns(self) -> np.ndarray:
-        """The sums of the columns, one number if they are all alike."""
+        """The sums of the columns. A circulant has one number, because all its columns have the same sum."""
         return self.values().sum(keepdims=True)
 
     def pull(self, y: Any) -> Any:
-        """sum_j W[i, j] (y_j - y_i) of y [n, ...], an array or a tensor: exactly zero between equal workers."""
+        """sum_j W[i, j] (y_j - y_i) for y [n, ...], a NumPy array or a torch tensor.
+
+        It is exactly zero between equal workers, because it sums differences.
+        """
         if self.averages():
             z = y - y[0]
             return z.mean(0) - z
@@ -67,7 +78,7 @@ class Circulant:
 
     @cached_property
     def heard(self) -> tuple[np.ndarray, np.ndarray]:
-        """All (i, j) such that i hears from j, itself left out."""
+        """All pairs (i, j) where i hears from another worker j, as two arrays."""
         rows, offsets = np.arange(self.n), np.array([k for k, w in self.weights if k and w], dtype=int)
         return np.tile(rows, len(offsets)), (rows - offsets[:, None]).ravel() % self.n
 
@@ -77,7 +88,7 @@ class Circulant:
         return Peers(tuple(j for j, _ in hears), tuple(w for _, w in hears), tuple(sends))
 
     def degrees(self) -> tuple[int, int]:
-        """The most workers that one worker hears from, and that one sends to."""
+        """(the most workers that any worker hears from, the most that any sends to)."""
         count = sum(1 for k, w in self.weights if k and w)
         return count, count
 
@@ -94,11 +105,11 @@ class Circulant:
 
 
 class Sparse:
-    """W[i, sources[i, k]] = weights[i, k]; the rest of row i is worker i's own.
+    """W[i, sources[i, k]] = weights[i, k]. Worker i keeps the rest of row i for itself.
 
     Args:
-        sources: whom each worker hears from, int [n, d], no worker twice in a row; a row with fewer than d has places
-            left, in which the source is the worker itself and the weight 0.
+        sources: the workers that each worker hears from, int [n, d]. No worker appears twice in a row. A worker with
+            fewer than d sources fills its row with itself, at weight 0.
         weights: float64 [n, d].
     """
 
@@ -156,7 +167,7 @@ class Sparse:
 
 
 class Dense:
-    """All of W, float64 [n, n]."""
+    """The whole of W, float64 [n, n]."""
 
     def __init__(self, W) -> None:
         W = np.array(W, dtype=np.float64)
@@ -175,7 +186,7 @@ class Dense:
 
     def pull(self, y: Any) -> Any:
         others = _like(off_diagonal(self.W), y)
-        z = (y - y[0]).reshape(self.n, -1)  # pulls between equal messages are exactly zero
+        z = (y - y[0]).reshape(self.n, -1)  # where all messages are equal this makes the pull exactly zero
         return (others @ z - others.sum(1)[:, None] * z).reshape(y.shape)
 
     @cached_property
@@ -209,6 +220,7 @@ Phase = Circulant | Sparse | Dense
 
 
 def check_workers(n: int) -> int:
+    """n as an int. Raises ValueError unless it is an integer >= 1."""
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
         raise ValueError(f"the number of workers must be an integer >= 1, not {n!r}")
     return int(n)
@@ -219,9 +231,13 @@ def identity(n: int) -> Circulant:
 
 
 def circulant(n: int, offsets: Mapping[int, float] | Sequence[int]) -> Circulant:
-    """One phase in which worker i hears from i - offset for each offset; a sequence gets equal weights, self included.
+    """The matrix in which worker i hears from i - offset, for each offset.
 
-    Offsets are taken mod n; equal ones are merged (their weights add up, if given).
+    Args:
+        offsets: {offset: weight}, where offset 0 is the worker itself. Or a sequence of offsets: these and the worker
+            itself then get equal weights.
+
+    Offsets are taken mod n. Equal ones are merged, and their weights add up.
     """
     if isinstance(offsets, Mapping):
         merged: dict[int, float] = {}
@@ -233,14 +249,13 @@ def circulant(n: int, offsets: Mapping[int, float] | Sequence[int]) -> Circulant
     return Circulant(n, tuple(sorted(merged.items())))
 
 
-@lru_cache(maxsize=1)
 def average(n: int) -> Circulant:
     """J, every entry 1/n."""
     return circulant(n, range(n))
 
 
 def sparse(n: int, i, j, weights) -> Sparse:
-    """The phase in which worker i[e] hears from j[e] with weights[e], for every e; no pair twice."""
+    """The matrix in which worker i[e] hears from j[e] with weights[e], for every e. No pair (i, j) may appear twice."""
     i, j, weights = np.asarray(i, dtype=int), np.asarray(j, dtype=int), np.broadcast_to(weights, np.shape(i))
     order = np.lexsort((j, i))
     i, j, weights = i[order], j[order], weights[order]

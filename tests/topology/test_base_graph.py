@@ -1,5 +1,9 @@
-"""Promises about the graphs of two papers: the Base-(k+1) graph averages exactly, for any number of workers, in as few
-steps as its authors' code; EquiTopo graphs are the paper's matrices and contract as its theorems say."""
+"""Promises about the graphs of two papers:
+
+- the Base-(k+1) graph averages exactly, for any number of workers, in as few steps as its authors' code;
+- EquiTopo graphs are the paper's matrices and contract as its theorems say;
+- names tell every setting that is not the default, and wrong settings are refused.
+"""
 
 import itertools
 import math
@@ -46,8 +50,8 @@ def test_the_base_graph_is_as_short_as_published(k, n, steps):
 
 
 def test_the_base_graph_of_five_workers():
-    """By hand. 5 = 4 + 1: {0, 1, 2, 3} average as a hypercube, worker 4 takes 4/5 of the way to worker 0 and worker 0
-    1/5 of nothing less: then their mean, and that of {0, 1, 2, 3}, is everybody's; these average again."""
+    """By hand. 5 = 4 + 1: {0, 1, 2, 3} average as a hypercube. Then workers 4 and 0 exchange with weight 4/5. Worker 4
+    and the mean of {0, 1, 2, 3} are then everybody's mean, and {0, 1, 2, 3} average again."""
     pairs = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(4, 0), (1, 2)], [(0, 1), (2, 3)], [(0, 2), (1, 3)]]
     top = base_k(5)
     assert top.period == 5

@@ -1,0 +1,221 @@
+"""The graphs: from networkx, and most of the family by name. One function of n each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import networkx as nx
+import numpy as np
+
+from .drawn import RandomTopology, check_seed, generator
+from .matrix import Sparse, average, check_workers, circulant, identity
+from .topology import Topology
+
+
+def metropolis_hastings(graph: nx.Graph) -> np.ndarray:
+    """Symmetric weights for an undirected graph: 1/(1 + the larger degree) per edge. A worker keeps the rest."""
+    n = graph.number_of_nodes()
+    index = {node: i for i, node in enumerate(graph)}
+    degree = {node: len(set(graph[node]) - {node}) for node in graph}
+    W = np.zeros((n, n))
+    for a, b in graph.edges:
+        if a != b:
+            W[index[a], index[b]] = W[index[b], index[a]] = 1 / (1 + max(degree[a], degree[b]))
+    np.fill_diagonal(W, 1 - W.sum(axis=1))
+    return W
+
+
+def from_networkx(graph: nx.Graph, name: str = "networkx") -> Topology:
+    """A topology from a graph whose nodes, in their order, are the workers.
+
+    An edge j -> i carries j's message to i. If the edges have a `weight`, that is the weight, and a worker without a
+    self-loop keeps the rest for itself. If they have none, an undirected graph gets Metropolis-Hastings weights. In a
+    directed graph each worker gives equal weights to itself and to everybody it hears from.
+    """
+    if graph.number_of_nodes() == 0:
+        raise ValueError("the graph has no nodes")
+    weighted = [data for _, _, data in graph.edges(data=True) if "weight" in data]
+    if weighted and len(weighted) < graph.number_of_edges():
+        raise ValueError("some edges have a 'weight' and some have none")
+    if not weighted and not graph.is_directed():
+        return Topology(metropolis_hastings(graph), name)
+    A = nx.to_numpy_array(graph, weight="weight" if weighted else None).T
+    if not weighted:
+        np.fill_diagonal(A, 1)
+        return Topology(A / A.sum(axis=1, keepdims=True), name)
+    for i in np.flatnonzero(A.diagonal() == 0):
+        A[i, i] = max(0.0, 1 - A[i].sum())
+    return Topology(A, name)
+
+
+# -- the same matrix at every step -------------------------------------------------------------------------------------
+
+
+def full(n: int) -> Topology:
+    """Everybody hears everybody: W = J."""
+    return Topology(average(check_workers(n)), "full")
+
+
+def ring(n: int) -> Topology:
+    """Both neighbors on a cycle, 1/3 each (1/2 each for n = 2)."""
+    return Topology(circulant(check_workers(n), (1, -1)), "ring")
+
+
+def grid(n: int) -> Topology:
+    """A grid, as square as n allows (a line if n is prime). Metropolis-Hastings weights."""
+    rows = _rows(check_workers(n))
+    return Topology(metropolis_hastings(nx.grid_2d_graph(rows, n // rows)), "grid")
+
+
+def torus(n: int) -> Topology:
+    """The grid with opposite borders joined. Metropolis-Hastings weights."""
+    rows = _rows(check_workers(n))
+    graph = nx.Graph()
+    graph.add_nodes_from(range(n))
+    for i, j in itertools.product(range(rows), range(n // rows)):
+        for a, b in (((i + 1) % rows, j), (i, (j + 1) % (n // rows))):
+            graph.add_edge(i * (n // rows) + j, a * (n // rows) + b)
+    return Topology(metropolis_hastings(graph), "torus")
+
+
+def star(n: int) -> Topology:
+    """Worker 0 in the middle. Metropolis-Hastings weights: 1/n on every edge."""
+    return Topology(metropolis_hastings(nx.star_graph(check_workers(n) - 1)), "star")
+
+
+def hypercube(n: int) -> Topology:
+    """Worker i hears from i xor 2^t for all t, equal weights. n must be a power of two."""
+    bits = _bits(n, "hypercube")
+    W = np.eye(n)
+    for t in range(bits):
+        W[np.arange(n), np.arange(n) ^ (1 << t)] = 1
+    return Topology(W / (bits + 1), "hypercube")
+
+
+def one_way_ring(n: int) -> Topology:
+    """Worker i hears from i - 1, 1/2 and 1/2. Directed."""
+    return Topology(circulant(check_workers(n), (1,)), "one-way-ring")
+
+
+def exponential(n: int, base: int = 2) -> Topology:
+    """Worker i hears from i - 1, i - 2, i - 4, ... (mod n), equal weights. Directed.
+
+    Args:
+        base: the offsets are its powers below n.
+    """
+    powers = _powers(check_workers(n), base)
+    return Topology(circulant(n, powers), "exponential" if base == 2 else f"exponential, base = {base}")
+
+
+def symmetric_exponential(n: int) -> Topology:
+    """Worker i hears from i +- 1, i +- 2, i +- 4, ... (mod n), equal weights. Symmetric."""
+    powers = _powers(check_workers(n))
+    return Topology(circulant(n, (*powers, *(-k for k in powers))), "symmetric-exponential")
+
+
+# -- one peer per step -------------------------------------------------------------------------------------------------
+
+
+def one_peer_exponential(n: int) -> Topology:
+    """At step k worker i hears from i - 2^(k mod ceil(log2 n)), 1/2 and 1/2.
+
+    This is Ying et al. 2021. If n is a power of two, the product over a period is an exact average. Directed.
+    """
+    return Topology([circulant(n, (k,)) for k in _powers(check_workers(n)) or (0,)], "one-peer-exponential")
+
+
+def one_peer_hypercube(n: int) -> Topology:
+    """Worker i exchanges with i xor 2^(k mod log2 n) at step k. n must be a power of two."""
+    bits = _bits(n, "one-peer-hypercube")
+    return Topology([_one_peer(np.arange(n) ^ 1 << t) for t in range(bits)] or identity(n), "one-peer-hypercube")
+
+
+def one_peer_ring(n: int) -> Topology:
+    """Pairs (0, 1) (2, 3) ..., then (1, 2) (3, 4) ..., 1/2 and 1/2.
+
+    For odd n each step leaves another worker out. The period, in which every edge of the ring has its turn, is 2 for
+    even n and n for odd n.
+    """
+    period = 1 if check_workers(n) <= 2 else 2 if n % 2 == 0 else n
+    firsts = np.arange(0, n - 1, 2)
+    return Topology([_paired(n, (firsts + t) % n, (firsts + t + 1) % n) for t in range(period)], "one-peer-ring")
+
+
+def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology:
+    """One peer per step inside the machine, and for one worker of each machine on another one.
+
+    At step k, worker k mod m of each machine of m workers hears from the same worker of the machine 2^(k mod t)
+    before, where t = ceil(log2 of the number of machines). The others form a one-peer exponential graph that skips it.
+    1/2 and 1/2, directed. This is BlueFog's GetInnerOuterExpo2DynamicSendRecvRanks.
+
+    Args:
+        machine_size: m, a divisor of n other than 2. By default the one nearest to the square root of n. With m = 1 or
+            m = n this is the one-peer exponential graph. With m = 2 the two would never hear each other: ValueError.
+    """
+    sizes = [m for m in range(1, check_workers(n) + 1) if n % m == 0 and m != 2]
+    m = min(sizes, key=lambda m: abs(m - math.sqrt(n))) if machine_size is None else machine_size
+    if m not in sizes:
+        raise ValueError(f"machine_size must be a divisor of the {n} workers other than 2, not {m!r}")
+    machines, inside = n // m, np.arange(n) % m
+    outer = _powers(machines) or (0,)
+    inner = _powers(m - 1 if machines > 1 else m) or (0,)
+    phases = []
+    for t in range(math.lcm(m if machines > 1 else 1, len(outer), len(inner))):
+        hop = np.full(n, inner[t % len(inner)])
+        if machines > 1:
+            hop += hop >= (inside - t) % m  # skip the worker that hears from another machine
+        sources = np.arange(n) - inside + (inside - hop) % m
+        if machines > 1:
+            sources = np.where(inside == t % m, (np.arange(n) - m * outer[t % len(outer)]) % n, sources)
+        phases.append(_one_peer(sources))
+    return Topology(phases, "inner-outer-exponential" + (f", machine_size = {m}" if machine_size else ""))
+
+
+def random_match(n: int, seed: int = 0) -> RandomTopology:
+    """A random pairing at every step, 1/2 and 1/2. Symmetric; never repeats.
+
+    All pairings are equally likely. For odd n each leaves one worker out.
+    """
+    draw = partial(_random_pairs, check_workers(n), check_seed(seed))
+    return RandomTopology(draw, n, min(1, n - 1), f"random-match, seed = {seed}" if seed else "random-match")
+
+
+def _random_pairs(n: int, seed: int, step: int) -> Sparse:
+    order = generator(seed, step).permutation(n)
+    return _paired(n, order[0 : n - 1 : 2], order[1:n:2])
+
+
+# -- building blocks ---------------------------------------------------------------------------------------------------
+
+
+def _powers(n: int, base: int = 2) -> tuple[int, ...]:
+    """1, base, base^2, ... below n."""
+    if isinstance(base, bool) or not isinstance(base, int) or base < 2:
+        raise ValueError(f"the base must be an integer >= 2, not {base!r}")
+    return tuple(itertools.takewhile(lambda power: power < n, (base**t for t in itertools.count())))
+
+
+def _one_peer(sources: np.ndarray) -> Sparse:
+    """Worker i hears from sources[i], 1/2 and 1/2, or from nobody if that is i."""
+    return Sparse(sources[:, None], np.where(sources == np.arange(len(sources)), 0.0, 0.5)[:, None])
+
+
+def _paired(n: int, i: np.ndarray, j: np.ndarray) -> Sparse:
+    """i[e] and j[e] exchange for every e, 1/2 and 1/2."""
+    partner = np.arange(n)
+    partner[i], partner[j] = j, i
+    return _one_peer(partner)
+
+
+def _bits(n: int, name: str) -> int:
+    """log2 n. Raises ValueError unless n is a power of two."""
+    if check_workers(n) & (n - 1):
+        raise ValueError(f"{name} needs a power of two, not {n} workers; 'one-peer-exponential' takes any number")
+    return n.bit_length() - 1
+
+
+def _rows(n: int) -> int:
+    """The largest divisor of n up to its square root."""
+    return next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
