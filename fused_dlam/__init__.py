@@ -1,19 +1,18 @@
 """Decentralized momentum optimizers for PyTorch: data-parallel training by gossip, without all-reduce."""
 
-from . import rules, topology
-from .comm.group import ExchangeError
-from .comm.neighbor import neighbor_allreduce
-from .layers.slowmo import SlowMo
+from . import layers, rules, topology
+from .comm.neighbor_allreduce import neighbor_allreduce
+from .comm.watch import ExchangeError
+from .layers import SlowMo
 from .optim.checkpoint import load_checkpoint, save_checkpoint, worker_state
 from .optim.decentlam import DecentLaM
 from .optim.gossip import Gossip
 from .optim.gossip_sgd import GossipSGD
 from .optim.mixed_precision import GradScaler
-from .rules.jit import jit
-from .rules.rule import Rule
+from .rules.rule import Rule, jit
 from .theory.simulator import Simulation, simulate
 from .theory.stability import consensus_growth
-from .topology.topology import Topology
+from .topology import Topology
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +27,7 @@ __all__ = [
     "Topology",
     "consensus_growth",
     "jit",
+    "layers",
     "load_checkpoint",
     "neighbor_allreduce",
     "rules",

@@ -1,6 +1,9 @@
 """The rooms of the package: imports go one way, and collectives stay in the room that moves bytes."""
 
 import ast
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,3 +76,13 @@ def test_collectives_are_called_in_comm_and_tools_alone():
         if isinstance(node.value, ast.Name) and node.value.id in ("dist", "distributed", "c10d")
     ]
     assert offenders == []
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    """DTensor takes 0.7 s, matplotlib as long; tqdm and scikit-learn are the demo's. And only the package comes."""
+    heavy = ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint", "matplotlib", "tqdm",
+             "sklearn", "numba")  # fmt: skip
+    code = f"import sys, fused_dlam; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    for name in ("tests", "bench", "fused_dlam"):
+        assert importlib.util.find_spec(f"fused_dlam.{name}") is None

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from .. import topology as topologies
-from ..topology.topology import Topology
+from ..topology import Topology
 from .group import Group
 from .process_group import transport
-from .transfer import Transfer, average
+from .transfer import Transfer
 
-_exchanges: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group; by device for NCCL
+_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group; by device for NCCL
 
 
 @torch.no_grad()
@@ -43,26 +43,26 @@ def neighbor_allreduce(
     graph = topologies.get(topology, size)
     if size == 1:
         return tensor.clone()
-    exchanges = _exchanges.setdefault(group or dist.group.WORLD, {})
+    groups = _groups.setdefault(group or dist.group.WORLD, {})
     backend = transport(group, tensor.device)
     # One for gloo, whatever the device: ranks may use devices in orders of their own.
-    place = tensor.device if backend == "nccl" else backend
-    if place not in exchanges:
-        exchanges[place] = Group(group, timeout, device=tensor.device)
-    exchange = exchanges[place]
-    with exchange.placed():
-        return _average(exchange, tensor, graph, step)
+    where = tensor.device if backend == "nccl" else backend
+    if where not in groups:
+        groups[where] = Group(group, timeout, device=tensor.device)
+    ranks = groups[where]
+    with ranks.placed():
+        return _average(ranks, tensor, graph, step)
 
 
-def _average(exchange: Group, tensor: torch.Tensor, graph: Topology, step: int) -> torch.Tensor:
+def _average(ranks: Group, tensor: torch.Tensor, graph: Topology, step: int) -> torch.Tensor:
     own = tensor.detach().contiguous()
-    if graph.averages_exactly(step) and exchange.size > 2:
+    if graph.averages_exactly(step) and ranks.size > 2:
         out = own.clone()
-        average(exchange, out, step)
+        ranks.mean(out, step)
         return out
-    peers = graph.peers(exchange.rank, step)
+    peers = graph.peers(ranks.rank, step)
     received = own.new_empty((len(peers.sources), *own.shape))
-    transfer = Transfer(exchange, list(received), peers, step)
+    transfer = Transfer(ranks, list(received), peers, step)
     transfer.send(own)
     transfer.wait_received()
     out = own.clone()

@@ -1,75 +1,107 @@
-"""Machines as workers: exact averaging inside a machine, gossip between machines.
+"""Where a rank stands: the workers that gossip, and the ranks that are one worker together.
+
+A worker is one rank, or the ranks of one machine:
 
     gradients are averaged inside the machine    -> its ranks compute one and the same message
-    each rank sends its shard of the message     -> to the rank with its number on the neighboring machine
+    each rank sends its part of the message      -> to the rank with its number on the neighboring machine
     what arrives is gathered inside the machine  -> its ranks combine one and the same messages: they stay bit-equal
 
-The network card carries one message per machine and neighbor, whatever the number of ranks behind it. With g ranks
+The network card then carries one message per machine and neighbor, whatever the number of ranks behind it. With g ranks
 behind one card, one-peer gossip between single ranks sends up to g messages over it and loses to a ring all-reduce.
 
-Where DDP over the machine's ranks averages the gradients, only the messages are this package's; where FSDP2 shards
-the parameters over them (`sharded`), each rank's messages are its shards from the start and nothing is gathered.
+Where DDP over the machine's ranks averages the gradients, only the messages are this package's. Where FSDP2 shards the
+parameters over them (sharded.py), a rank's messages are its shards from the start, and nothing is gathered.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from .. import topology as topologies
-from ..topology.topology import Topology
-from . import other_averagers as wrapped
-from . import sharded
-from .group import Group, log
-from .process_group import CPU
-from .transfer import host_like, to_host
+from . import other_averagers, sharded
+from .group import Alone, Group
+from .streams import host_like, to_host
+from .watch import log
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 
 
-class Machine:
-    """The ranks of one machine: `local`, their global ranks in order, as `layout` finds them; device, parts: as there.
+@dataclass(frozen=True)
+class Place:
+    """The groups that a rank belongs to."""
 
-    `averages=False`: their gradients are equal already, for DDP averages them.
-    """
+    workers: Group  # with those of other workers: the ranks that gossip
+    inside: Group  # the ranks that are this worker together
+    splits: bool = False  # those hold the same parameters, and each carries a part of every message
+    averages: bool = False  # those have gradients of their own, which are averaged before anything else
 
-    def __init__(
-        self,
-        local: list[int],
-        timeout: float,
-        averages: bool = True,
-        device: torch.device = CPU,
-        parts: Sequence[Sequence[int]] = (),
-    ):
-        self.inside, self.averages = Group(None, timeout, local, device, parts), averages
-        self.size, self.rank = self.inside.size, self.inside.rank
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+        return self.workers.size == self.inside.size == 1
 
-    def shard(self, flat: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a contiguous buffer, a view."""
-        return flat.view(-1).tensor_split(self.size)[self.rank]
+    @property
+    def parts(self) -> int:
+        """Into how many parts a message is split."""
+        return self.inside.size if self.splits else 1
+
+    def part(self, flat: torch.Tensor) -> torch.Tensor:
+        """What this rank carries of a contiguous buffer, a view."""
+        return flat.view(-1).tensor_split(self.inside.size)[self.inside.rank] if self.splits else flat
 
     def gather(self, flat: torch.Tensor, step: int) -> None:
-        """Fills a contiguous buffer from every rank's shard of it."""
+        """Fills a contiguous buffer from every rank's part of it."""
+        if not self.splits:
+            return
         whole = flat.view(-1)
-        own = self.shard(whole)
+        own = self.part(whole)
         staged = flat.is_cuda and self.inside.stages
         own, parts = (to_host(own), host_like(whole)) if staged else (own.clone(), whole)
         with self.inside.watched("gathering a message inside the machine", step):
-            _all_gather(parts, own, group=self.inside.group)
+            _all_gather(parts, own, group=self.inside.process_group)
         if staged:
             whole.copy_(parts, non_blocking=True)
 
+    def start_equal(self, x: torch.Tensor) -> None:
+        """Gives every worker rank 0's values."""
+        if self.splits:
+            self.inside.broadcast(x)
+        self.workers.broadcast(x)
 
-class Places(NamedTuple):
-    """Which ranks do what: `size` workers gossip; a worker is one rank, or those of a machine."""
+    def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
+        """A number over the whole model from a number over what this rank holds of it."""
+        if self.splits or self.inside.size == 1:
+            return value
+        total = value.clone()
+        self.inside.mean(total)
+        return total * self.inside.size
+
+    def agree(self, facts: dict[str, str]) -> None:
+        """Raises ValueError on all ranks if their facts differ."""
+        self.inside.agree(facts)
+        self.workers.agree(facts)
+
+    def largest(self, value: torch.Tensor, what: str, step: int | None) -> torch.Tensor:
+        """The maximum over all ranks of all workers."""
+        return self.workers.largest(self.inside.largest(value, what, step), what, step)
+
+
+def alone(device: torch.device) -> Place:
+    """One worker, one rank."""
+    return Place(Alone(device), Alone(device))
+
+
+class Layout(NamedTuple):
+    """Which ranks do what, before anything is sent: `size` workers gossip."""
 
     size: int
-    group: dist.ProcessGroup | None
-    machines: list[list[int]]  # the ranks of each, if machines are workers
+    process_group: dist.ProcessGroup | None
+    machines: list[list[int]]  # the global ranks of each, if machines are workers
 
     @property
     def local(self) -> list[int]:
@@ -78,7 +110,7 @@ class Places(NamedTuple):
 
     @property
     def numbers(self) -> list[list[int]]:
-        """The ranks with one number on every machine."""
+        """The ranks that gossip with each other: those with one number in their machines."""
         return [list(ranks) for ranks in zip(*self.machines, strict=True)]
 
     @property
@@ -86,53 +118,47 @@ class Places(NamedTuple):
         """The ranks with this one's number."""
         return _mine(self.numbers)
 
-    def graph(self, topology: str | Topology, every: int, global_average_every: int | None) -> Topology:
-        """Whom the workers hear from: the topology, with local steps and exact averages in between if asked for."""
-        graph = topologies.get(topology, self.size).every(every)
-        return graph if global_average_every is None else graph.with_global_average(global_average_every)
-
-    def connect(
-        self, params: Sequence[torch.Tensor], timeout: float, warn: bool
-    ) -> tuple[Group | None, Machine | None, Group | None]:
-        """(exchange between workers, machine that averages gradients, ranks that share this worker's parameters).
+    def connect(self, params: Sequence[torch.Tensor], timeout: float, warn: bool) -> Place:
+        """Builds the groups. All ranks must call it.
 
         Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip.
         """
-        wrapped.refuse_flat(params)
-        shards = sharded.ranks_of(params)
+        other_averagers.refuse_flat(params)
+        shards, device = sharded.ranks_of(params), sharded.local(params[0]).device
         local = self.local if len(self.local) > 1 else []
         if not local and self.size == 1 and len(shards) < 2:
-            return None, None, None
-        me, device = dist.get_rank(), sharded.local(params[0]).device
-        workers = self.across or dist.get_process_group_ranks(self.group or dist.group.WORLD)
-        ddp = wrapped.ddp_ranks(params)
-        wrapped.refuse_ddp(ddp, workers, me)
+            return alone(device)
+        me = dist.get_rank()
+        workers = self.across or dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
+        ddp = other_averagers.ddp_ranks(params)
+        other_averagers.refuse_ddp(ddp, workers, me)
         sharded.check(shards, workers, me)
         if shards and local and shards != local:
             raise ValueError(f"hierarchical has ranks {local} in this machine, but FSDP shards over {shards}")
-        exchange = machine = inside = None
+        inside: Group = Alone(device)
+        splits = bool(local) and len(shards) < 2
         if len(shards) > 1:
             inside = Group(None, timeout, shards, device, self.machines if shards == local else ())
         elif local:
-            machine = Machine(local, timeout, ddp != local, device, self.machines)
-            inside = machine.inside
+            inside = Group(None, timeout, local, device, self.machines)
+        between: Group = Alone(device)
         if self.size > 1:
-            exchange = Group(self.group, timeout, self.across or None, device, self.numbers)
+            between = Group(self.process_group, timeout, self.across or None, device, self.numbers)
             if warn:
                 advise(self.size)
-        return exchange, machine, inside
+        return Place(between, inside, splits, splits and ddp != local)
 
 
-def places(group: dist.ProcessGroup | None, hierarchical: Any) -> Places:
+def layout(process_group: dist.ProcessGroup | None, hierarchical: Any) -> Layout:
     """Finds the workers. Raises ValueError if this rank is none of them, or machines are not of one size."""
-    size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    size = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if size < 1:
         raise ValueError("this rank is not in the given process group")
-    machines: list[list[int]] = []
+    found: list[list[int]] = []
     if hierarchical and size > 1:
-        machines = layout(hierarchical, group)
-        size = len(machines)
-    return Places(size, group, machines)
+        found = machines(hierarchical, process_group)
+        size = len(found)
+    return Layout(size, process_group, found)
 
 
 def _mine(parts: list[list[int]]) -> list[int]:
@@ -140,18 +166,18 @@ def _mine(parts: list[list[int]]) -> list[int]:
     return next((part for part in parts if dist.get_rank() in part), [])
 
 
-def layout(hierarchical: Any, group: dist.ProcessGroup | None) -> list[list[int]]:
+def machines(hierarchical: Any, process_group: dist.ProcessGroup | None) -> list[list[int]]:
     """The global ranks of every machine, each in order.
 
     Args:
-        hierarchical: True takes LOCAL_WORLD_SIZE consecutive ranks as a machine, as torchrun numbers them; a
+        hierarchical: True takes LOCAL_WORLD_SIZE consecutive ranks as a machine, as torchrun numbers them. A
             `DeviceMesh` of two dimensions has the machines along the first and a machine's ranks along the second.
 
     Raises ValueError if the ranks do not form machines of one size.
     """
     me = dist.get_rank()
     if hierarchical is True:
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         size = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
         if size < 1 or len(ranks) % size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Process groups for exchanges alone: which backend serves a device, and a name that all members find by themselves."""
+"""torch's process groups: which backend serves a device, and new ones under a name that all members find themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,15 @@ def build(ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Se
     built[at_once] += 1  # not if that failed, as it may have on this rank alone
     assert mine is not None
     return mine
+
+
+def everybodys(thing: Any, process_group: dist.ProcessGroup | None) -> list[Any]:
+    """What every rank of a process group passes here, in the order of the ranks; without any, this one's."""
+    if not dist.is_initialized():
+        return [thing]
+    things = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(things, thing, group=process_group)
+    return things
 
 
 def _named(name, ranks, backend, timeout, options, local) -> dist.ProcessGroup:

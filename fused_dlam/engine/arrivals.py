@@ -1,11 +1,11 @@
 """When a bucket is sent: in the backward pass, as its last gradient arrives, or in step().
 
-Autograd runs hooks on one thread per device, and accumulates a gradient on the stream of the forward pass that made it:
-a lock keeps two threads from sending one bucket twice, and a bucket waits for every stream that wrote into it.
+Autograd runs hooks on one thread per device, and accumulates a gradient on the stream of the forward pass that made it.
+So a lock keeps two threads from sending one bucket twice, and a bucket waits for every stream that wrote into it.
 
 A message must not leave before its gradient is final. With `overlap="auto"` the first step sends in step() and watches
-what the training script does in between (clipping, a loss scaler, accumulation: the gradients' version counters tell);
-the ranks agree on it once. If nothing touches the gradients, sending moves into the backward pass from then on.
+what the training script does in between: clipping, a loss scaler, accumulation. The gradients' version counters tell.
+The ranks then agree, once: if nothing touched the gradients, sending moves into the backward pass from then on.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ import weakref
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..comm.group import log
-from .buckets import Bucket, Slot
+from ..comm.watch import log
+from .buckets import Bucket
 from .engine import Engine
+from .slot import Slot
 
 HOW = (
     "overlap=False sends in step(), max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all"
     " but the last backward pass of an accumulation, schedule='awc' hides the exchange without regard to gradients"
 )
 
-_hooks = WeakTensorKeyDictionary()  # of each parameter, that of its present optimizer
+_hooks = WeakTensorKeyDictionary()  # parameter -> hook of the optimizer that owns it now
 
 
-class Overlap:
-    """Watches gradients arrive. `begin` opens the engine's step, from the parameter groups as they are then."""
+class Arrivals:
+    """Watches gradients arrive.
+
+    Args:
+        mode: the optimizer's `overlap`.
+        clips: whether gradients are clipped in step(), by a norm for which all must be there.
+        begin: opens the engine's step, from the parameter groups as they are then.
+        settings: what a user may change between the backward pass and step().
+        name_of: a parameter's name, for messages.
+    """
 
     def __init__(
         self,
@@ -45,24 +53,28 @@ class Overlap:
         self.engine, self.begin, self.settings, self.name_of = engine, begin, settings, name_of
         self.mode = mode
         # A clipped gradient is final only when all are there, and x itself is sent whatever the gradients do.
-        early = engine.exchange is not None and not engine.awc and not clips
+        early = engine.place.workers.size > 1 and not engine.message.is_x and not clips
         self.observing = early and mode == "auto"
         self.sending = early and mode is True
         self.first = early and mode is not False  # after the first step the ranks agree how to go on
-        engine.ahead = mode is not False and not self.first
         self.held = False  # inside no_sync()
         self.late: str | None = None  # why gradients were not final when they arrived
         self.seen: object = None  # the settings when the first gradient arrived
-        self.arrivals: list[int] = []  # buckets in the order in which they were complete
+        self.order: list[int] = []  # buckets in the order in which they were complete
         self.waiting: dict[int, int] = {}
         self._lock = threading.RLock()
         self.reset()
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step's exchange begins at the end of this one: not in the first, which may set the order."""
+        return self.mode is not False and not self.first
+
     def watch(self, b: Bucket) -> None:
         """Has autograd tell when a bucket's gradients have been accumulated.
 
-        A parameter outlives its optimizers: hooks do not keep one alive that is gone, and one that another optimizer
-        took a parameter from hears no more of it, or both would collect its gradients in turn.
+        A parameter outlives its optimizers, so a hook does not keep its optimizer alive. An optimizer that loses a
+        parameter to another one hears no more of it, or both would collect its gradients in turn.
         """
         b.hooked = sum(slot.p.requires_grad for slot in b.slots)
         for slot in b.slots:
@@ -101,14 +113,14 @@ class Overlap:
         slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
         self.waiting[b.index] -= 1
         if self.waiting[b.index] == 0:
-            self.arrivals.append(b.index)
+            self.order.append(b.index)
             if self.sending:
                 self._send_complete_ones()
 
     def _captured(self, b: Bucket, slot: Slot) -> None:
-        """This backward pass is recorded, and nothing will arrive when it is replayed.
+        """This backward pass is recorded. When it is replayed no hook runs.
 
-        The copy into the view is part of the graph; the message leaves in step().
+        The copy into the view is part of the graph, and the message leaves in step().
         """
         b.collect([slot])
         slot.graphed = True
@@ -122,7 +134,7 @@ class Overlap:
             self.begin()
         while engine.sent < len(engine.buckets) and self.waiting[engine.buckets[engine.sent].index] <= 0:
             with torch.no_grad():
-                engine.buckets[engine.sent].gather()  # what has arrived, though others of it never may
+                engine.buckets[engine.sent].gather()  # all that will arrive: others of its parameters may be unused
                 engine.send_next()
 
     def check(self) -> None:
@@ -135,14 +147,14 @@ class Overlap:
         for b in self.engine.buckets if self.observing or self.sending else ():
             for slot in b.slots:
                 if slot.arrived_at is None or slot.grad is None:
-                    continue  # nothing arrives where no sending depends on it
+                    continue  # no gradient has arrived in this step
                 if slot.grad._version != slot.arrived_at:
                     self.late = f"the gradient of {self.name_of(slot)} changed between the backward pass and step()"
                     if not self.observing:
                         raise RuntimeError(f"{self.late}, but its message leaves in the backward pass. {HOW}.")
 
     def hold_back(self, why: str) -> None:
-        """At the start of step(), for a reason that backward passes cannot know: messages leave in step().
+        """Called at the start of step() for a reason that a backward pass cannot know: messages must leave in step().
 
         Raises RuntimeError, on all ranks, if they leave in the backward pass already.
         """
@@ -167,7 +179,7 @@ class Overlap:
                 b.streams.clear()
 
     def reset(self) -> None:
-        self.arrivals, self.seen = [], None
+        self.order, self.seen = [], None
         for b in self.engine.buckets:
             b.streams.clear()
             self.waiting[b.index] = sum(slot.p.requires_grad for slot in b.slots)
@@ -175,24 +187,19 @@ class Overlap:
                 slot.arrived_at = None
 
     def _agree(self) -> None:
-        """One rank with late gradients holds back all; buckets are sent in rank 0's order of arrival from now on.
+        """All ranks hold back if one rank has late gradients. If not, rank 0's order of arrival becomes the order.
 
-        So a parameter that is never used holds back its own bucket alone.
+        In that order a parameter that is never used holds back its own bucket alone.
         """
-        engine = self.engine
-        exchange = engine.exchange
-        assert exchange is not None
-        late = torch.tensor([float(self.late is not None)], device=exchange.wire)
-        rest = [b.index for b in engine.buckets if b.index not in self.arrivals]
-        order = torch.tensor(self.arrivals + rest, device=exchange.wire)
-        with exchange.watched("agreeing on the order of buckets", None):
-            dist.all_reduce(late, op=dist.ReduceOp.MAX, group=exchange.group)
-            dist.broadcast(order, exchange.ranks[0], group=exchange.group)
-        engine.ahead = True
+        engine, workers = self.engine, self.engine.place.workers
+        rest = [b.index for b in engine.buckets if b.index not in self.order]
+        late = torch.tensor([float(self.late is not None)])
+        late = workers.largest(late, "agreeing on the order of buckets").cpu()
+        order = torch.tensor(self.order + rest, device=workers.wire)
+        workers.broadcast(order)
         if late.item() > 0:
             if self.late is not None:
                 log.warning("messages are sent in step(), not during the backward pass, for %s. %s.", self.late, HOW)
             return
         self.sending = True
-        place = {index: i for i, index in enumerate(order.tolist())}
-        engine.buckets.sort(key=lambda b: place[b.index])
+        engine.reorder(order.tolist())

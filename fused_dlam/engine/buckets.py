@@ -2,26 +2,27 @@
 
     parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
 
-Parameters are never copied. A gradient that autograd makes anew, as after `zero_grad()`, moves into its slot and is
-freed, and the view takes its place. On a CPU right where it is made: 8 bytes per parameter, still in cache, in place of
-the 16 of zeroing the slot and adding to it (8.4 MB of parameters: 0.5 against 1.1 ms per step, bench/train.py
---own-cost). On a GPU all of a bucket's in one kernel, once the last is there: ResNet-50 has 161. From then on autograd
-accumulates into the view; after `zero_grad(set_to_none=False)` nothing is copied at all.
+Parameters are never copied. After `zero_grad()` autograd makes a new gradient. It is copied into its slot and freed, and
+the view takes its place as `p.grad`, into which autograd accumulates from then on. On a CPU that happens right where the
+gradient is made: 8 bytes per parameter, still in cache, in place of the 16 of zeroing the slot and adding to it (8.4 MB
+of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost). On a GPU one kernel copies all of a bucket, once
+the last is there: ResNet-50 has 161. After `zero_grad(set_to_none=False)` nothing is copied at all.
 
-Two kinds of parameters are no views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
-memory FSDP's own buffers alias. They are copies of x, written by `publish` and read back by `absorb`.
+Two kinds of parameters are not views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
+memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 
 from ..comm import sharded
+from .slot import Slot
 
 # Elements; a slot starts on a 16-byte boundary in every floating type, and a run of slots has a length that Triton
 # knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
@@ -30,47 +31,6 @@ PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel ne
 PIECE = 1 << 26  # elements for which values per slot are written out at once: 256 MiB, and as much for their index
 GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-class Slot:
-    """One parameter's place in a bucket."""
-
-    def __init__(self, p: torch.Tensor, offset: int):
-        self.p = p
-        self.apart = sharded.is_sharded(p)
-        here = sharded.local(p)
-        self.offset = offset
-        self.shape = here.shape
-        self.numel = here.numel() * (2 if here.is_complex() else 1)
-        # Dense layouts (channels-last too) keep their strides; holes and overlaps become contiguous.
-        self.stride = torch.empty_like(here, memory_format=torch.preserve_format).stride()
-        self.span = slice(offset, offset + self.numel)
-        self.data = here  # what this rank holds of it: the view in the bucket, once it is built, or FSDP's shard
-        self.address = 0  # where that is
-        self.grad: torch.Tensor | None = None  # the view in the flat gradient
-        self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
-        self.zeroed_at = -1  # the gradient view's version when it was last zeroed
-        self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
-        # What arrived and its version then, while it is still to be copied into the view.
-        self.fresh: tuple[weakref.ref[torch.Tensor], int] | None = None
-        self.stream: torch.cuda.Stream | None = None  # on which it was accumulated
-        self.graphed = False  # a CUDA graph may write it, and moves no version counter
-        self.published_at = -1  # the parameter's version when this package last wrote it
-
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        """This slot of a flat real buffer, in the parameter's shape (and complex if the parameter is)."""
-        run = flat[self.span]
-        if self.p.is_complex():
-            run = torch.view_as_complex(run.view(-1, 2))
-        return run.as_strided(self.shape, self.stride)
-
-    def stateful(self, flat: torch.Tensor) -> torch.Tensor:
-        """The view as others are to see it in the optimizer's state: of a sharded parameter, a DTensor over it."""
-        return sharded.like(self.p, self.view(flat)) if self.apart else self.view(flat)
-
-    def version(self, grad: torch.Tensor) -> int:
-        """Moves whenever a gradient is written: a DTensor counts what is done to it, its shard what FSDP adds."""
-        return grad._version + sharded.local(grad)._version if self.apart else grad._version
 
 
 class Bucket:
@@ -99,7 +59,7 @@ class Bucket:
         self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
         self.g = torch.zeros(self.N, dtype=dtype, device=first.device) if gradients else self.x
         self.state: tuple[torch.Tensor, ...] = ()
-        self.slow: dict[str, torch.Tensor] = {}  # SlowMo's buffers
+        self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
         self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
         self.gathers = self.x.is_cuda  # gradients that autograd makes anew are copied together
@@ -114,12 +74,22 @@ class Bucket:
         self._shards = [slot.data for slot in apart], [slot.view(self.x) for slot in apart]
 
     def allocate(
-        self, states: int, messages: int, degree: int, message_dtype: torch.dtype | None, sends_x: bool
+        self,
+        state: Sequence[str],
+        extra: Sequence[str],
+        messages: int,
+        degree: int,
+        rows: int,
+        dtype: torch.dtype | None,
     ) -> None:
-        """State, and room for messages if there is anybody to send them to; where x itself is sent, none for that."""
-        dtype, rows = message_dtype or self.x.dtype, 0 if sends_x or not degree else messages
-        self.state = tuple(torch.zeros_like(self.x) for _ in range(states))
-        self.messages = torch.zeros(rows, self.N, dtype=dtype, device=self.x.device)
+        """Room for state and layers, and for messages if there are neighbors.
+
+        rows: how many messages are packed; none where the message is a buffer that is there already.
+        """
+        dtype = dtype or self.x.dtype
+        self.state = tuple(torch.zeros_like(self.x) for _ in state)
+        self.extra = {name: torch.zeros_like(self.x) for name in extra}
+        self.messages = torch.zeros(rows if degree else 0, self.N, dtype=dtype, device=self.x.device)
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 
     def _adopt(self, slot: Slot, gradients: bool) -> None:
@@ -312,9 +282,9 @@ class Bucket:
     def absorb(self, stepped: bool = False) -> None:
         """Takes over what others wrote into parameters that are copies of x.
 
-        Where x is wider it keeps its further digits where nothing was written. Where a parameter was set (by
-        `load_state_dict`, say) x is what it was set to; `stepped=True`: an inner optimizer moved it, and x moves by as
-        much, so that what averaging adds up below the last digit of 16 bits is not lost at every step.
+        A wider x keeps its further digits where nothing was written. Where a parameter was set, by `load_state_dict`
+        for instance, x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by
+        as much: what averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
         for slot in self.copies:
             if stepped or slot.p._version != slot.published_at:
@@ -325,36 +295,3 @@ class Bucket:
                     x.add_(p.to(x.dtype) - x.to(p.dtype))
                 else:
                     x.copy_(torch.where(p == x.to(p.dtype), x, p.to(x.dtype)))
-
-
-def build(
-    params: Iterable[torch.Tensor],
-    limit: Callable[[int], int],
-    start: int = 0,
-    group: int = 0,
-    shards: int = 1,
-    gradients: bool = True,
-) -> list[Bucket]:
-    """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
-
-    They are numbered from `start`, and their lengths are multiples of `shards`. A bucket is full from
-    `limit(bytes of all)` bytes on.
-    """
-    kinds: dict[tuple, list[torch.Tensor]] = {}
-    for p in reversed(list(params)):
-        kinds.setdefault((p.dtype.to_real(), p.device), []).append(p)
-    buckets: list[Bucket] = []
-    for same in kinds.values():
-        sizes = [sharded.local(p).numel() * p.element_size() for p in same]
-        full = limit(sum(sizes))
-        chunk: list[torch.Tensor] = []
-        filled = 0
-        for p, size in zip(same, sizes, strict=True):
-            chunk.append(p)
-            filled += size
-            if filled >= full:
-                buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
-                chunk, filled = [], 0
-        if chunk:
-            buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
-    return buckets

@@ -6,6 +6,7 @@ import torch
 
 from ..rules.scalars import Scalar, scalar, smallest
 from .engine import Engine
+from .flight import AVERAGING
 
 
 def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
@@ -13,15 +14,14 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
 
     Where gradients are averaged the norm is that of the averaged one, where they are in shards that of all shards.
     """
-    for b in engine.buckets:
-        engine.start_average(b)
+    engine.bring(AVERAGING)
     squares = [
         torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
         for b in engine.buckets
-        for span, active in b.runs(engine.active(b))
+        for span, active in b.runs(engine.flight(b).active())
         if active
     ]
     first = engine.buckets[0].x.device
     square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
-    norm = scalar(engine.sum_over_shards(square).sqrt())
+    norm = scalar(engine.place.sum_over_shards(square).sqrt())
     return smallest(1.0, limit / (norm * unscale + 1e-6))

@@ -7,14 +7,14 @@ import torch
 from .engine import Engine
 
 
-def check_place(engine: Engine) -> None:
+def check_step_allowed(engine: Engine) -> None:
     """Raises RuntimeError within a CUDA graph's capture, and with several workers within a backward pass."""
     if any(device.type == "cuda" for device in engine.lanes) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "step() cannot be captured in a CUDA graph, for peers and scalars change from step to step: capture forward"
             " and backward, and call step() after the replay"
         )
-    if engine.exchange is not None and torch._C._current_graph_task_id() != -1:
+    if engine.place.workers.size > 1 and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "step() was called within a backward pass, where ranks may come to it in different orders (one optimizer"
             " per parameter does so): build one optimizer over all parameters and call step() after backward()"

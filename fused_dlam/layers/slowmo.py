@@ -10,23 +10,26 @@ steps are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..comm.group import Group
-from ..comm.transfer import average
-from ..engine.buckets import Bucket
-from ..rules.momentum import inverse_lr
-from ..rules.scalars import scalar
+import torch
+
+from ..rules import inverse_lr
+from ..rules.scalars import Scalar, scalar
+from .layer import Layer
 
 
 @dataclass(frozen=True)
-class SlowMo:
+class SlowMo(Layer):
     """`every`: H; `momentum`: beta_s; `lr`: alpha. Raises ValueError for values out of range."""
 
     every: int
     momentum: float = 0.5
     lr: float = 1.0
+
+    state = {"slow_anchor": "x", "slow_momentum_buffer": "zero"}
 
     def __post_init__(self):
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
@@ -39,26 +42,42 @@ class SlowMo:
     def due(self, step: int) -> bool:
         return (step + 1) % self.every == 0
 
-    def __call__(self, y: Any, x_0: Any, u: Any, lr: Any, inverse_lr: Any) -> tuple[Any, Any]:
-        """x_0' and u'. inverse_lr: 1/lr, bounded (see kernels.momentum.inverse_lr)."""
+    def slow_step(self, y: Any, x_0: Any, u: Any, lr: Any, inverse_lr: Any) -> tuple[Any, Any]:
+        """x_0' and u'. inverse_lr: 1/lr, bounded (see rules.momentum.inverse_lr)."""
         moved = x_0 - y
         return x_0 - self.lr * (moved + (lr * self.momentum) * u), self.momentum * u + inverse_lr * moved
 
-    def start(self, b: Bucket, step: int) -> None:
-        """x_0, where a round of H steps begins. What was loaded into the model since the last one is no displacement:
-        taken for one, it came back with the slow momentum."""
-        if step % self.every == 0:
-            b.slow["slow_anchor"].copy_(b.x)
+    def before(self, b: Any, active: list[bool], group: dict[str, Any], step: int, scale: Scalar) -> None:
+        """Starts a round: remembers x_0.
 
-    def apply(self, b: Bucket, group: dict[str, Any], exchange: Group | None) -> None:
-        """The workers' average and the slow step on a bucket's parameters, in the steps where they are due."""
+        Parameters that were loaded since the last round must not count as movement: taken for one, they came back with
+        the slow momentum.
+        """
+        if step % self.every == 0:
+            b.extra["slow_anchor"].copy_(b.x)
+
+    def after(self, b: Any, group: dict[str, Any], step: int, mean: Callable[[torch.Tensor], None]) -> None:
         lr = scalar(group["lr"])
-        inverse = inverse_lr({"lr": lr}, group["memory"])
-        if not self.due(group["step"]):
-            return
-        if exchange is not None:
-            average(exchange, b.x)
-        x_0, u = b.slow.values()
-        new, momentum = self(b.x, x_0, u, lr, inverse)
-        u.copy_(momentum)
-        b.x.copy_(new)
+        inverse = _inverse_lr(lr, group["memory"])
+        if self.due(step):
+            mean(b.x)
+            x_0, u = b.extra["slow_anchor"], b.extra["slow_momentum_buffer"]
+            new, momentum = self.slow_step(b.x, x_0, u, lr, inverse)
+            u.copy_(momentum)
+            b.x.copy_(new)
+
+    def outer(self, x: Any, state: tuple, step: int, lr: float, memory: dict[str, float]) -> tuple[Any, tuple]:
+        inverse = _inverse_lr(lr, memory)
+        if not self.due(step):
+            return x, state
+        x_0, u = state
+        x, u = self.slow_step(0.0 * x + x.mean(0), x_0, u, lr, inverse)
+        return x, (x, u)
+
+
+def _inverse_lr(lr: Scalar, memory: dict[str, Any]) -> Scalar:
+    """1/lr by the largest rate that this layer has seen. Rules keep their own under "lr_max"."""
+    own = {"lr_max": memory.get("slow_lr_max", 0.0)}
+    inverse = inverse_lr({"lr": lr}, own)
+    memory["slow_lr_max"] = own["lr_max"]
+    return inverse

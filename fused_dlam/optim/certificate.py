@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..comm.group import log
+from ..comm.watch import log
 from ..rules.rule import Rule
-from ..theory.stability import REFUSED, lyapunov, remedies
+from ..theory.stability import REFUSED, growth, remedies
 from ..topology.topology import Topology
 
 LARGEST_MAP = 3000  # rows of the largest dense map a certificate is computed from: about half a minute
@@ -56,9 +56,9 @@ class Certificate:
     def _accept(self, group: dict[str, Any], key: tuple, affordable: bool) -> None:
         momentum = float(key[0])
         if affordable:
-            growth, error = self._growth(group, momentum)
-            if growth + 2 * error >= REFUSED:
-                raise ValueError(remedies(self.rule, self.graph, momentum, growth, error, **self._hyper(group)))
+            factor, error = self._growth(group, momentum)
+            if factor + 2 * error >= REFUSED:
+                raise ValueError(remedies(self.rule, self.graph, momentum, factor, error, **self._hyper(group)))
         elif not self.told:
             self.told = True  # once, not at every step of a cycle
             log.warning("%s over %d workers takes too long to certify at momentum %g; see consensus_growth",
@@ -69,7 +69,7 @@ class Certificate:
         return (1 + len(self.rule.state)) * self.graph.n <= rows or self.graph.modes is not None
 
     def _growth(self, group: dict[str, Any], momentum: float) -> tuple[float, float]:
-        return lyapunov(self.rule, self.graph, float(momentum), **self._hyper(group))
+        return growth(self.rule, self.graph, float(momentum), **self._hyper(group))
 
     def _key(self, group: dict[str, Any], momentum: float) -> tuple:
         return (momentum, *self._hyper(group).values())

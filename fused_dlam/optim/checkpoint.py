@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 
 from ..comm import sharded
-from ..comm.group import Group, log
-from ..comm.transfer import average
+from ..comm.group import Group
+from ..comm.process_group import everybodys
+from ..comm.watch import log
 from ..engine.buckets import LOW_PRECISION
-from . import state_dict as checkpoint
 from .gossip import Gossip
 from .gossip_sgd import GossipSGD
+from .state_dict import unplaced
 
 
 def worker_state(model: torch.nn.Module, optimizer: GossipSGD | Gossip, **stateful: Any) -> dict[str, Any]:
@@ -79,20 +80,17 @@ def load_checkpoint(
     reader = _Reader(path, model, optimizer, process_group)
     lacking = ", ".join(sorted({"model", "optimizer", *stateful} - reader.sections))
     found = f"no {lacking} saved by fused_dlam.save_checkpoint" if lacking else f"{reader.count} workers"
-    finds = [found]
-    if dist.is_initialized():  # a rank that raised alone would leave the others waiting in DCP's collectives
-        finds = [""] * dist.get_world_size(process_group)
-        dist.all_gather_object(finds, found, group=process_group)
+    finds = everybodys(found, process_group)  # a rank that raised alone would leave the others waiting in DCP
     if lacking or set(finds) != {found}:
         seen = found if set(finds) == {found} else str(dict(enumerate(finds)))
         raise ValueError(f"{path} holds {seen} (it must be a directory that all ranks can read)")
-    exchange = optimizer._engine.exchange
-    if reader.count == (1 if exchange is None else exchange.size) and not mean:
+    workers = optimizer._engine.place.workers
+    if reader.count == workers.size and not mean:
         state = _nested(reader.read(_number(optimizer)))
     else:
         log.info("%s was saved by %d workers: they are averaged", path, reader.count)
-        state = _nested(_mean(reader, exchange))
-        state["optimizer"] = checkpoint.unplaced(state["optimizer"], optimizer._engine.rule.centered)
+        state = _nested(_mean(reader, workers))
+        state["optimizer"] = unplaced(state["optimizer"], optimizer._engine.rule.centered)
     optimizer.synchronize()
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -173,10 +171,10 @@ class _Reader:
                 )
 
 
-def _mean(reader: _Reader, exchange: Group | None) -> dict[tuple, Any]:
+def _mean(reader: _Reader, workers: Group) -> dict[tuple, Any]:
     """The mean of all saved workers, the same bits on every rank."""
     reader.check_alike()
-    rank, size = (0, 1) if exchange is None else (exchange.rank, exchange.size)
+    rank, size = workers.rank, workers.size
     values: dict[tuple, Any] = {}
     sums: dict[tuple, torch.Tensor] = {}
     for first in range(0, reader.count, size):
@@ -188,8 +186,7 @@ def _mean(reader: _Reader, exchange: Group | None) -> dict[tuple, Any]:
             part = part.to(torch.float32 if part.dtype in LOW_PRECISION else part.dtype) * (worker < reader.count)
             sums[place] = sums[place] + part if place in sums else part
     for place in sorted(sums, key=str):
-        if exchange is not None:
-            average(exchange, sums[place])
+        workers.mean(sums[place])
         sharded.local(values[place]).copy_(sums[place] * (size / reader.count))
     return values
 
@@ -210,5 +207,4 @@ def _params(optimizer: GossipSGD | Gossip) -> Iterator[torch.Tensor]:
 
 
 def _number(optimizer: GossipSGD | Gossip) -> int:
-    exchange = optimizer._engine.exchange
-    return 0 if exchange is None else exchange.rank
+    return optimizer._engine.place.workers.rank

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..topology.topology import Topology
+from ..topology import TopologyLike
 from .gossip_sgd import GossipSGD
 
 
@@ -27,7 +27,7 @@ class DecentLaM(GossipSGD):
         lr: float | torch.Tensor = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        topology: str | Topology = "symmetric-exponential",
+        topology: TopologyLike = "symmetric-exponential",
         **options: Any,
     ):
         if "method" in options:

@@ -9,21 +9,26 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer
 
+from .. import topology as topologies
 from ..comm import sharded
-from ..comm.place import places
-from ..engine.buckets import Bucket, Slot
+from ..comm.place import layout
+from ..engine.buckets import Bucket
 from ..engine.engine import Engine
-from ..engine.guards import check_place
+from ..engine.flight import AVERAGING, OPEN
+from ..engine.message import Message
+from ..engine.slot import Slot
+from ..engine.step_allowed import check_step_allowed
 from ..rules.averaging import mix, mix_ahead
 from ..rules.scalars import Scalars
-from ..topology.topology import Topology
-from . import mixed_precision as amp
-from . import options as settings
-from . import state_dict as checkpoint
-from .shared import Consensus
+from ..topology import TopologyLike
+from . import mixed_precision, options
+from .old_names import translate
+from .options import Options
+from .shared import GossipOptimizer
+from .state_dict import check, restore_copies
 
 
-class Gossip(Consensus, Optimizer):
+class Gossip(GossipOptimizer):
     """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
 
         atc    x' = W (x + d)      d the inner optimizer's step at x: adapt, then combine
@@ -37,9 +42,9 @@ class Gossip(Consensus, Optimizer):
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
             may do what it likes in its step but replace a parameter.
-        topology, schedule, group, hierarchical, communicate_every, global_average_every, comm_dtype, fused, bucket_mb,
-            timeout: as in `GossipSGD`. With hierarchical= gradients are averaged inside a machine before the inner
-            step; there is no message before the backward pass is over, so nothing is to be said about overlap.
+        topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout: as in `GossipSGD`. With
+            hierarchical= gradients are averaged inside a machine before the inner step. No message leaves before the
+            backward pass is over, so there is no overlap=.
 
     Raises TypeError or ValueError for bad input, also if the topology never brings its workers together, before
     anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
@@ -51,38 +56,38 @@ class Gossip(Consensus, Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        topology: str | Topology = "one-peer-exponential",
+        topology: TopologyLike = "one-peer-exponential",
         schedule: str = "atc",
         group: dist.ProcessGroup | None = None,
         *,
         hierarchical: Any = None,
-        communicate_every: int = 1,
-        global_average_every: int | None = None,
         comm_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         bucket_mb: float | None = None,
         timeout: float = 600.0,
+        **old: Any,
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Gossip wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
-        if isinstance(optimizer, Consensus):
+        if isinstance(optimizer, GossipOptimizer):
             raise TypeError(f"{type(optimizer).__name__} gossips already")
-        settings.check_exchange(schedule, bucket_mb, comm_dtype)
-        where = places(group, hierarchical)
-        graph = where.graph(topology, communicate_every, global_average_every)
+        topology, _, _ = translate(old, topology)
+        if old:
+            raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(old))!r}")
+        self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
+        where = layout(group, hierarchical)
+        graph = topologies.get(topology, where.size)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
-        self._place = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
+        self._entries = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
         everything = [p for g in self.param_groups for p in g["params"]]
-        exchange, machine, inside = where.connect(everything, timeout, hierarchical is None)
-        ahead = schedule == "awc"
-        self._running = Engine(
-            mix_ahead if ahead else mix, graph, exchange, machine, inside, fused, comm_dtype,
-            bucket_mb, ahead, mixing=True,
-        )  # fmt: skip
+        place = where.connect(everything, timeout, hierarchical is None)
+        self._ahead = schedule == "awc"
+        rule, message = (mix_ahead, Message.COPY) if self._ahead else (mix, Message.STEPPED)
+        self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb)
         for g in self.param_groups:
             self._enter(g)
 
@@ -101,7 +106,7 @@ class Gossip(Consensus, Optimizer):
         return self.inner.defaults
 
     def __repr__(self) -> str:
-        topology, schedule = self._place["gossip_topology"], self._place["gossip_schedule"]
+        topology, schedule = self._entries["gossip_topology"], self._entries["gossip_schedule"]
         return f"Gossip({topology!r}, {schedule!r}) of {self.inner!r}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,12 +124,10 @@ class Gossip(Consensus, Optimizer):
     def _enter(self, group: dict[str, Any]) -> None:
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
-        settings.check_parameters(group["params"])
-        group.update({**self._place, "gossip_step": self._step})
-        for exchange in (engine.inside, engine.exchange):
-            if exchange is not None:
-                facts = settings.facts(group, group["params"], engine)
-                exchange.agree({"the optimizer": type(self.inner).__name__, **facts})
+        options.check_parameters(group["params"])
+        group.update({**self._entries, "gossip_step": self._step})
+        facts = options.facts(group, group["params"], engine, self._options)
+        engine.place.agree({"the optimizer": type(self.inner).__name__, **facts})
         engine.start_equal(engine.add_group(group["params"]))
 
     @property
@@ -147,28 +150,27 @@ class Gossip(Consensus, Optimizer):
         Raises RuntimeError if a parameter was moved or replaced, ExchangeError if a peer does not answer.
         """
         engine = self._engine
-        check_place(engine)
+        check_step_allowed(engine)
         if len(self.param_groups) != len(engine.passes):
             raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
         engine.refresh()
-        if engine.exchange is not None and engine.step is None:  # else the last attempt raised: it goes on from there
-            engine.begin(self._step, [Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.passes))
-        if engine.exchange is not None and engine.ahead:
-            engine.post_all()
+        if engine.step is None:  # else the last attempt raised: it goes on from there
+            engine.begin(self._step)
+            engine.set_scalars([Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.passes))
+        if self._ahead:
+            engine.bring(OPEN)  # a copy of x leaves before the inner optimizer steps x
         loss = self._local_step(closure)
-        if engine.exchange is not None:
-            for b in engine.buckets:
-                b.refresh()
-                b.absorb(stepped=True)
-            engine.complete()
-        engine.averages = {}
+        for b in engine.buckets:
+            b.refresh()
+            b.absorb(stepped=True)
+        engine.complete(self._ahead)
         for group in self.param_groups:
             group["gossip_step"] += 1
         return loss
 
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         engine, loss = self._engine, None
-        if engine.averager is None:
+        if engine.averager.size == 1:
             grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
             if self._unscale(grads):
                 return self.inner.step() if closure is None else self.inner.step(closure)
@@ -179,8 +181,9 @@ class Gossip(Consensus, Optimizer):
         for b in engine.buckets:
             b.refresh()
         finite = self._unscale([b.g for b in engine.buckets])  # not averaged yet: ranks may have scales of their own
+        engine.bring(AVERAGING)
         for b in engine.buckets:
-            for slot, now in zip(b.slots, engine.active(b), strict=True):
+            for slot, now in zip(b.slots, engine.flight(b).active(), strict=True):
                 slot.p.grad = slot.installed if now else None
         if finite:
             self.inner.step()
@@ -191,7 +194,7 @@ class Gossip(Consensus, Optimizer):
         scale = getattr(self, "grad_scale", None)
         if getattr(self, "found_inf", None) is None:
             return True
-        skip = amp.overflowed(self)
+        skip = mixed_precision.overflowed(self)
         if scale is not None and grads:
             torch._foreach_div_(grads, scale)
         return not skip
@@ -203,7 +206,7 @@ class Gossip(Consensus, Optimizer):
         state_dict = self.inner.state_dict()
         state = dict(state_dict["state"])
         for key, (b, slot) in self._slots(state_dict).items():
-            if b.low is not None and self._engine.exchange is not None:
+            if b.low is not None and self._engine.place.workers.size > 1:
                 state[key] = {**state.get(key, {}), "gossip_master": slot.stateful(b.x).clone()}
         return {**state_dict, "state": state}
 
@@ -212,8 +215,8 @@ class Gossip(Consensus, Optimizer):
 
         What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
         """
-        checkpoint.check(state_dict, self.param_groups)
-        before = [{k: g[k] for k in self._place} for g in self.param_groups]
+        check(state_dict, self.param_groups)
+        before = [{k: g[k] for k in self._entries} for g in self.param_groups]
         state = {
             key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
             for key, s in state_dict["state"].items()
@@ -226,7 +229,7 @@ class Gossip(Consensus, Optimizer):
         masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
         with torch.no_grad():
             for b in self._engine.buckets:
-                checkpoint.restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
+                restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
 
     def _slots(self, state_dict: dict[str, Any]) -> dict[Any, tuple[Bucket, Slot]]:
         """(bucket, slot) of a checkpoint's parameters, by their numbers in it."""

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .. import rules
-from ..comm.group import Group, log
-from ..comm.place import Machine, places
-from ..comm.sharded import is_sharded
-from ..engine.arrivals import Overlap
-from ..engine.buckets import Slot
+from .. import topology as topologies
+from ..comm.place import Place, alone, layout
+from ..comm.watch import log
+from ..engine.arrivals import Arrivals
 from ..engine.clip import clip_coefficient
 from ..engine.engine import Engine
-from ..engine.guards import check_place
-from ..layers import lars as layerwise
-from ..layers.slowmo import SlowMo
+from ..engine.message import message_of
+from ..engine.slot import Slot
+from ..engine.step_allowed import check_step_allowed
+from ..layers.layer import Layer, finishing
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars, scalar
-from ..topology.topology import Topology
-from . import mixed_precision as amp
-from . import options as settings
-from . import state_dict as checkpoint
+from ..topology import Topology, TopologyLike
+from . import mixed_precision, options
 from .certificate import Certificate
-from .shared import Consensus
+from .old_names import translate
+from .options import Options
+from .shared import GossipOptimizer
+from .state_dict import detach, loading, restore
 
 
-class GossipSGD(Consensus, Optimizer):
+class GossipSGD(GossipOptimizer):
     """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
 
     Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
@@ -47,33 +48,28 @@ class GossipSGD(Consensus, Optimizer):
         weight_decay: lambda, added to the gradient as lambda x.
         method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "pc-dmsgd" (the default) suits directed and
             one-peer graphs, "decentlam" symmetric ones.
-        topology: a name from `fused_dlam.topology.FAMILY` or a `Topology` for as many workers as the group has.
-        correction_rate, correction_gain: PC-DmSGD's e and kappa; "auto" takes the rate the topology allows.
+        topology: a name from `fused_dlam.topology.FAMILY`, a `Topology` for as many workers as there are, or a function
+            of their number: `lambda n: topology.ring(n).every(4)` exchanges in every fourth step only, and
+            `.with_global_average(48)` puts an exact average in the place of every 48th exchange (Gossip-PGA).
         schedule: "atc" sends after the gradient is known, "awc" sends the parameters while it is computed.
         group: the process group of the workers; default: all ranks.
         overlap: "auto" (default) finds out in the first step whether messages can leave during the backward pass, True
             insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
         max_grad_norm: clips the gradient of each worker to this norm, in `step`.
         maximize: ascend instead of descend.
-        nesterov: the method with Nesterov's lookahead, as in `torch.optim.SGD`; for methods in `rules.NESTEROV`.
-        lars: eta, scales every layer's gradient to this share of its weights' size (LARS; see fused_dlam/lars.py).
-            Biases and normalization parameters are left alone; None in a parameter group leaves out that group.
-            `p.grad` is then the scaled gradient, weight decay included.
-        slowmo: a `SlowMo(every, momentum, lr)`: every so many steps the workers are averaged exactly, by all-reduce,
-            and take a slow momentum step.
+        layers: what runs around the rule, e.g. `[fused_dlam.layers.Lars(0.01), fused_dlam.SlowMo(every=12)]`.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):
             gradients are averaged inside a machine and machines gossip, so that a network card carries one message per
             machine; the workers of the topology are the machines. The model may be under `fully_shard` (FSDP2) over
             the mesh's second dimension, then each rank exchanges its shard, or in DDP over the machine's ranks.
-        communicate_every: exchange in every k-th step only; the steps between are local.
-        global_average_every: an exact average over all workers every H steps in place of the exchange (Gossip-PGA).
         comm_dtype: the type of the messages, e.g. torch.bfloat16 for half the bytes; default: that of the parameters.
         fused: None takes the best passes available for the parameters, True insists, False takes the reference.
         bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32; with "awc" a quarter,
             between 8 and 32.
         timeout: seconds after which waiting for a peer is an error.
         allow_unstable: run although disagreement between workers grows.
-        hyper: hyper-parameters of single methods, e.g. `mu` of "qg-dmsgd".
+        hyper: the method's own hyper-parameters, such as `correction_gain` of "pc-dmsgd" or `mu` of "qg-dmsgd"; see
+            fused_dlam/rules/README.md.
 
     Raises ValueError or TypeError for bad input, also if the method is unstable on the topology (the message says what
     would work), before anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
@@ -90,21 +86,15 @@ class GossipSGD(Consensus, Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         method: str | Rule = "pc-dmsgd",
-        topology: str | Topology = "one-peer-exponential",
-        correction_rate: float | str = "auto",
-        correction_gain: float = 10.0,
+        topology: TopologyLike = "one-peer-exponential",
         schedule: str = "atc",
         group: dist.ProcessGroup | None = None,
         *,
         overlap: bool | str = "auto",
         max_grad_norm: float | None = None,
         maximize: bool = False,
-        nesterov: bool = False,
-        lars: float | None = None,
-        slowmo: SlowMo | None = None,
+        layers: Sequence[Layer] = (),
         hierarchical: Any = None,
-        communicate_every: int = 1,
-        global_average_every: int | None = None,
         comm_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         bucket_mb: float | None = None,
@@ -112,61 +102,43 @@ class GossipSGD(Consensus, Optimizer):
         allow_unstable: bool = False,
         **hyper: Any,
     ):
+        topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
-        if nesterov:
-            if rule.name not in rules.NESTEROV:
-                known = ", ".join(rules.NESTEROV)
-                raise ValueError(f"method {rule.name!r} has no Nesterov form; these have: {known}")
-            rule = rules.NESTEROV[rule.name]
-        if slowmo is not None and not isinstance(slowmo, SlowMo):
-            raise TypeError(f"slowmo must be a fused_dlam.SlowMo(every=...), not {type(slowmo).__name__}")
-        settings.check_exchange(schedule, bucket_mb, comm_dtype)
-        if overlap not in (True, False, "auto"):
-            raise ValueError(f"Invalid overlap: {overlap!r}, must be True, False or 'auto'")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
-        if "correction_rate" in rule.hyper:
-            hyper["correction_rate"] = correction_rate
-        if "correction_gain" in rule.hyper:
-            hyper["correction_gain"] = correction_gain
         rule.check_hyper(hyper)
-        defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
-        defaults.update(settings.defaults(rule, hyper), lars=lars, slowmo=str(slowmo) if slowmo else None)
-        settings.check(defaults)
-
-        where = places(group, hierarchical)
+        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb)
+        options.check_names(rule, chosen.layers)
+        where = layout(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
-        graph = where.graph(topology, communicate_every, global_average_every)
-        self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
-        self._topology = graph
-        self._certificate = Certificate(self._rule, graph, allow_unstable)
-        defaults.update(
-            method=rule.name, topology=f"{graph.name} over {where.size}", schedule=schedule, step=0, memory={}
-        )
+        graph = topologies.get(topology, where.size)
+        self._choose(rule, graph, chosen, allow_unstable)
+        defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
+        defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
+        defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=schedule)
+        options.check({**defaults, "params": []}, rule, chosen.layers)
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
-        warn = hierarchical is None and rule.average == "neighbors"
-        exchange, machine, inside = where.connect(everything, timeout, warn)
-        self._options = (rule, graph, schedule, fused, comm_dtype, bucket_mb, max_grad_norm, overlap, slowmo)
-        self._start(exchange, machine, inside)
+        self._start(where.connect(everything, timeout, hierarchical is None and rule.average == "neighbors"))
 
-    def _start(self, exchange: Group | None, machine: Machine | None, inside: Group | None) -> None:
+    def _choose(self, rule: Rule, graph: Topology, chosen: Options, allow_unstable: bool) -> None:
+        """Keeps what was chosen, all that a copy is built from."""
+        self._chosen = rule, graph, chosen
+        self._rule = rule.adapt_while_communicating() if chosen.schedule == "awc" else rule
+        self._topology, self._options = graph, chosen
+        self._certificate = Certificate(self._rule, graph, allow_unstable)
+
+    def _start(self, place: Place) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
-        _, graph, _, fused, comm_dtype, bucket_mb, max_grad_norm, overlap, slowmo = self._options
-        self._running = Engine(self._rule, graph, exchange, machine, inside, fused, comm_dtype, bucket_mb)
-        self._max_grad_norm = max_grad_norm
-        self._slowmo = slowmo
-        if slowmo is not None:
-            self._engine.after = lambda b: slowmo.apply(b, self.param_groups[b.group], exchange)
-        clips = max_grad_norm is not None
-        self._overlap = Overlap(self._engine, overlap, clips, self._begin, self._settings, self._name_of)
+        o = self._options
+        self._running = Engine(
+            self._rule, self._topology, place, message_of(self._rule), o.layers, o.fused, o.comm_dtype, o.bucket_mb
+        )
+        clips = o.max_grad_norm is not None
+        self._arrivals = Arrivals(self._engine, o.overlap, clips, self._begin, self._settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
-        self.register_state_dict_post_hook(checkpoint.detach)
-
-    _loading: dict[str, Any] | None = None  # the checkpoint, within load_state_dict
+        self.register_state_dict_post_hook(detach)
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
 
@@ -180,8 +152,8 @@ class GossipSGD(Consensus, Optimizer):
         group["memory"] = dict(group["memory"])
         group["step"] = self.param_groups[0]["step"]
         try:
-            settings.check(group)
-            settings.check_parameters(group["params"])
+            options.check(group, self._rule, self._options.layers)
+            options.check_parameters(group["params"])
             self._certificate.check(group)
             if self._running is not None:
                 self._enter(group)
@@ -193,21 +165,14 @@ class GossipSGD(Consensus, Optimizer):
         """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
-        if group["lars"] is not None and any(is_sharded(p) for p in params):
-            raise ValueError("lars= needs the norms of whole layers, but FSDP shards them: build without it")
-        exchanges = [e for e in (engine.inside, engine.exchange) if e is not None]
-        more = {"overlap": str(self._overlap.mode), "max_grad_norm": str(self._max_grad_norm)}
-        for exchange in exchanges:
-            exchange.agree({**settings.facts(group, params, engine), **more})
+        engine.place.agree(options.facts(group, params, engine, self._options))
         buckets = engine.add_group(params)
         engine.start_equal(buckets)
         for b in buckets:
-            if self._slowmo is not None:
-                b.slow = {"slow_anchor": b.x.clone(), "slow_momentum_buffer": torch.zeros_like(b.x)}
             for slot in b.slots:
                 self.state[slot.p] = {name: slot.stateful(t) for name, t in engine.buffers(b).items()}
-            self._overlap.watch(b)
-        self._overlap.reset()
+            self._arrivals.watch(b)
+        self._arrivals.reset()
 
     @property
     def _step(self) -> int:  # type: ignore[override]
@@ -230,51 +195,46 @@ class GossipSGD(Consensus, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        check_place(engine)
+        check_step_allowed(engine)
         engine.refresh()
-        if getattr(self, "found_inf", None) is not None:
-            amp.unscale(self, engine, self._overlap)
-        self._overlap.check()
+        skip = mixed_precision.unscale(self, engine, self._arrivals)
+        self._arrivals.check()
         if engine.step is None:
-            self._begin()
+            self._begin(skip)
         elif self._begun != self._settings():
             log.warning(
                 "a hyper-parameter was changed between the backward pass and step(), after the messages had left: it"
                 " takes effect in the next step. Set it before the backward pass, or build with overlap=False."
             )
-        engine.complete()
-        self._overlap.finish()
+        engine.complete(self._arrivals.ahead)
+        self._arrivals.finish()
         for group in self.param_groups:
             group["step"] += 1
         return loss
 
-    def _begin(self) -> None:
+    def _begin(self, skip: Scalar = 0.0) -> None:
         """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
         for group in self.param_groups:
             self._certificate.recheck(group)
         self._begun = self._settings()
+        self._engine.begin(self._step, skip)
         scale = self._gradient_scale()  # of the whole gradient: once, whatever the number of groups
-        scalars = [self._scalars(group, scale) for group in self.param_groups]
-        if any(group["lars"] is not None for group in self.param_groups):
-            self._engine.before, scalars = layerwise.around(self.param_groups, scalars)
-        self._engine.begin(self._step, scalars)
-        for b in self._engine.buckets if self._slowmo is not None else ():
-            self._slowmo.start(b, self._step)  # type: ignore[union-attr]
+        self._engine.set_scalars([self._scalars(group, scale) for group in self.param_groups], self.param_groups)
 
     def _settings(self) -> list[tuple]:
-        names = ("lr", "momentum", "weight_decay", "maximize", "lars", *self._rule.hyper)
-        return [settings.snapshot(group, names) for group in self.param_groups]
+        names = ("lr", "momentum", "weight_decay", "maximize", *self._options.settings, *self._rule.hyper)
+        return [options.snapshot(group, names) for group in self.param_groups]
 
     def _scalars(self, group: dict[str, Any], scale: Scalar) -> Scalars:
-        rule = self._rule
+        rule, skip = self._rule, self._engine.skip
         hyper = {name: group[name] for name in rule.hyper}
-        lr, momentum, weight_decay = scalar(group["lr"]), float(group["momentum"]), layerwise.decay(group)
+        weight_decay = 0.0 if finishing(self._options.layers, group) else float(group["weight_decay"])
         memory = dict(group["memory"])
-        h = rule.scalars(lr, momentum, weight_decay, self._topology.slowest_rho, hyper, memory)
-        skipping = self._engine.skipping
-        if isinstance(skipping, torch.Tensor):
-            group["memory"] = amp.remembered(group["memory"], memory, skipping)
-        elif not self._engine.skip:  # a skipped step is not remembered
+        lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self._topology.slowest_rho
+        h = rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
+        if isinstance(skip, torch.Tensor):
+            group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
+        elif not skip:  # a skipped step is not remembered
             group["memory"] = memory
         return Scalars(h, (), -scale if group["maximize"] else scale)
 
@@ -282,17 +242,17 @@ class GossipSGD(Consensus, Optimizer):
         """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
         loss_scale = getattr(self, "grad_scale", None)
         unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
-        limit = self._max_grad_norm
+        limit = self._options.max_grad_norm
         return unscale if limit is None else unscale * clip_coefficient(self._engine, unscale, limit)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients accumulated within are not final: wrap all backward passes but the last before a step."""
-        outer, self._overlap.held = self._overlap.held, True
+        outer, self._arrivals.held = self._arrivals.held, True
         try:
             yield
         finally:
-            self._overlap.held = outer
+            self._arrivals.held = outer
 
     def _name_of(self, slot: Slot) -> str:
         for i, group in enumerate(self.param_groups):
@@ -310,7 +270,7 @@ class GossipSGD(Consensus, Optimizer):
         for b in self._engine.buckets:
             b.zero_grad(set_to_none)
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
+    # -- checkpoints and copies --------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`. On all ranks.
@@ -319,37 +279,21 @@ class GossipSGD(Consensus, Optimizer):
 
         Raises ValueError for a checkpoint of another method or topology.
         """
-
-        def last(_: Optimizer, final: dict[str, Any]) -> None:  # of the hooks, which may have made another dict of it
-            checkpoint.check(final, self.param_groups)
-            self._loading = final
-
-        handle = self.register_load_state_dict_pre_hook(last)
-        try:
+        with loading(self, self._engine):
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
-        alone = self._running is not None and self._running.exchange is None and self._running.machine is None
-        return {**super().__getstate__(), **({"_options": self._options} if alone else {})}
+        state = super().__getstate__()
+        can_work_on = self._running is not None and self._running.place.alone
+        return {**state, "_chosen": self._chosen} if can_work_on else state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict, and on a copied or unpickled optimizer."""
-        before = [dict(group) for group in self.__dict__.get("param_groups", ())]
+        """Called on a copied or unpickled optimizer, and by torch's load_state_dict in its middle."""
         super().__setstate__(state)
-        for group, old in zip(self.param_groups, before, strict=False):
-            for name, value in old.items():
-                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
-            group["memory"] = dict(group["memory"])
-        if self._loading is not None:
-            self._engine.forget()
-            checkpoint.restore(checkpoint.by_parameter(self._loading, self.param_groups), self, self._engine)
-        elif "_options" in state:
-            rule, graph, schedule, *_ = self._options
-            self._rule = rule.adapt_while_communicating() if schedule == "awc" else rule
-            self._topology, self._certificate = graph, Certificate(self._rule, graph, True)
+        if "_chosen" in state:
+            rule, graph, chosen = state["_chosen"]
+            self._choose(rule, graph, chosen, allow_unstable=True)
             saved = {p: self.state.get(p, {}) for group in self.param_groups for p in group["params"]}
-            self._start(None, None, None)
-            checkpoint.restore(saved, self, self._engine)
+            device = next(iter(saved)).device
+            self._start(alone(device))
+            restore(saved, self, self._engine)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from ..comm.group import Group, log
-from ..engine.arrivals import Overlap
+from ..comm.place import Place
+from ..comm.watch import log
+from ..engine.arrivals import Arrivals
 from ..engine.engine import Engine
 from ..rules.scalars import Scalar, on_host, scalar
 
@@ -40,30 +40,32 @@ class GradScaler(torch.amp.GradScaler):
         return found
 
 
-def unscale(optimizer: Any, engine: Engine, overlap: Overlap) -> None:
-    """At the start of a step() that a scaler called: whether it is skipped.
+def unscale(optimizer: Any, engine: Engine, arrivals: Arrivals) -> Scalar:
+    """At the start of a step(): not 0 if it is skipped, for a scaler called it that found an overflow.
 
     With several workers this waits for the GPU, as torch's scaler does for optimizers that do not take it over. With
-    one there is nothing to agree on: the passes read on the device whether they are to do anything, as torch's fused
-    ones.
+    one there is nothing to agree on: a number on the device comes back, and the passes read there whether they are to
+    do anything, as torch's fused ones.
 
     Raises RuntimeError where messages have left in the backward pass.
     """
-    overlap.hold_back("a GradScaler tells in step() whether gradients overflowed")
-    if engine.silent and engine.inside is None and not on_host(torch.as_tensor(optimizer.found_inf)):
-        engine.skipping = optimizer.found_inf.detach().reshape(())
+    if getattr(optimizer, "found_inf", None) is None:
+        return 0.0
+    arrivals.hold_back("a GradScaler tells in step() whether gradients overflowed")
+    if engine.place.alone and not on_host(torch.as_tensor(optimizer.found_inf)):
         optimizer._overflow_agreed = None
-        return
-    engine.skip = overflowed(optimizer)
-    if engine.skip and not optimizer.found_inf:
+        return optimizer.found_inf.detach().reshape(())
+    skip = overflowed(optimizer)
+    if skip and not optimizer.found_inf:
         log.warning(
             "gradients overflowed on another rank, so no rank takes this local step, and the GradScaler of this one"
             " does not learn of it. fused_dlam.GradScaler keeps the scales of all ranks equal."
         )
-    if engine.averager is not None and optimizer.grad_scale is not None:  # ranks may have scales of their own
+    if engine.averager.size > 1 and optimizer.grad_scale is not None:  # ranks may have scales of their own
         for b in engine.buckets:
             b.g.mul_(1.0 / scalar(optimizer.grad_scale))
         optimizer.grad_scale = None
+    return float(skip)
 
 
 def overflowed(optimizer: Any) -> bool:
@@ -97,19 +99,9 @@ def _number(value: Scalar, like: torch.Tensor) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.full_like(like, value, dtype=torch.float64)
 
 
-def agree(engine: Engine, found: Sequence[torch.Tensor], step: int) -> None:
+def agree(place: Place, found: Sequence[torch.Tensor], step: int) -> None:
     """Sets every tensor of `found` to the largest of all of them on all ranks."""
     worst = torch.stack([f.detach().reshape(()).to(found[0].device) for f in found]).amax().reshape(1)
-    for exchange in (engine.inside, engine.exchange):
-        if exchange is not None:
-            worst = _largest(exchange, worst, step)
+    worst = place.largest(worst, "agreeing on an overflow (found_inf)", step)
     for f in found:
         f.fill_(worst[0]) if f.device == worst.device else f.fill_(float(worst))
-
-
-def _largest(exchange: Group, value: torch.Tensor, step: int) -> torch.Tensor:
-    host = value.to(exchange.wire)
-    with exchange.watched("agreeing on an overflow (found_inf)", step):
-        dist.all_reduce(host, op=dist.ReduceOp.MAX, group=exchange.group)
-    exchange.bytes_sent += 2 * (exchange.size - 1) / exchange.size * host.numel() * host.element_size()
-    return host

@@ -1,40 +1,74 @@
-"""The settings of a parameter group: defaults, checks, and what all ranks must have in common."""
+"""What a user sets: options of the whole optimizer, settings of a parameter group, and what all ranks must share."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..comm.sharded import is_sharded
 from ..engine.engine import Engine
+from ..layers.layer import Layer, checked
 from ..rules import scalars
 from ..rules.rule import Rule
 
-
-def defaults(rule: Rule, hyper: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group for a rule's own hyper-parameters: plain numbers, or "auto"."""
-    return {
-        name: hyper[name] if hyper.get(name) is not None else ("auto" if callable(default) else default)
-        for name, default in rule.hyper.items()
-    }
+FIRST = ("method", "topology", "schedule")  # of a group's entries, those that explain a difference in the others
 
 
-def check_exchange(schedule: str, bucket_mb: float | None, comm_dtype: torch.dtype | None) -> None:
-    """Raises ValueError or TypeError for options of an exchange that make no sense."""
-    if schedule not in ("atc", "awc"):
-        raise ValueError(f"Invalid schedule: {schedule!r}, must be 'atc' or 'awc'")
-    if bucket_mb is not None and not bucket_mb > 0:
-        raise ValueError(f"Invalid bucket_mb: {bucket_mb}")
-    if comm_dtype is not None and not isinstance(comm_dtype, torch.dtype):
-        raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {comm_dtype!r}")
-    if comm_dtype is not None and not comm_dtype.is_floating_point:
-        raise ValueError(f"Invalid comm_dtype: {comm_dtype}, must be a floating type")
+@dataclass(frozen=True)
+class Options:
+    """Options of a `GossipSGD` or `Gossip` that hold for all groups, see there. Checked here, once."""
+
+    schedule: str = "atc"
+    overlap: bool | str = "auto"
+    max_grad_norm: float | None = None
+    layers: Any = ()  # a tuple of `Layer`s, once it is checked
+    comm_dtype: torch.dtype | None = None
+    fused: bool | None = None
+    bucket_mb: float | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", checked(self.layers))
+        if self.schedule not in ("atc", "awc"):
+            raise ValueError(f"Invalid schedule: {self.schedule!r}, must be 'atc' or 'awc'")
+        if self.overlap not in (True, False, "auto"):
+            raise ValueError(f"Invalid overlap: {self.overlap!r}, must be True, False or 'auto'")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
+        if self.bucket_mb is not None and not self.bucket_mb > 0:
+            raise ValueError(f"Invalid bucket_mb: {self.bucket_mb}")
+        if self.comm_dtype is not None and not isinstance(self.comm_dtype, torch.dtype):
+            raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {self.comm_dtype!r}")
+        if self.comm_dtype is not None and not self.comm_dtype.is_floating_point:
+            raise ValueError(f"Invalid comm_dtype: {self.comm_dtype}, must be a floating type")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Entries of a parameter group for the layers: what they let users set, and which of them keep state."""
+        kept = ", ".join(str(layer) for layer in self.layers if layer.state)
+        return {"layers": kept, **{k: v for layer in self.layers for k, v in layer.settings.items()}}
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks must have in common, as text."""
+        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb")
+        return {name: str(getattr(self, name)) for name in names}
 
 
-def check(group: dict[str, Any]) -> None:
-    """Raises TypeError or ValueError for a setting that makes no sense."""
+def check_names(rule: Rule, layers: tuple[Layer, ...]) -> None:
+    """Raises ValueError if a method and the layers around it have settings, or buffers, of one name."""
+    for what, names in (
+        ("settings", [*rule.hyper, *(name for layer in layers for name in layer.settings)]),
+        ("buffers", [*rule.state, *(name for layer in layers for name in layer.state)]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"method {rule.name!r} and the layers {list(layers)} share {what}: {', '.join(twice)}")
+
+
+def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
+    """Raises TypeError or ValueError for a group's setting that makes no sense."""
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
     for name in ("momentum", "weight_decay"):
         if isinstance(group[name], torch.Tensor):
@@ -47,19 +81,11 @@ def check(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
     if not 0.0 <= float(weight_decay) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    rate, gain, mu = group.get("correction_rate", "auto"), group.get("correction_gain", 10.0), group.get("mu", "auto")
-    if rate != "auto" and not (not isinstance(rate, str) and 0.0 <= float(rate) <= 1.0):
-        raise ValueError(f"Invalid correction_rate: {rate!r}, must be 'auto' or in [0, 1]")
-    if not float(gain) >= 1.0:
-        raise ValueError(f"Invalid correction_gain: {gain}, must be >= 1 (math.inf: no leak)")
-    if not 0.0 <= float(group.get("beta2", 0.0)) < 1.0:
-        raise ValueError(f"Invalid beta2: {group['beta2']}, must be in [0, 1)")
-    if not 0.0 < float(group.get("eps", 1.0)) < math.inf:
-        raise ValueError(f"Invalid eps: {group['eps']}, must be above 0")
-    if group.get("lars") is not None and not 0.0 < float(group["lars"]) < math.inf:
-        raise ValueError(f"Invalid lars: {group['lars']}, must be above 0, or None")
-    if mu != "auto" and not 0.0 <= float(mu) < 1.0:
-        raise ValueError(f"Invalid mu: {mu!r}, must be in [0, 1)")
+    rule.check_hyper({name: group[name] for name in rule.hyper})
+    for layer in layers:
+        layer.check(group)
+        if layer.whole and layer.finishes(group) and any(is_sharded(p) for p in group["params"]):
+            raise ValueError(f"{layer} needs the norms of whole layers, but FSDP shards them: build without it")
 
 
 def check_parameters(params: list[torch.Tensor]) -> None:
@@ -77,7 +103,7 @@ def check_parameters(params: list[torch.Tensor]) -> None:
 
 
 def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
-    """What tells whether a setting was changed since; a tensor on a device is known by its version, not read."""
+    """What tells whether a setting was changed since. A tensor on a device is known by its version, not read."""
     values = (group[name] for name in names)
     return tuple(
         v if not isinstance(v, torch.Tensor) else float(v) if scalars.on_host(v) else (id(v), v._version)
@@ -85,7 +111,7 @@ def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
     )
 
 
-def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine) -> dict[str, str]:
+def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, options: Options) -> dict[str, str]:
     """What all ranks must have in common.
 
     Also what decides which bytes are sent in which order: gloo ends the process where a message of another length
@@ -93,16 +119,14 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine) -> 
     """
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
     split = [(p.placements, p.device_mesh.size()) if is_sharded(p) else "" for p in params]  # type: ignore[attr-defined]
-    first = ("method", "topology", "schedule")  # what explains the rest
-    names = [*first, *(k for k in group if k not in (*first, "params", "memory"))]
+    names = [*FIRST, *(k for k in group if k not in (*FIRST, "params", "memory"))]
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),
         "how the parameters are sharded": str(split),
         **{name: _text(group.get(name)) for name in names},
         "the topology's weights": engine.topology.fingerprint,
-        "comm_dtype": str(engine.message_dtype),
-        "bucket_mb": str(None if engine.bucket_bytes is None else engine.bucket_bytes / 2**20),
+        **options.facts(),
     }
 
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim.optimizer import Optimizer
 
-from ..comm.transfer import average
 from ..engine.engine import Engine
-from . import mixed_precision as amp
-from . import state_dict as checkpoint
+from . import mixed_precision
+from .state_dict import copied, entries, tensors, unplaced
 
 
-class Consensus:
+class GossipOptimizer(Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
@@ -36,7 +36,7 @@ class Consensus:
     def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
         """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
         self._overflow_agreed = self._step
-        amp.agree(self._engine, found, self._step)
+        mixed_precision.agree(self._engine.place, found, self._step)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -57,26 +57,26 @@ class Consensus:
 
         An all-reduce counts as a ring, 2 (n-1)/n of its tensor.
         """
-        return 0 if self._engine.exchange is None else round(self._engine.exchange.bytes_sent)
+        return round(self._engine.place.workers.bytes_sent)
 
     @property
     def messages_sent(self) -> int:
         """Messages this rank has sent to neighbors since construction."""
-        return 0 if self._engine.exchange is None else self._engine.exchange.messages_sent
+        return self._engine.place.workers.messages_sent
 
     @torch.no_grad()
     def consensus_distance(self) -> float:
         """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
-        exchange = self._engine.exchange
-        if exchange is None:
+        place = self._engine.place
+        if place.workers.size == 1:
             return 0.0
         total = torch.zeros(1, dtype=torch.float64)
         for b in self._engine.buckets:
             mean = b.x.clone()
-            average(exchange, mean)
+            place.workers.mean(mean)
             total += torch.linalg.vector_norm(mean.sub_(b.x), dtype=torch.float64).square().cpu()
-        average(exchange, total)
-        return math.sqrt(float(self._engine.sum_over_shards(total)))
+        place.workers.mean(total)
+        return math.sqrt(float(place.sum_over_shards(total)))
 
     @contextmanager
     def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
@@ -87,8 +87,8 @@ class Consensus:
 
         All ranks must enter it together. Costs a copy of the parameters.
         """
-        exchange = self._engine.exchange
-        if exchange is None:
+        workers = self._engine.place.workers
+        if workers.size == 1:  # its own mean: no copy of the parameters
             yield
             return
         floats = [] if model is None else [b for b in model.buffers() if b.is_floating_point()]
@@ -99,10 +99,10 @@ class Consensus:
             saved = [b.x.clone() for b in self._engine.buckets]
             saved_buffers = [b.clone() for b in floats]
             for b in self._engine.buckets:
-                average(exchange, b.x)
+                workers.mean(b.x)
                 b.publish()
             for buffer in floats:
-                average(exchange, buffer)
+                workers.mean(buffer)
         try:
             yield
         finally:
@@ -128,10 +128,9 @@ class Consensus:
         Raises ValueError, on all ranks, if the workers' states have different entries.
         """
         engine = self._engine
-        own = self.state_dict()  # type: ignore[attr-defined]
-        state_dict = {**own, "state": checkpoint.copied(own["state"])}
-        if engine.exchange is not None:
-            engine.exchange.agree({"what the optimizer's state holds": checkpoint.entries(state_dict)})
-            for _, value in checkpoint.tensors(state_dict):
-                average(engine.exchange, value)
-        return checkpoint.unplaced(state_dict, engine.rule.centered)
+        own = self.state_dict()
+        state_dict = {**own, "state": copied(own["state"])}
+        engine.place.workers.agree({"what the optimizer's state holds": entries(state_dict)})
+        for _, value in tensors(state_dict):
+            engine.place.workers.mean(value)
+        return unplaced(state_dict, engine.rule.centered)

@@ -7,14 +7,16 @@ another number of workers is the workers' mean: `consensus_state_dict`, or `load
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 
 from ..comm.sharded import local
-from ..engine.buckets import Bucket, Slot
+from ..engine.buckets import Bucket
 from ..engine.engine import Engine
+from ..engine.slot import Slot
 
 PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entries of a group that say where it ran
 
@@ -22,7 +24,7 @@ PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entrie
 def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for a checkpoint of another method or topology."""
     for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
-        for what in ("method", "slowmo", *PLACE):
+        for what in ("method", "layers", *PLACE):
             if what in theirs and what in ours and theirs[what] != ours[what]:
                 raise ValueError(
                     f"the checkpoint is of {what.removeprefix('gossip_')} {theirs[what]!r}, this optimizer of"
@@ -45,7 +47,8 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
             raise ValueError("the checkpoint uses dampening, which no method here defines")
         if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
             raise ValueError(
-                f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same nesterov="
+                f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same, by a method"
+                " named nesterov-... or one that is not"
             )
 
 
@@ -59,6 +62,35 @@ def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]])
     }
 
 
+@contextmanager
+def loading(optimizer: Optimizer, engine: Engine) -> Iterator[None]:
+    """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it."""
+    before = [dict(group) for group in optimizer.param_groups]
+    final: dict[str, Any] = {}
+
+    def checked(_: Any, theirs: dict[str, Any]) -> None:  # the last of the hooks, which may have made another dict
+        check(theirs, optimizer.param_groups)
+        final.update(theirs)
+
+    def restored(_: Any) -> None:  # the first of the hooks: others see what was loaded
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            for name, value in old.items():
+                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
+            group["memory"] = dict(group["memory"])
+        engine.forget()
+        restore(by_parameter(final, optimizer.param_groups), optimizer, engine)
+
+    handles = (
+        optimizer.register_load_state_dict_pre_hook(checked),
+        optimizer.register_load_state_dict_post_hook(restored, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engine) -> None:
     """Copies saved state into the flat buffers and makes the optimizer's state views of them again."""
     with torch.no_grad():
@@ -69,7 +101,7 @@ def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engin
                     view, value = slot.view(buffer), saved[slot.p].get(name)
                     if value is not None:
                         view.copy_(local(value))
-                    elif name in ("master", "slow_anchor"):
+                    elif name in engine.starting_at_x:
                         view.copy_(slot.data)
                     else:
                         view.zero_()

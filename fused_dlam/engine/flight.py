@@ -1,0 +1,216 @@
+"""One bucket's way through one step, told in order. The engine says how far a flight may go; it stops there.
+
+OPEN        receives are posted; a message that may leave early has left
+AVERAGING   gradients that are averaged first (over all workers, or inside a machine) are on their way
+SENT        the message has left
+DONE        the neighbors' messages are combined into the parameters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..comm.transfer import Mean, Transfer
+from ..topology import Peers
+from .buckets import Bucket
+from .message import Message
+from .trace import begun, named
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+OPEN, AVERAGING, SENT, DONE = range(1, 5)
+NOBODY = Peers((), (), ())
+EVERYBODY = Peers((-1,), (1.0,), ())  # one "neighbor", the workers' mean, by all-reduce
+
+
+class Flight:
+    """A bucket's step; `to(stage)` takes it as far as that.
+
+    Args:
+        follows: whether this begins right at the end of the step before, with x as that left it.
+        written: whether that step has written this one's message.
+    """
+
+    def __init__(self, engine: Engine, b: Bucket, step: int, follows: bool = False, written: bool = False):
+        self.engine, self.b, self.step = engine, b, step
+        self.follows, self.written = follows, written
+        self.peers = engine.peers(step)
+        self.talks = bool(self.peers.sources or self.peers.destinations)
+        self.received = b.received  # [d, messages, N]
+        self.message: torch.Tensor | None = None  # [messages, N], once it is sent
+        self.transfer: Transfer | Mean | None = None
+        self.average: Mean | None = None  # of the gradient
+        self.next_written = False
+        self._active: list[bool] | None = None
+        self._prepared = False
+        self._span: AbstractContextManager | None = None  # in a profiler's trace, from sent to received
+        self.stage, self._way = 0, self._fly()
+        self._error: BaseException | None = None
+
+    def to(self, stage: int) -> None:
+        while self.stage < stage:
+            if self._error is not None:
+                raise self._error  # the rest of the way is lost: a second try must not take it for done
+            try:
+                self.stage = next(self._way, DONE)
+            except BaseException as error:
+                self._error = error
+                raise
+
+    def _fly(self) -> Iterator[int]:
+        e, b, peers, message = self.engine, self.b, self.peers, self.engine.message
+        lane = e.lanes[b.x.device]
+
+        if self.talks and peers is not EVERYBODY:
+            rows = [e.place.part(b.received[k]) for k in range(len(peers.sources))]
+            self.transfer = Transfer(e.place.workers, rows, peers, self.step, b.index)
+        if message is Message.COPY and not self.follows:
+            b.state[0].copy_(b.x)  # not on the lane: the inner optimizer writes x next, on this stream
+        if message.leaves_early and self.talks:
+            with lane.outbound(b.streams):
+                self._send()
+        yield OPEN  # from here on this step's gradient and scalars are there
+
+        if e.averager.size > 1 and not e.skipped:
+            self._active = b.active()
+            with lane.outbound(b.streams):
+                b.raise_flags(self._active)
+                self.average = e.averager.start_mean(b.g, self.step)
+        yield AVERAGING
+
+        if not message.leaves_early and self.talks:
+            with lane.outbound(b.streams):
+                if message is Message.PACKED:
+                    self._prepare()
+                self._send()
+        yield SENT
+
+        with lane.outbound(b.streams):
+            with named("wait", b.index, self.step):
+                self.wait()
+            if not message.only_averages:
+                self.active()
+            for k in range(len(peers.sources)):
+                e.place.gather(self.received[k], self.step)
+        lane.join()
+        if message.only_averages and not peers.sources:  # a local step: x is as the inner optimizer left it
+            if message is Message.COPY:
+                b.state[0].copy_(b.x)
+            b.publish()
+            return
+        self._prepare()
+        with named("combine", b.index, self.step):
+            self._combine()
+            b.publish(low=False)
+
+    # -- the gradient ------------------------------------------------------------------------------------------------
+
+    def active(self) -> list[bool]:
+        """Which of the bucket's parameters take a local step: those with a gradient, here or where it is averaged."""
+        if self.engine.skipped:
+            return [False] * len(self.b.slots)
+        if self._active is None:
+            self._active = self.b.active()
+        if self.average is not None and not self.average.done:
+            self.average.wait_received()
+            self._active = self.b.lower_flags(self._active)
+        return self._active
+
+    def _prepare(self) -> None:
+        """The layers' part, once: the gradient is final."""
+        if self._prepared:
+            return
+        self._prepared = True
+        for layer, group, scale in self.engine.before(self.b):
+            layer.before(self.b, self.active(), group, self.step, scale)
+
+    # -- the message -------------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        e, b = self.engine, self.b
+        if e.sends_as_it_lies(b):
+            self.message = (b.state[0] if e.message is Message.COPY else b.x).view(1, -1)
+        else:
+            self.message = b.messages
+            if self.peers is EVERYBODY and b.messages.dtype != b.x.dtype:
+                # A mean of rounded messages would move the workers' mean: exact steps send the full precision.
+                self.message = b.x.new_empty(b.messages.shape)
+            if not self.written:
+                self._pack(self.message)
+        self._span = begun("exchange", b.index, self.step)
+        with named("send", b.index, self.step):
+            if self.peers is EVERYBODY:
+                self.received = self.message[None].clone()
+                self.transfer = e.place.workers.start_mean(e.place.part(self.received), self.step)
+            else:
+                assert isinstance(self.transfer, Transfer)
+                self.transfer.send(e.place.part(self.message))
+
+    def _pack(self, message: torch.Tensor) -> None:
+        e, b = self.engine, self.b
+        with named("pack", b.index, self.step):
+            for span, now in [(slice(0, b.N), True)] if e.message.is_x else b.runs(self.active()):
+                if not now:
+                    b.g[span].zero_()
+                e.passes_of(b).pack(b.x[span], b.g[span], tuple(t[span] for t in b.state), message[:, span])
+                if not now:  # no local step: what it sends in the place of the parameters is the parameters
+                    message[0, span].copy_(b.x[span])
+
+    def wait(self) -> None:
+        """Until the neighbors' messages are there; where x is sent, which the transport reads, until it has left."""
+        if self.transfer is not None:
+            self.transfer.wait_received()
+        if self._span is not None:
+            self._span.__exit__(None, None, None)
+            self._span = None
+        if self.transfer is not None and self.engine.message.is_x:
+            self.transfer.wait_sent()
+
+    def wait_sent(self) -> None:
+        if self.transfer is not None:
+            self.transfer.wait_sent()
+
+    def drop(self) -> None:
+        """Ends the exchange without using it."""
+        if self.message is None and isinstance(self.transfer, Transfer):
+            # Receives are posted and cannot be taken back: they would take the next message for theirs.
+            self.transfer.send(self.engine.place.part(self.b.messages))
+        self.wait()
+        self.wait_sent()
+
+    # -- the update --------------------------------------------------------------------------------------------------
+
+    def _combine(self) -> None:
+        e, b, d = self.engine, self.b, len(self.peers.sources)
+        next_message = e.next_message(self)
+        self.next_written = bool(next_message)
+        copies = (*next_message, *(() if b.low is None else (b.low,)))  # of the new x, in types of their own
+        after = e.after(b)
+        here = () if after else copies  # a layer may change x once more: then they are written when it has
+        active = [True] * len(b.slots) if e.message.only_averages else self.active()
+        for span, now in b.runs(active):
+            out = tuple(c[span] for c in here)
+            if now:
+                state, received = tuple(t[span] for t in b.state), self.received[:d, :, span]
+                e.passes_of(b).combine(b.x[span], b.g[span], state, received, out)
+                continue
+            if d:
+                self._average(span)
+            for c in out:
+                c.copy_(b.x[span])
+        for layer, group in after:
+            layer.after(b, group, self.step, e.place.workers.mean)
+        for c in copies if after else ():
+            c.copy_(b.x)
+
+    def _average(self, span: slice) -> None:
+        """A parameter without a gradient is averaged, and nothing else."""
+        assert self.message is not None
+        x, q = self.b.x[span], self.message[0, span].to(self.b.x.dtype, copy=True)
+        for k, w in enumerate(self.peers.weights):
+            x.add_(self.received[k, 0, span].to(x.dtype) - q, alpha=w)

@@ -1,0 +1,39 @@
+"""What a worker sends: one value, from which follows when it may leave."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ..rules.rule import Rule, send_parameter
+
+
+class Message(Enum):
+    """What a worker sends in a step."""
+
+    GRADIENT = "its gradient, averaged over all workers by all-reduce"
+    PACKED = "what the rule's `send` makes of x, the gradient and the state (schedule atc)"
+    PARAMETERS = "x itself, before this step's gradient is there (schedule awc)"
+    STEPPED = "x itself, after an inner optimizer has stepped it (Gossip, atc)"
+    COPY = "a copy of x, while an inner optimizer steps x (Gossip, awc)"
+
+    @property
+    def is_x(self) -> bool:
+        """Whether it needs no gradient."""
+        return self in (Message.PARAMETERS, Message.STEPPED, Message.COPY)
+
+    @property
+    def leaves_early(self) -> bool:
+        """Whether it may leave when the last step ends."""
+        return self in (Message.PARAMETERS, Message.COPY)
+
+    @property
+    def only_averages(self) -> bool:
+        """Whether x is stepped by somebody else, and only averaged here."""
+        return self in (Message.STEPPED, Message.COPY)
+
+
+def message_of(rule: Rule) -> Message:
+    """What a rule of its own sends."""
+    if rule.average == "gradient":
+        return Message.GRADIENT
+    return Message.PARAMETERS if rule.send is send_parameter else Message.PACKED
