@@ -22,8 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from fused_dlam import rules
-from fused_dlam.kernels import numba_passes as compiled
-from fused_dlam.kernels.torch_passes import Blocked
+from fused_dlam.kernels import numba_passes
+from fused_dlam.kernels.torch_passes import TorchPasses
 from fused_dlam.rules.scalars import Scalars
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
@@ -33,12 +33,12 @@ LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 # margin is what --gate holds it to, below the lowest of a dozen runs (axpy itself moved from 37 to 51 GB/s between
 # them) and above what a broken pass gives: plain stores 0.55 for pack, a loop not vectorized or unrolled 0.4.
 GATES = [
-    ("compiled combine, of the roof", "compiled combine", "axpy", "rate", 0.95, 0.75),
-    ("compiled combine's reads, of dot", "compiled combine", "dot", "reads", 0.90, 0.80),
-    ("compiled combine, of fused SGD", "compiled combine", "SGD fused", "rate", 1 / 1.35, 1 / 1.35),
-    ("compiled pack, of the roof", "compiled pack", "axpy", "rate", 0.80, 0.70),
-    ("blocked combine over naive combine", "blocked combine", "naive combine", "speed", 3.0, 1.4),
-    ("blocked combine over naive update", "blocked combine", "naive both", "speed", 3.0, 1.8),
+    ("numba combine, of the roof", "numba combine", "axpy", "rate", 0.95, 0.75),
+    ("numba combine's reads, of dot", "numba combine", "dot", "reads", 0.90, 0.80),
+    ("numba combine, of fused SGD", "numba combine", "SGD fused", "rate", 1 / 1.35, 1 / 1.35),
+    ("numba pack, of the roof", "numba pack", "axpy", "rate", 0.80, 0.70),
+    ("torch combine over naive combine", "torch combine", "naive combine", "speed", 3.0, 1.4),
+    ("torch combine over naive update", "torch combine", "naive both", "speed", 3.0, 1.8),
 ]
 
 
@@ -137,10 +137,10 @@ def contenders(n: int, degrees) -> dict[tuple, tuple]:
             p.grad = torch.randn_like(p) * 0.01
         sgd = torch.optim.SGD(parameters, lr=1e-3, momentum=MOMENTUM, weight_decay=DECAY, **choice)
         found[f"SGD {name}", None] = (sgd.step, 12, 8)
-    ours = {"blocked": (Blocked, rules.decentlam)}
-    if compiled.available():
-        ours["compiled"] = (compiled.Compiled, rules.decentlam)
-        ours["compiled pc-dmsgd"] = (compiled.Compiled, rules.pc_dmsgd)
+    ours = {"torch": (TorchPasses, rules.decentlam)}
+    if numba_passes.available():
+        ours["numba"] = (numba_passes.NumbaPasses, rules.decentlam)
+        ours["numba pc-dmsgd"] = (numba_passes.NumbaPasses, rules.pc_dmsgd)
     kinds = {name: Ours(*what, flat, received) for name, what in ours.items()}
     kinds.update({"naive": Naive(sizes, max(degrees)), "foreach": Foreach(sizes, max(degrees))})
     for name, kind in kinds.items():

@@ -10,10 +10,10 @@ the same bytes with the same peer as `one-peer-exponential`, which is, like `exp
 exchange as its optimizer calls it. Where several ranks share a host there is `hierarchical one-peer` too: gradients
 averaged inside the host, messages from host to host, gathered inside.
 
-Repetitions of all of them are interleaved and ratios are taken within each, so that what disturbs the machine for a
+All operations take turns in each repetition and ratios are taken within it, so that what disturbs the machine for a
 while disturbs them all. For small messages a repetition is a block of steps with no barrier in between. Results are
-checked, and so are the library's counters, against the topology's formula. Under netlab, where each worker has a
-network interface of its own, what that sent is counted too.
+checked, and so are the library's counters, against the topology's formula. Under netlab each worker has a network
+interface of its own, and what that sent is counted too.
 """
 
 from __future__ import annotations
@@ -25,34 +25,36 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import launched
 import torch
 import torch.distributed as dist
+from exchange_report import (
+    ALL_REDUCE,
+    HIERARCHICAL,
+    LARGE,
+    LIBRARY,
+    ONE_PEER,
+    OPERATIONS,
+    RAW,
+    SMALL,
+    draw,
+    failures,
+    table,
+)
+from tqdm import tqdm
 
-from fused_dlam import topology
-from fused_dlam.comm.group import Group
-from fused_dlam.comm.place import Machine, places
-from fused_dlam.comm.transfer import Averaging, Transfer
-from fused_dlam.tools.launch import run_workers
-from fused_dlam.topology import Topology
+from fused_dlam import Topology, topology
+from fused_dlam.comm.group import Alone, Group
+from fused_dlam.comm.place import Place, layout
+from fused_dlam.comm.transfer import Transfer
+from fused_dlam.tools.plain import bytes_text
 
-ALL_REDUCE, RAW, ONE_PEER = "all-reduce", "raw one-peer", "one-peer-exponential"
-LIBRARY = (ONE_PEER, "exponential", "ring")
-HIERARCHICAL = "hierarchical one-peer"
-OPERATIONS = (ALL_REDUCE, RAW, *LIBRARY, HIERARCHICAL)
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 QUICK = (10_000, 1_000_000, 10_000_000)
-SMALL, LARGE = 10_000, 10_000_000  # bytes; from LARGE on the network's rate alone decides
-MARGINS = (  # for 8 hosts, where the bytes alone give 1 and 8/14 = 0.571
-    ("large", ONE_PEER, "to_raw", 1.08),
-    ("large", ONE_PEER, "to_all_reduce", 0.65),
-    ("small", ONE_PEER, "to_all_reduce", 0.25),
-)
-SHARED_MARGINS = (("large", HIERARCHICAL, "to_all_reduce", 0.70),)  # for 4 hosts of 4 ranks: 16/30 = 0.533
 
 
 class Plan(NamedTuple):
@@ -71,8 +73,10 @@ class Plan(NamedTuple):
 def measure(rank: int, plan: Plan) -> dict[str, Any]:
     """The figures, on every rank of the default process group. Importable: `run_workers(measure, 4, Plan())`."""
     bench = Bench(plan)
-    progress = Progress(sum(bench.blocks(size)[0] for size in plan.sizes)) if rank == 0 else None
-    rows = [row for size in plan.sizes for row in bench.measure(size, progress)]
+    total = sum(bench.blocks(size)[0] for size in plan.sizes)
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=total, unit="repetition", disable=None if rank == 0 else True) as bar:
+        rows = [row for size in plan.sizes for row in bench.measure(size, bar)]
     return {
         "workers": bench.n,
         "per_host": bench.per_host,
@@ -89,8 +93,9 @@ class Bench:
     """One rank's part."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.exchange = plan, Group(timeout=plan.deadline)
-        self.rank, self.n = self.exchange.rank, self.exchange.size
+        self.plan, self.flat = plan, Place(Group(timeout=plan.deadline), Alone())
+        self.places: dict[str, Place] = {}  # of the operations in which a worker is not one rank
+        self.rank, self.n = self.flat.workers.rank, self.flat.workers.size
         self.graphs = {name: topology.get(name, self.n) for name in LIBRARY}
         self.graphs[RAW] = self.graphs[ONE_PEER]
         self.operations: tuple[str, ...] = OPERATIONS[:-1]
@@ -100,13 +105,14 @@ class Bench:
         alone = "NETLAB_ADDR" in os.environ and self.per_host == 1
         self.interface = Path("/sys/class/net/eth0/statistics/tx_bytes") if alone else None
         if self.per_host > 1:
-            where = places(None, True)
-            self.machine = Machine(where.local, plan.deadline, parts=where.machines)
-            self.across = Group(None, plan.deadline, where.across, parts=where.numbers)
-            self.graphs[HIERARCHICAL] = topology.get(ONE_PEER, self.across.size)
+            where = layout(None, True)
+            inside = Group(None, plan.deadline, where.local, parts=where.machines)
+            across = Group(None, plan.deadline, where.across, parts=where.numbers)
+            self.places[HIERARCHICAL] = Place(across, inside, splits=True, averages=True)
+            self.graphs[HIERARCHICAL] = topology.get(ONE_PEER, across.size)
             self.operations = OPERATIONS
 
-    def measure(self, size: int, progress: Progress | None) -> list[dict[str, Any]]:
+    def measure(self, size: int, bar: tqdm) -> list[dict[str, Any]]:
         """One row of figures for each operation, with messages of `size` bytes (less what is no whole shard)."""
         size = max(1, size // (4 * self.per_host)) * 4 * self.per_host
         degree = max(graph.degree(t) for graph in self.graphs.values() for t in range(graph.period))
@@ -123,8 +129,8 @@ class Bench:
             turn = repeat % len(self.operations)
             for operation in self.operations[turn:] + self.operations[:turn]:
                 blocks[operation].append(self.block(operation, repeat * steps, steps))
-            if progress:
-                progress.advance(f"{label(size)}, repetition {repeat + 1} of {repeats}")
+            bar.set_description(bytes_text(size))
+            bar.update()
         gathered: list[Any] = [None] * self.n
         dist.all_gather_object(gathered, blocks)
         # [rank, repetition, (seconds, payload, messages, wire)] for each operation
@@ -135,8 +141,7 @@ class Bench:
         """Runs `steps` steps and returns, per step, this rank's seconds, payload bytes, messages, bytes on the wire."""
         self.reduced.fill_(self.rank + 1)
         self.received[:, ::4096] = -1
-        own = {ALL_REDUCE: self.all_reduce, RAW: self.raw, HIERARCHICAL: self.hierarchical}
-        step = own.get(operation, self.library)
+        step = {ALL_REDUCE: self.all_reduce, RAW: self.raw}.get(operation, self.library)
         dist.barrier()
         before = self.counters()
         start = time.perf_counter()
@@ -160,43 +165,35 @@ class Bench:
 
     def library(self, operation: str, t: int) -> None:
         """What the optimizer does in a step, less the arithmetic."""
-        peers, spans = self.graphs[operation].peers(self.rank, t), self.spans
+        place, spans = self.places.get(operation, self.flat), self.spans
+        peers = self.graphs[operation].peers(place.workers.rank, t)
+        means = [place.inside.start_mean(self.reduced[s], t) for s in spans if place.averages]
         transfers = [
-            Transfer(self.exchange, [self.received[k, s] for k in range(len(peers.sources))], peers, t, tag)
+            Transfer(place.workers, [place.part(row[s]) for row in self.received[: len(peers.sources)]], peers, t, tag)
             for tag, s in enumerate(spans)
         ]
-        for transfer, s in zip(transfers, spans, strict=True):
-            transfer.send(self.message[s])
-        for transfer in transfers:
-            transfer.wait_received()
-        for transfer in transfers:
-            transfer.wait_sent()
-
-    def hierarchical(self, operation: str, t: int) -> None:
-        peers, spans, shard = self.graphs[operation].peers(self.across.rank, t), self.spans, self.machine.shard
-        averages = [Averaging(self.machine.inside, self.reduced[s], t) for s in spans]
-        transfers = [Transfer(self.across, [shard(self.received[0, s])], peers, t, tag) for tag, s in enumerate(spans)]
-        for average, transfer, s in zip(averages, transfers, spans, strict=True):
-            average.wait_received()  # the message depends on the gradient
-            transfer.send(shard(self.message[s]))
+        for tag, (transfer, s) in enumerate(zip(transfers, spans, strict=True)):
+            if means:
+                means[tag].wait_received()  # the message depends on the gradient
+            transfer.send(place.part(self.message[s]))
         for transfer, s in zip(transfers, spans, strict=True):
             transfer.wait_received()
-            self.machine.gather(self.received[0, s], t)
+            place.gather(self.received[0, s], t)
         for transfer in transfers:
             transfer.wait_sent()
 
     def counters(self) -> tuple[float, float, float]:
         """Payload and messages that the library's exchanges sent to other workers, or hosts; bytes on the wire."""
-        exchanges = [self.exchange] + ([self.across] if self.per_host > 1 else [])
+        groups = [place.workers for place in (self.flat, *self.places.values())]
         wire = int(self.interface.read_text()) if self.interface else 0
-        return sum(e.bytes_sent for e in exchanges), sum(e.messages_sent for e in exchanges), wire
+        return sum(g.bytes_sent for g in groups), sum(g.messages_sent for g in groups), wire
 
     def check(self, operation: str, step: int, steps: int) -> None:
         """That the last step brought what it had to."""
         if operation == ALL_REDUCE:
             got, expected = self.reduced[None], [self.n * (self.n + 1) / 2 * float(self.n) ** (steps - 1)]
         elif operation == HIERARCHICAL:  # each shard of each bucket is from another rank of the source
-            (source,) = self.graphs[operation].peers(self.across.rank, step).sources
+            (source,) = self.graphs[operation].peers(self.places[operation].workers.rank, step).sources
             shards = [self.received[0, s].tensor_split(self.per_host) for s in self.spans]
             got = torch.stack([torch.cat(same) for same in zip(*shards, strict=True)])
             expected = [source * self.per_host + k + 1.0 for k in range(self.per_host)]
@@ -211,9 +208,9 @@ class Bench:
         repeats, steps = self.blocks(size)
         seconds = {o: f[:, :, 0].amax(0).tolist() for o, f in figures.items()}  # the slowest rank's
         payload, messages, wire = figures[operation][:, :, 1:].mean((0, 1)).tolist()
-        if operation == ALL_REDUCE:
-            expected = card = 2 * (self.n - 1) / self.n * size  # what a ring sends
-            messages = 2 * (self.n - 1)
+        if operation == ALL_REDUCE:  # a ring's
+            expected, messages = 2 * (self.n - 1) / self.n * size, 2 * (self.n - 1)
+            card = expected
         else:
             graph, together = self.graphs[operation], self.per_host if operation == HIERARCHICAL else 1
             expected = size / together * statistics.fmean(graph.degree(t) for t in range(repeats * steps))
@@ -250,109 +247,6 @@ def card_load(graph: Topology, per_host: int) -> float:
     return statistics.fmean(max(leaving(host, t) for host in hosts) for t in range(graph.period))
 
 
-class Progress:
-    """A bar where stderr is a terminal and tqdm is there, else a line every few seconds."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.started, self.shown = total, 0, time.monotonic(), -10.0
-        self.bar = None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, desc="exchange", file=sys.stderr)
-            except ImportError:
-                pass
-
-    def advance(self, text: str) -> None:
-        self.done += 1
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-            if self.done == self.total:
-                self.bar.close()
-        elif time.monotonic() - self.shown > 5 or self.done == self.total:
-            self.shown = time.monotonic()
-            taken = self.shown - self.started
-            print(f"exchange: {self.done}/{self.total}, {taken:.0f} s: {text}", file=sys.stderr, flush=True)
-
-
-def label(size: int) -> str:
-    for unit, name in ((1_000_000, "MB"), (1_000, "kB")):
-        if size >= unit:
-            return f"{size / unit:g} {name}"
-    return f"{size} B"
-
-
-def bytes_per_second(result: dict[str, Any]) -> float:
-    """The network's rate; where it is not known, what raw one-peer reached with the largest message."""
-    if result["rate"]:
-        return result["rate"] / 8
-    return max(row["card"] / row["seconds"] for row in result["rows"] if row["operation"] == RAW)
-
-
-def table(result: dict[str, Any]) -> str:
-    network = f"{result['rate'] / 1e6:g} Mbit/s per host" if result["rate"] else "network as it is"
-    lines = [
-        f"{result['workers']} workers, {result['per_host']} per host, {network}, gloo, torch {result['torch']}.",
-        "Per step: milliseconds of the slowest rank (median, least, most over repetitions) and of the median rank;",
-        "the first over bytes/rate, over all-reduce, over raw one-peer; bytes and messages that a rank sends, bytes",
-        "that its network interface sends.",
-        f"{'message':>8} {'operation':20} {'ms':>8} {'least':>8} {'most':>8} {'median':>8} {'/rate':>6} {'/a-r':>6}"
-        f" {'/raw':>6} {'payload':>11} {'messages':>8} wire",
-    ]
-    rate = bytes_per_second(result)
-    for row in result["rows"]:
-        times = " ".join(f"{1e3 * row[key]:8.2f}" for key in ("seconds", "least", "most", "median_rank"))
-        ratios = (row["seconds"] * rate / row["card"], row["to_all_reduce"], row["to_raw"])
-        lines.append(
-            f"{label(row['size']):>8} {row['operation']:20} {times} {' '.join(f'{ratio:6.3g}' for ratio in ratios)}"
-            f" {row['payload']:11.0f} {row['messages']:8g} {'-' if row['wire'] is None else round(row['wire'])}"
-        )
-    return "\n".join(lines)
-
-
-def draw(result: dict[str, Any], file: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    rate = bytes_per_second(result)
-    colors = ("#c1121f", "#7a7a7a", "#0b5fa5", "#e08e0b", "#3a8f4d", "#7b2cbf")
-    for operation, color in zip(OPERATIONS, colors, strict=True):
-        rows = [row for row in result["rows"] if row["operation"] == operation]
-        if not rows:
-            continue
-        sizes = [row["size"] for row in rows]
-        style = {"marker": "x", "linestyle": "none", "zorder": 3} if operation == RAW else {"marker": "o"}
-        axes.plot(sizes, [1e3 * row["seconds"] for row in rows], color=color, label=operation, **style)
-        axes.fill_between(
-            sizes, [1e3 * r["least"] for r in rows], [1e3 * r["most"] for r in rows], color=color, alpha=0.15, lw=0
-        )
-        if operation != RAW:
-            axes.plot(sizes, [1e3 * row["card"] / rate for row in rows], color=color, linestyle=":", linewidth=1)
-    axes.plot([], [], color="black", linestyle=":", linewidth=1, label="bytes / rate")
-    network = f"{result['rate'] / 1e6:g} Mbit/s per host" if result["rate"] else "rate as measured"
-    axes.set(xscale="log", yscale="log", xlabel="bytes averaged per step", ylabel="milliseconds per step, slowest rank")
-    axes.set_title(f"One averaging step, {result['workers']} workers, {network}", fontsize=11)
-    axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130)
-
-
-def failures(result: dict[str, Any]) -> list[str]:
-    """The ratios that exceed their margins; `large` is the largest message measured."""
-    rows = {(row["size"], row["operation"]): row for row in result["rows"]}
-    sizes = {"large": max(size for size, _ in rows), "small": SMALL}
-    return [
-        f"{label(sizes[which])}, {operation}: {key} is {rows[sizes[which], operation][key]:.3f}, allowed {most}"
-        for which, operation, key, most in (MARGINS if result["per_host"] == 1 else SHARED_MARGINS)
-        if rows[sizes[which], operation][key] > most
-    ]
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -364,20 +258,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=300.0, help="seconds that a wait may take")
     add("--json", metavar="FILE")
     add("--picture", metavar="FILE", help="time over message size (needs matplotlib)")
-    add(
-        "--gate",
-        action="store_true",
-        help="exit with 1 if a ratio exceeds its margin; for netlab, 8 hosts or 4 of 4 ranks",
-    )
+    add("--gate", action="store_true", help="exit with 1 if a ratio exceeds its margin; for 8 hosts, or 4 of 4 ranks")
     options = parser.parse_args(argv)
     options.sizes = options.sizes or (QUICK if options.quick else SIZES)
     options.repeats = options.repeats or (1 if options.quick else 3)
     if min(options.sizes) < 4 or options.repeats < 1 or options.buckets < 1:
         parser.error("sizes are at least 4 bytes; repeats and buckets at least 1")
-    if options.workers is not None and options.workers < 2:
-        parser.error("an exchange needs two workers")
-    if options.workers is None and "RANK" not in os.environ:
-        parser.error("say --workers N, or start it with torchrun or bench/netlab.py")
+    launched.check(parser, options.workers)
     if options.gate and (SMALL not in options.sizes or max(options.sizes) < LARGE):
         parser.error(f"--gate needs the sizes {SMALL} and at least {LARGE}")
     if options.gate and (options.workers or int(os.environ["WORLD_SIZE"]) < 8 or "NETLAB_RATE" not in os.environ):
@@ -388,19 +275,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     plan = Plan(options.sizes, options.repeats, options.buckets, options.timeout)
-    if options.workers:
-        result = run_workers(measure, options.workers, plan, deadline=max(600.0, options.timeout))[0]
-    else:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
-        try:
-            rank = dist.get_rank()
-            result = measure(rank, plan)
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
-        if rank:
-            return 0
+    rank, _, result = launched.run(measure, options.workers, plan, timeout=options.timeout)
+    if rank:
+        return 0
     print(table(result), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

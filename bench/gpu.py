@@ -44,6 +44,8 @@ def lay_out(site: Path) -> None:
     )
     shutil.copytree(HERE.parent / "kernels", site / "fused_dlam" / "kernels", ignore=skip)
     shutil.copytree(HERE / "gpu_sections", site / "gpu_sections", ignore=skip)
+    for name in ("images.py", "large_batch_training.py"):  # the section `simulation` trains with them
+        shutil.copy(HERE / name, site)
 
 
 def environment(scratch: Path, site: Path, out: Path | None, name: str, smoke: bool) -> dict[str, str]:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "kernels"))
 
 import stub_driver
 import torch
@@ -55,10 +55,10 @@ def measure(stub: stub_driver.Stub, rounds: int) -> None:
 
     import fused_dlam
     from fused_dlam.kernels import passes as backend
-    from fused_dlam.kernels.triton_passes import Fused
+    from fused_dlam.kernels.triton_passes import TritonPasses
 
     shapes = resnet50_shapes()
-    backend.choose = lambda rule, *_: Fused(rule, "cpu")  # as if the parameters were on a GPU
+    backend.choose = lambda rule, *_: TritonPasses(rule, "cpu")  # as if the parameters were on a GPU
     print(f"torch {torch.__version__}, triton {triton.__version__}, {len(shapes)} parameters")
     ways = {"one worker": {}, "two workers, atc": {"overlap": False}, "two workers, awc": {"schedule": "awc"}}
     for what, options in ways.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fused_dlam.tools.describe import table
+from fused_dlam.tools.plain import spread, table
 
 Cells = dict[str, dict[int, list[dict[str, Any]]]]  # method, batch: one record per seed
 YARDSTICK = "PmSGD"
@@ -25,12 +25,6 @@ STYLES = {  # color (distinguishable with any color vision: Tol, Okabe and Ito),
     "PC-DmSGD": ("#56b4e9", "D", "-"),
     "PC-DmSGD, one-peer": ("#0072b2", "D", "-"),
 }
-
-
-def spread(values: Iterable[float], sign: str = "", digits: int = 1) -> str:
-    values = list(values)
-    mean = f"{np.mean(values):{sign}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def less_yardstick(cells: Cells, method: str, batch: int) -> list[float]:

@@ -22,7 +22,7 @@ from pc_training import BETA, CASES, RATES, SYMMETRIC, TRAINED, measure_digits, 
 
 from fused_dlam import Simulation, rules, topology
 from fused_dlam.theory.regression import Quadratic, period_map
-from fused_dlam.tools.describe import table
+from fused_dlam.tools.plain import BLACK, BLUE, GREEN, OLIVE, ORANGE, PINK, RED, SKY, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 GRAPHS = {
@@ -132,9 +132,9 @@ def draw(results: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = {
-        "pmsgd (all-reduce)": ("#000000", "--"), "dmsgd": ("#e69f00", "-"), "da-dmsgd": ("#cc79a7", "-"),
-        "qg-dmsgd": ("#56b4e9", "-"), "decentlam": ("#009e73", "-"), "gradient-tracking": ("#d55e00", "-"),
-        "exact-diffusion": ("#8a8a00", "-"), "pc-dmsgd, gain 10": ("#0072b2", "-"),
+        "pmsgd (all-reduce)": (BLACK, "--"), "dmsgd": (ORANGE, "-"), "da-dmsgd": (PINK, "-"), "qg-dmsgd": (SKY, "-"),
+        "decentlam": (GREEN, "-"), "gradient-tracking": (RED, "-"), "exact-diffusion": (OLIVE, "-"),
+        "pc-dmsgd, gain 10": (BLUE, "-"),
     }  # fmt: skip
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, *right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fused_dlam import Rule, Simulation, rules, topology
 from fused_dlam.theory.regression import Regression, limiting_bias
-from fused_dlam.tools.describe import table
+from fused_dlam.tools.plain import spread, table
 
 BETA = 0.9
 CASES = {
@@ -104,17 +104,10 @@ def measure_digits(seeds: int = 3) -> dict:
     }
 
 
-def spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-
-
 def show_digits(found: dict) -> str:
     parts = []
     for name in TRAINED:
-        rows = [
-            (case, *(f"{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}" for v in by[name].values()))
-            for case, by in found.items()
-        ]
+        rows = [(case, *map(spread, by[name].values())) for case, by in found.items()]
         parts.append(table((f"test accuracy of the mean model, %\n{name}", *(f"lr {lr:g}" for lr in RATES)), rows))
     note = "decentlam, exact-diffusion: symmetric exponential graph; d2-dmsgd: its lazy form (lambda_min > -1/3)."
     return "\n\n".join([*parts, note])

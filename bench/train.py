@@ -14,24 +14,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
+import launched
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from fused_dlam import GossipSGD
-from fused_dlam.tools.launch import run_workers
+from fused_dlam.tools.plain import BLUE, RED, table
 
 LAYERS, LR, MOMENTUM = 8, 1e-3, 0.9
 # way over yardstick, where computation takes as long as one message: ours, measured on the same network in one run
 GATES = [("AWC", "local only", 1.06), ("ATC, overlapped", "local only", 1.38)]
+GOSSIP = ("ATC, overlapped", "ATC, sent in step()", "AWC")
 OVERHEAD_GATE = 1.8  # what Decent-DP costs per step over what we do; 2.1 to 3.1 in five runs
 
 
@@ -68,8 +70,8 @@ class Net(nn.Module):
         return x
 
 
-def local_only(model, n) -> Callable[[torch.Tensor], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+def local_only(model, n, optimizer: torch.optim.Optimizer | None = None) -> Callable[[torch.Tensor], None]:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
 
     def step(x):
         optimizer.zero_grad()
@@ -105,13 +107,7 @@ def ddp(model, n):
 
 def ours(model, n, **options):
     optimizer = GossipSGD(model.parameters(), lr=LR, momentum=MOMENTUM, hierarchical=False, **options)
-
-    def step(x):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return step
+    return local_only(model, n, optimizer)
 
 
 def decent_dp(model, n):
@@ -149,6 +145,36 @@ WAYS = {
 }
 
 
+OWN_COST = {
+    "local only": local_only,
+    "all-reduce after backward": all_reduce_after,
+    "DmSGD, AWC": lambda model, n: ours(model, n, method="dmsgd", schedule="awc"),
+    "PC-DmSGD, AWC": lambda model, n: ours(model, n, schedule="awc"),
+    "PC-DmSGD, ATC": ours,
+    "Decent-DP": decent_dp,
+}
+
+
+def build(ways: dict[str, Callable], options: argparse.Namespace, n: int, rank: int) -> dict[str, Callable]:
+    """Each way's step, without the ways that were not asked for and without Decent-DP where it cannot run."""
+    steps: dict[str, Callable] = {}
+    for name, make in ways.items():
+        if options.ways and name not in options.ways:
+            continue
+        try:
+            steps[name] = make(Net(options.mb, options.compute), n)
+        except Exception as error:  # it is not installed, or does not take this number of workers
+            if name != "Decent-DP":
+                raise
+            if rank == 0:
+                print(f"(Decent-DP, another package to compare with, is left out: {error})", file=sys.stderr)
+    return steps
+
+
+def inputs(options: argparse.Namespace) -> torch.Tensor:
+    return torch.randn(options.batch, Net(options.mb, 0).layers[0].in_features)
+
+
 def own_cost(options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step in a group of two whose messages take no time (torch's fake group), 2.1M parameters, one thread.
 
@@ -158,16 +184,7 @@ def own_cost(options: argparse.Namespace) -> dict[str, list[float]]:
 
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    builds = {
-        "local only": local_only,
-        "all-reduce after backward": all_reduce_after,
-        "DmSGD, AWC": lambda model, n: ours(model, n, method="dmsgd", schedule="awc"),
-        "PC-DmSGD, AWC": lambda model, n: ours(model, n, schedule="awc"),
-        "PC-DmSGD, ATC": ours,
-        "Decent-DP": decent_dp,
-    }
-    ways = {name: build(Net(8.4, 0), 2) for name, build in builds.items()}
-    x = torch.randn(options.batch, Net(8.4, 0).layers[0].in_features)
+    ways, x = build(OWN_COST, options, 2, 0), inputs(options)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(300):
         for name, step in ways.items():
@@ -181,61 +198,59 @@ def own_cost(options: argparse.Namespace) -> dict[str, list[float]]:
 
 def measure(rank: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step of every way, the slowest rank's, one entry per counted step."""
-    n = dist.get_world_size()
-    ways: dict[str, Callable] = {}
-    for name, build in WAYS.items():
-        if options.ways and name not in options.ways:
-            continue
-        try:
-            ways[name] = build(Net(options.mb, options.compute), n)
-        except Exception as error:  # Decent-DP is not installed, or does not take this number of workers
-            if name != "Decent-DP":
-                raise
-            if rank == 0:
-                print(f"(Decent-DP is left out: {error})", file=sys.stderr)
-    width = Net(options.mb, 0).layers[0].in_features
-    x = torch.randn(options.batch, width)
+    ways, x = build(WAYS, options, dist.get_world_size(), rank), inputs(options)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.rounds + 1):
-        for name, step in ways.items():
-            if rank == 0:
-                print(f"\rround {turn} of {options.rounds}: {name:30}", end="", file=sys.stderr, flush=True)
-            for _ in range(3 if turn == 0 else options.steps):  # round 0 warms up: buckets are built, hooks settle
-                dist.barrier()
-                start = time.perf_counter()
-                step(x)
-                seconds = torch.tensor([time.perf_counter() - start])
-                dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-                if turn:
-                    times[name].append(seconds.item())
-    if rank == 0:
-        print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    total = len(ways) * (options.rounds + 1)
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(total=total, unit="round", disable=None if rank == 0 else True) as bar:
+        for turn in range(options.rounds + 1):
+            for name, step in ways.items():
+                bar.set_description(name)
+                for _ in range(3 if turn == 0 else options.steps):  # round 0 warms up: buckets are built, hooks settle
+                    seconds = slowest(step, x)
+                    if turn:
+                        times[name].append(seconds)
+                bar.update()
     return times
+
+
+def slowest(step: Callable[[torch.Tensor], None], x: torch.Tensor) -> float:
+    """Seconds that the slowest rank takes for a step."""
+    dist.barrier()
+    start = time.perf_counter()
+    step(x)
+    seconds = torch.tensor([time.perf_counter() - start])
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
 
 
 def report(times: dict[str, list[float]], n: int, options: argparse.Namespace) -> bool:
     """Prints the table, writes what was asked for, and tells whether the gates hold."""
     median = {name: statistics.median(t) for name, t in times.items()}
-    floor = median.get("local only")
+    floor = median.get("local only", math.nan)
+    rows = [
+        (
+            name, *(f"{seconds:.4f}" for seconds in (median[name], min(t), max(t))),
+            f"{median[name] / floor:.2f}", f"{1e3 * (median[name] - floor):+.1f}",
+        )
+        for name, t in times.items()
+    ]  # fmt: skip
     print(
-        f"{n} workers, {options.mb:g} MB of parameters, {options.compute:g} s of computation, torch {torch.__version__}"
+        f"{n} workers, {options.mb:g} MB of parameters, {options.compute:g} s of computation, torch"
+        f" {torch.__version__}. Seconds per step.\n\n"
+        + table(("", "median", "min", "max", "over local only", "ms more"), rows)
     )
-    print(f"{'':28}{'median s':>10}{'min':>9}{'max':>9}{'/ local':>9}{'+ ms':>9}")
-    for name, t in times.items():
-        ratio = f"{median[name] / floor:9.2f}{1e3 * (median[name] - floor):9.1f}" if floor else ""
-        print(f"{name:28}{median[name]:10.4f}{min(t):9.4f}{max(t):9.4f}{ratio}")
     holds = True
     if options.gate and options.compute:
         for name, yardstick, margin in GATES:
             ratio = median[name] / median[yardstick]
             holds &= ratio <= margin
             print(f"{'holds' if ratio <= margin else 'FAILS'}  {name} / {yardstick}: {ratio:.3f}, at most {margin}")
-    elif options.gate and options.own_cost:
+    elif options.gate and options.own_cost and "Decent-DP" in median:
         ratio = (median["Decent-DP"] - floor) / max(median["DmSGD, AWC"] - floor, 1e-9)
         holds = ratio >= OVERHEAD_GATE
-        print(
-            f"{'holds' if holds else 'FAILS'}  Decent-DP's cost per step / ours: {ratio:.1f}, at least {OVERHEAD_GATE}"
-        )
+        verdict = "holds" if holds else "FAILS"
+        print(f"{verdict}  Decent-DP's cost per step / ours: {ratio:.1f}, at least {OVERHEAD_GATE}")
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k not in ("json", "picture")}
         record = {"workers": n, "torch": torch.__version__, **settings, "median": median, "seconds": times}
@@ -250,16 +265,13 @@ def draw(median: dict[str, float], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(8, 0.5 * len(median) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colors = ["#999999" if k == "local only" else "#d55e00" if k in GOSSIP else "#0072b2" for k in median]
+    colors = ["#999999" if k == "local only" else RED if k in GOSSIP else BLUE for k in median]
     bars = axes.barh(list(median), list(median.values()), color=colors)
     axes.bar_label(bars, fmt="%.3g s", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(title=f"One training step: {title}", xlabel="seconds, slowest rank, median")
     figure.savefig(path, dpi=110)
-
-
-GOSSIP = ("ATC, overlapped", "ATC, sent in step()", "AWC")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,18 +291,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.own_cost:
         options.mb, options.compute = 8.4, 0.0
         return 0 if report(own_cost(options), 2, options) else 1
-    if options.workers:
-        times = run_workers(measure, options.workers, options, deadline=1800)[0]
-        return 0 if report(times, options.workers, options) else 1
-    if "RANK" not in os.environ:
-        parser.error("run it by torchrun or bench/netlab.py, or say --workers N")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
-    times = measure(dist.get_rank(), options)
-    holds = report(times, dist.get_world_size(), options) if dist.get_rank() == 0 else True
-    dist.barrier()
-    dist.destroy_process_group()
-    return 0 if holds else 1
+    launched.check(parser, options.workers)
+    rank, n, times = launched.run(measure, options.workers, options)
+    return 0 if rank or report(times, n, options) else 1
 
 
 if __name__ == "__main__":

@@ -8,24 +8,24 @@ from collections.abc import Callable
 
 import torch
 
-import fused_dlam
+from fused_dlam.layers import Lars, SlowMo
 
-from .device import DEVICE, SMOKE, free, hidden_waits, host_us, peak_bytes, synchronize, traced
+from .device import SMOKE, free, hidden_waits, host_us, peak_bytes, synchronize, traced
 from .loop import Loop, process_group
-from .models import layers
 from .record import Record
+from .trainer import Trainer
 
 WIDTH, DEPTH, BATCH = (32, 4, 4) if SMOKE else (1024, 24, 64)
 HALF = torch.bfloat16
 ALONE: dict[str, dict] = {
     "plain": {},
-    "nesterov": {"nesterov": True},
+    "nesterov": {"method": "nesterov-pc-dmsgd"},
     "max_grad_norm": {"max_grad_norm": 0.1},
-    "lars": {"lars": 1e-3},
+    "lars": {"layers": [Lars(1e-3)]},
     "lr on the device": {"device_lr": True},
-    "slowmo": {"slowmo": fused_dlam.SlowMo(2)},
+    "slowmo": {"layers": [SlowMo(2)]},
     "bfloat16 parameters": {"parameters": HALF},
-    "GradScaler": {"scaler": True},
+    "GradScaler": {"scaler": 64.0},
     "Gossip of AdamW": {"inner": True},
 }
 LOOPED: dict[str, dict] = {
@@ -37,51 +37,24 @@ LOOPED: dict[str, dict] = {
     "da-dmsgd": {"method": "da-dmsgd"},
     "pmsgd": {"method": "pmsgd"},
     "max_grad_norm": {"max_grad_norm": 0.1},
-    "lars": {"lars": 1e-3},
+    "lars": {"layers": [Lars(1e-3)]},
     "bfloat16 parameters": {"parameters": HALF},
     "Gossip of AdamW": {"inner": True},
     "Gossip of AdamW, awc": {"inner": True, "schedule": "awc"},
     # Ranks agree on an overflow before the step: what waits here is listed, and no fault.
-    "GradScaler": {"scaler": True},
+    "GradScaler": {"scaler": 64.0},
 }
 
 
-class Trainer:
-    """A model, its optimizer and a whole training step."""
-
-    def __init__(self, options: dict):
-        options = dict(options)
-        scaler, inner = options.pop("scaler", False), options.pop("inner", False)
-        dtype = options.pop("parameters", torch.float32)
-        lr = torch.tensor(0.05, device=DEVICE) if options.pop("device_lr", False) else 0.05
-        torch.manual_seed(0)
-        self.net = layers(WIDTH, DEPTH, dtype)
-        self.x = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=dtype)
-        if inner:
-            adamw = torch.optim.AdamW(self.net.parameters(), lr=1e-3, fused=not SMOKE)
-            self.optimizer = fused_dlam.Gossip(adamw, **options)
-        else:
-            self.optimizer = fused_dlam.GossipSGD(self.net.parameters(), lr, weight_decay=1e-4, **options)
-        self.scaler = torch.amp.GradScaler(DEVICE, init_scale=64.0, enabled=scaler)
-
-    def backward(self) -> None:
-        self.optimizer.zero_grad()
-        self.scaler.scale(self.net(self.x).square().mean()).backward()
-
-    def update(self) -> None:
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def step(self) -> None:
-        self.backward()
-        self.update()
+def trainer_of(options: dict) -> Trainer:
+    return Trainer(WIDTH, DEPTH, BATCH, options)
 
 
 def inspect(record: Record, where: str, name: str, options: dict, context: Callable) -> None:
     with context():
-        waits = hidden_waits(lambda: Trainer(options).step)
+        waits = hidden_waits(lambda: trainer_of(options).step)
         free()
-        trainer = Trainer(options)
+        trainer = trainer_of(options)
         for _ in range(4):
             trainer.step()
         synchronize()
@@ -120,7 +93,7 @@ def memory(record: Record, name: str, options: dict, context: Callable, degree: 
     made: list[Trainer] = []
 
     def life() -> None:
-        made.append(Trainer(options))
+        made.append(trainer_of(options))
         for _ in range(3):
             made[0].step()
 

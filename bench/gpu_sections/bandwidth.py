@@ -12,7 +12,7 @@ import torch
 
 from fused_dlam import rules
 from fused_dlam.kernels.gate.floor import combine_floor, pack_floor
-from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.kernels.triton_passes import TritonPasses
 from fused_dlam.rules.rule import Rule
 from fused_dlam.rules.scalars import Scalars
 
@@ -51,7 +51,7 @@ class Flat:
     def passes(
         self, rule: Rule, d: int, wire: torch.dtype, copies: bool = False, **shape
     ) -> dict[str, Callable[[], None]]:
-        fused = Fused(rule, DEVICE, **shape)
+        fused = TritonPasses(rule, DEVICE, **shape)
         fused.set(scalars(rule, d))
         state, message, received = self.state[: len(rule.state)], self.messages[wire], self.received[wire]
         out = {"copies": (message[0],)} if copies else {}
@@ -153,20 +153,18 @@ def report(record: Record, n: int, ways: dict, ms: dict[tuple, float | None]) ->
 
 
 def sweep(record: Record, n: int) -> None:
-    """combine of PC-DmSGD with one neighbor, by block, warps and eviction hint."""
+    """combine of PC-DmSGD with one neighbor, by block and warps."""
     b = Flat(n)
     shapes = SHAPES[:2] if SMOKE else SHAPES
-    ways = {
-        s: b.passes(rules.pc_dmsgd, 1, torch.float32, block=s[0], warps=s[1], evict=s[2])["combine"] for s in shapes
-    }
+    ways = {s: b.passes(rules.pc_dmsgd, 1, torch.float32, block=s[0], warps=s[1])["combine"] for s in shapes}
     times = device_ms(ways, 15)  # type: ignore[arg-type]
     if SMOKE:
         return
-    for (block, warps, evict), t in times.items():
-        record.row("block, warps, eviction", block=block, warps=warps, evict=evict or "default", ms=t)
-    best, used = min(times, key=lambda s: times[s]), (1024, 4, "")
+    for (block, warps), t in times.items():
+        record.row("block and warps", block=block, warps=warps, ms=t)
+    best, used = min(times, key=lambda s: times[s]), (1024, 4)
     record.line(
-        f"best of {len(times)} launch shapes: block {best[0]}, {best[1]} warps, {best[2] or 'default'},"
+        f"best of {len(times)} launch shapes: block {best[0]}, {best[1]} warps,"
         f" {times[used] / times[best]:.3f} times as fast as the one used"
     )
     passes = b.passes(rules.pc_dmsgd, 1, torch.float32)

@@ -13,16 +13,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
 
+from fused_dlam.kernels.triton_passes import TritonPasses
+
 from .device import DEVICE, SMOKE, synchronize
 from .record import Record
 from .trial import Case, Trial, cases
 
 FORKS = True  # this process must not touch the device before its builders do
 
-#: What bandwidth.py tries: elements per program, warps, and how L2 treats what is read for the last time.
-SHAPES = tuple(
-    (b, w, e) for b, w in ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8)) for e in ("", "evict_first")
-)
+#: What bandwidth.py tries: elements per program, and warps.
+SHAPES = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (4096, 8))
 
 
 def build(case: Case, lengths: tuple[tuple[int, int], ...]) -> str | None:
@@ -40,18 +40,16 @@ def build(case: Case, lengths: tuple[tuple[int, int], ...]) -> str | None:
         return f"{' '.join(map(str, case))}: {type(error).__name__}: {error}"[:400]
 
 
-def build_shape(block: int, warps: int, evict: str) -> str | None:
-    from fused_dlam.kernels.triton_passes import Fused
-
+def build_shape(block: int, warps: int) -> str | None:
     try:
         trial = Trial(Case("pc-dmsgd", 1, "float32", "float32"), 8192)
-        trial.fused = Fused(trial.rule, DEVICE, block=block, warps=warps, evict=evict)
+        trial.fused = TritonPasses(trial.rule, DEVICE, block=block, warps=warps)
         trial.fused.set(trial.scalars)
         trial.combine()
         synchronize()
         return None
     except Exception as error:
-        return f"block {block}, {warps} warps, {evict!r}: {type(error).__name__}: {error}"[:400]
+        return f"block {block}, {warps} warps: {type(error).__name__}: {error}"[:400]
 
 
 #: Rules of the optimizers that later sections build, and (gradient, messages, copies of x) of their buckets: in full
@@ -94,7 +92,7 @@ def run(record: Record) -> None:
     faults = []
     with ProcessPoolExecutor(min(count, 15), mp_context=context) as pool:
         jobs = [pool.submit(build, case, lengths) for case, lengths in kinds]
-        jobs += [pool.submit(build_shape, *shape) for shape in SHAPES[:: 12 if SMOKE else 1]]
+        jobs += [pool.submit(build_shape, *shape) for shape in SHAPES[:: 6 if SMOKE else 1]]
         for name in OPTIMIZERS[:: 5 if SMOKE else 1]:
             jobs += [pool.submit(warm, name, *bucket) for bucket in BUCKETS]
         for job in as_completed(jobs):

@@ -11,10 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_dlam
 
-from .device import DEVICE, SMOKE, free, synchronize
+from .device import DEVICE, SMOKE, free
 from .loop import process_group
-from .models import small_gpt
+from .models import flat, small_gpt
 from .record import Record
+from .training import train
 
 SETTINGS = {"lr": 0.01, "momentum": 0.9}
 STEPS = 3 if SMOKE else 10
@@ -28,26 +29,12 @@ def ours(params) -> fused_dlam.GossipSGD:
     return fused_dlam.GossipSGD(params, **SETTINGS)
 
 
-def flat(model: nn.Module) -> torch.Tensor:
-    values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-    return torch.cat([v.detach().flatten() for v in values])
-
-
 def losses(make: Callable, wrap: Callable = lambda model: None) -> tuple[list[float], torch.Tensor]:
     """The losses of a few steps in float32, and the parameters after them."""
     model = small_gpt(SMOKE)
     x = model.batch(2)
     wrap(model)
-    optimizer = make(model.parameters())
-    out = []
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = model.loss(x)
-        loss.backward()
-        optimizer.step()
-        out.append(loss.detach())
-    synchronize()
-    return [float(v) for v in out], flat(model)
+    return train(make, True, lambda: model.loss(x), model, STEPS)[0], flat(model)
 
 
 def compile_model(record: Record) -> None:

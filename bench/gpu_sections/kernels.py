@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fused_dlam import rules
-from fused_dlam.kernels.torch_passes import Blocked
-from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.kernels.torch_passes import TorchPasses
+from fused_dlam.kernels.triton_passes import TritonPasses
 from fused_dlam.rules.scalars import Scalars
 
 from .device import DEVICE, SMOKE, free
@@ -83,7 +83,7 @@ def ends_of_numbers(record: Record) -> None:
     for name in ("pc-dmsgd", "decentlam", "adamw", "da-dmsgd"):
         for place in ("x", "g", "received"):
             ours, theirs = (Trial(Case(name, 1, "float32", "float32"), 1025) for _ in range(2))
-            theirs.fused = Blocked(theirs.rule)
+            theirs.fused = TorchPasses(theirs.rule)
             theirs.fused.set(theirs.scalars)
             for trial in (ours, theirs):
                 {"x": trial.x, "g": trial.g, "received": trial.received[0][0]}[place][: len(ends)] = ends
@@ -101,7 +101,7 @@ def ends_of_numbers(record: Record) -> None:
     rule = rules.dsgd
     x = torch.full((1025,), 1e-40, device=DEVICE)
     g, message = torch.zeros_like(x), torch.zeros(1, 1025, device=DEVICE)
-    fused = Fused(rule, DEVICE)
+    fused = TritonPasses(rule, DEVICE)
     fused.set(Scalars(rule.scalars(0.1, 0.9, 0.0, 0.5), (0.5,)))
     fused.pack(x, g, (), message)
     before = x.clone()
@@ -148,7 +148,7 @@ def beyond_32_bits(record: Record, n: int = (1 << 31) + 2048) -> None:
     g = torch.empty(n, dtype=half, device=DEVICE).normal_()
     received = torch.empty(n, dtype=half, device=DEVICE).normal_()
     message = torch.empty(n, dtype=half, device=DEVICE)
-    fused = Fused(rule, DEVICE)
+    fused = TritonPasses(rule, DEVICE)
     fused.set(Scalars(rule.scalars(0.125, 0.9, 0.0, 0.5), (0.5,)))
     for length in (n, n - 5):  # the last block full, and masked
         windows = [slice(a, a + 2048) for a in (0, n // 2, n - 4096, length - 2048)]

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-import fused_dlam
-
-from .device import DEVICE, SMOKE, free, synchronize, traced
+from .device import SMOKE, free, synchronize, traced
 from .loop import Loop, delayed, process_group
-from .models import layers
+from .models import flat
 from .record import Record
+from .trainer import Trainer
 
 WIDTH, DEPTH, BATCH = (32, 4, 8) if SMOKE else (1024, 8, 256)
 BUCKET_MB = 0.005 if SMOKE else 4.0
@@ -36,8 +35,8 @@ OPTIONS: dict[str, dict] = {
     "decentlam": {"method": "decentlam"},
     "da-dmsgd": {"method": "da-dmsgd"},
     "pmsgd": {"method": "pmsgd"},
-    "scaler": {"scaler": True},
-    "scaler, awc": {"scaler": True, "schedule": "awc"},
+    "scaler": {"scaler": 1024.0},
+    "scaler, awc": {"scaler": 1024.0, "schedule": "awc"},
     "Gossip of AdamW": {"inner": True},
     "Gossip of AdamW, awc": {"inner": True, "schedule": "awc"},
 }
@@ -47,28 +46,14 @@ EXCHANGE_ONLY = ("comm_dtype", "overlap")
 
 def path(options: dict, steps: int = 6, loop: Loop | None = None, late: str | None = None) -> torch.Tensor:
     """The parameters after a few steps."""
-    options = dict(options)
-    scaler, inner = options.pop("scaler", False), options.pop("inner", False)
-    dtype = options.pop("parameters", torch.float32)
-    torch.manual_seed(0)
-    net = layers(WIDTH, DEPTH, dtype)
-    x = torch.randn(BATCH, WIDTH, device=DEVICE, dtype=dtype)
     with loop or contextlib.nullcontext(), delayed(late):
-        if inner:
-            adamw = torch.optim.AdamW(net.parameters(), lr=1e-3)
-            optimizer = adamw if loop is None else fused_dlam.Gossip(adamw, bucket_mb=BUCKET_MB, **options)
-        else:
-            optimizer = fused_dlam.GossipSGD(net.parameters(), 0.05, bucket_mb=BUCKET_MB, **options)
-        scale = torch.amp.GradScaler(DEVICE, init_scale=1024.0, enabled=scaler)
+        trainer = Trainer(WIDTH, DEPTH, BATCH, {"bucket_mb": BUCKET_MB, **options, "gossips": loop is not None})
         for _ in range(steps):
-            optimizer.zero_grad()
-            scale.scale(net(x).square().mean()).backward()
-            scale.step(optimizer)
-            scale.update()
-        if hasattr(optimizer, "synchronize"):
-            optimizer.synchronize()
+            trainer.step()
+        if hasattr(trainer.optimizer, "synchronize"):
+            trainer.optimizer.synchronize()
         synchronize()
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+    return flat(trainer.net)
 
 
 def compare(record: Record, loop: Loop, group: str, names: list[str], delays: tuple[str | None, ...]) -> None:

@@ -116,3 +116,9 @@ def layers(width: int, depth: int, dtype: torch.dtype) -> nn.Sequential:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         return nn.Sequential(*(nn.Linear(width, width, dtype=dtype) for _ in range(depth)))
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    """All parameters in a row, whole where they are sharded."""
+    values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return torch.cat([v.detach().flatten() for v in values])

@@ -18,7 +18,7 @@ import fused_dlam
 
 from .device import DEVICE, SMOKE, free, synchronize
 from .loop import Loop, process_group
-from .models import GPT, ResNet18, small_gpt
+from .models import GPT, ResNet18, flat, small_gpt
 from .record import Record
 
 SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
@@ -117,7 +117,7 @@ def in_float32(record: Record) -> None:
         model = small_gpt(SMOKE)
         x = model.batch(2)
         losses, _, _ = train(make, True, lambda m=model, x=x: m.loss(x), model, 8)
-        ends.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+        ends.append((losses, flat(model)))
     off = max(abs(a - b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
     apart = float((ends[0][1] - ends[1][1]).abs().max())
     record.check("in float32 losses are torch's", off < 2e-5, f"off by {off:.3g}")

@@ -13,7 +13,7 @@ import torch
 
 from fused_dlam import rules
 from fused_dlam.kernels.gate.floor import pack_floor
-from fused_dlam.kernels.triton_passes import Fused
+from fused_dlam.kernels.triton_passes import TritonPasses
 from fused_dlam.rules.averaging import mix, mix_ahead
 from fused_dlam.rules.rule import Rule
 from fused_dlam.rules.scalars import Scalars
@@ -71,7 +71,7 @@ class Trial:
         # What the rule need not be given: a rate and a scale whose products are exact, weights that are not equal.
         weights = tuple(0.6 * 2 * (k + 1) / (d * (d + 1)) for k in range(d))
         self.scalars = Scalars(self.rule.scalars(0.125, 0.9, 0.01, 0.5), weights, 0.5)
-        self.fused = Fused(self.rule, DEVICE)
+        self.fused = TritonPasses(self.rule, DEVICE)
         self.fused.set(self.scalars)
 
     def draw(self, dtype: torch.dtype = torch.float32, square: bool = False) -> torch.Tensor:

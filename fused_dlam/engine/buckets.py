@@ -2,8 +2,8 @@
 
     parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
 
-Parameters are never copied. After `zero_grad()` autograd makes a new gradient. It is copied into its slot and freed, and
-the view takes its place as `p.grad`, into which autograd accumulates from then on. On a CPU that happens right where the
+Parameters are never copied. After `zero_grad()` autograd makes a new gradient. It is copied into its slot. The view
+takes its place as `p.grad`, and autograd accumulates into that from then on. On a CPU this happens where the
 gradient is made: 8 bytes per parameter, still in cache, in place of the 16 of zeroing the slot and adding to it (8.4 MB
 of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost). On a GPU one kernel copies all of a bucket, once
 the last is there: ResNet-50 has 161. After `zero_grad(set_to_none=False)` nothing is copied at all.

@@ -22,7 +22,7 @@ from ..comm.group import Alone
 from ..comm.place import Place
 from ..comm.streams import Lane
 from ..comm.transfer import connect, foreseen
-from ..kernels import passes
+from ..kernels.passes import Passes, choose
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
@@ -65,7 +65,7 @@ class Engine:
             self.averager = place.inside if place.averages else Alone()
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
         # Per group, for it has scalars of its own: passes by device and type of the master values.
-        self.passes: list[dict[tuple[torch.device, torch.dtype], Any]] = []
+        self.passes: list[dict[tuple[torch.device, torch.dtype], Passes]] = []
         self.lanes: dict[torch.device, Lane] = {}
         self.layers = tuple(layers)
         self._before = [layer for layer in layers if type(layer).before is not Layer.before]
@@ -100,7 +100,7 @@ class Engine:
         self.buckets += new
         kinds = {(b.x.device, b.x.dtype) for b in new}
         elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
-        self.passes.append({kind: passes.choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
+        self.passes.append({kind: choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
         for kind in kinds:
             self._warm(next(b for b in new if (b.x.device, b.x.dtype) == kind))
         return new
@@ -262,7 +262,7 @@ class Engine:
         exactly = self.topology.n > 2 and self.topology.averages_exactly(step)
         return EVERYBODY if exactly else self.topology.peers(self.place.workers.rank, step)
 
-    def passes_of(self, b: Bucket) -> Any:
+    def passes_of(self, b: Bucket) -> Passes:
         return self.passes[b.group][b.x.device, b.x.dtype]
 
     def sends_as_it_lies(self, b: Bucket) -> bool:

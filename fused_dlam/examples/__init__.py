@@ -1,4 +1,4 @@
-"""Training scripts to start from; they need `pip install 'fused-dlam[demo]'` and run on GPUs or CPUs.
+"""Training scripts to start from; they need `pip install 'fused-dlam[demo]'` and run on GPUs or CPUs. See README.md.
 
 torchrun --nproc-per-node 4 -m fused_dlam.examples.ddp --amp           DistributedDataParallel
 torchrun --nproc-per-node 4 -m fused_dlam.examples.gossip --amp        the same script, five lines changed

@@ -61,9 +61,6 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     return (_growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)), 0.0
 
 
-lyapunov = growth  # the old name
-
-
 def _coefficients(rule: Rule, h) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A, B, C of one worker's step V' = A V + B pull(C V) at zero gradient, V = (x, state)."""
     k, m = 1 + len(rule.state), rule.messages

@@ -1,8 +1,4 @@
-"""The command `fused-dlam`: one line per subcommand, each a module with `main(argv) -> int`, imported when asked for.
-
-    fused-dlam demo                             train on handwritten digits, here and now
-    fused-dlam topology exponential -n 64       what a graph costs, and which methods are stable on it
-    fused-dlam COMMAND --help                   the options of a command
+"""The command `fused-dlam` imports the module of the command that was asked for and calls its `main(argv) -> int`.
 
 `python -m fused_dlam` is the same.
 """
@@ -15,15 +11,23 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+WHAT_FOR = """\
+Decentralized momentum optimizers for PyTorch. The optimizers are used from Python; these commands help to choose a
+graph and a method, and to check a method of your own.
+"""
+EXAMPLES = """\
+examples:
+  fused-dlam demo                           half a minute, on this machine
+  fused-dlam topology                       the names of all graphs
+  fused-dlam topology exponential -n 64
+  fused-dlam compare decentlam pc-dmsgd --topology ring one-peer-exponential
+  fused-dlam COMMAND --help                 the options of a command
+"""
 COMMANDS = {
-    "demo": ("fused_dlam.tools.demo", "train on handwritten digits with worker processes on this machine"),
+    "demo": ("fused_dlam.tools.demo", "watch worker processes learn handwritten digits, by all-reduce and by gossip"),
     "topology": ("fused_dlam.tools.describe", "what a graph costs per step, and which methods are stable on it"),
-    "compare": (
-        "fused_dlam.tools.compare",
-        "distance to the optimum of any methods on any graphs, and the bias's exponents",
-    ),
-    "bench": ("fused_dlam.tools.bench", "exchange and training step against all-reduce, on this machine"),
-    "gate": ("fused_dlam.kernels.gate.command", "compile every kernel and hold its machine code to the floor"),
+    "compare": ("fused_dlam.tools.compare", "how fast methods get near the optimum on given graphs, and how near"),
+    "gate": ("fused_dlam.kernels.gate.command", "check the GPU kernels of a rule, or of your own, without a GPU"),
 }
 
 
@@ -67,13 +71,22 @@ def need(parser: argparse.ArgumentParser, *modules: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 2 for wrong usage, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser("fused-dlam", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "fused-dlam", description=WHAT_FOR, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"fused-dlam {_version()}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, (_, what) in COMMANDS.items():
         commands.add_parser(name, help=what, add_help=False)
     # The rest of the line is the command's own to parse: its parser lives in its module, with what that imports.
     command = parser.parse_args(argv[:1]).command
+    if command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    for argument in argv[1:]:  # file.py:rule
+        file = argument.rpartition(":")[0]
+        if file.endswith(".py") and not Path(file).is_file():
+            parser.error(f"{command}: there is no file {file}")
     try:
         return importlib.import_module(COMMANDS[command][0]).main(argv[1:])
     except KeyboardInterrupt:

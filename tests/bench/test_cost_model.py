@@ -1,4 +1,5 @@
-"""Promises about bench/cost_model.py, and about bench/exchange.py, which measures what it is fitted to:
+"""Promises about bench/costs.py, cost_fits.py and cost_model.py, and about bench/exchange.py, which measures what they
+are fitted to:
 
 - every formula equals a case worked out by hand, and the load on a shared card equals a count of messages;
 - a fit to times made from known a and b returns them, to rounding; noise of 5 % moves the rate by less than 5 %;
@@ -16,9 +17,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
+import cost_fits  # noqa: E402
 import cost_model  # noqa: E402
+import costs  # noqa: E402
 import exchange  # noqa: E402
-from cost_model import COSTS, Cost, Link, Network  # noqa: E402
+from costs import COSTS, Cost, Link, Network  # noqa: E402
 
 from fused_dlam import topology  # noqa: E402
 from fused_dlam.tools.launch import run_workers  # noqa: E402
@@ -52,7 +55,7 @@ def test_formulas(name, n, g, messages, share):
 
 @pytest.mark.parametrize("n, g", [(5, 1), (12, 1), (16, 4), (12, 4), (24, 8), (64, 8)])
 def test_the_load_on_a_shared_card_is_a_count_of_messages(n, g):
-    for name, graph in cost_model.MEASURED.items():
+    for name, graph in costs.MEASURED.items():
         if name != "all-reduce":
             counted = exchange.card_load(topology.get(name, n), g)
             assert COSTS[graph](n, 1.0, g).bytes == pytest.approx(counted, rel=1e-12), name
@@ -62,20 +65,20 @@ def test_hierarchical():
     """4 hosts of 4: 3 messages and 0.75 M per pass inside, 2 passes and 1 for each message that arrives."""
     network = Network("test", LINK, Link(1e-4, 1e9), 4, round_seconds=0.5)
     once = 3e-4 + 0.75e-3
-    assert cost_model.hierarchical("tree all-reduce", 16, M, network) == pytest.approx(2 * once + 4e-3 + 1.5e-2)
-    assert cost_model.hierarchical("one-peer", 16, M, network) == pytest.approx(3 * once + 1e-3 + 1e-2)
-    assert cost_model.hierarchical("exponential", 16, M, network) == pytest.approx(4 * once + 1e-3 + 2e-2)
-    seconds = cost_model.predict(network, 16, M)
+    assert costs.hierarchical("tree all-reduce", 16, M, network) == pytest.approx(2 * once + 4e-3 + 1.5e-2)
+    assert costs.hierarchical("one-peer", 16, M, network) == pytest.approx(3 * once + 1e-3 + 1e-2)
+    assert costs.hierarchical("exponential", 16, M, network) == pytest.approx(4 * once + 1e-3 + 2e-2)
+    seconds = costs.predict(network, 16, M)
     assert seconds["hierarchical one-peer"] == pytest.approx(3 * once + 1e-3 + 1e-2 + 0.5)
     assert seconds["ring all-reduce"] == pytest.approx(30e-3 + 1.875e-2)
     with pytest.raises(ValueError, match="4 on every host"):
-        cost_model.predict(network, 18, M)
+        costs.predict(network, 18, M)
 
 
 def test_a_step_hides_communication_behind_compute():
     """The measured case of 33.6 MB, 8 hosts, 200 Mbit/s and 1.4 s of compute: AWC hides all of it."""
     network = Network("lab", Link(0, 25e6), LINK, 1)
-    steps = cost_model.steps(network, 8, 33.6e6, 1.4)
+    steps = costs.steps(network, 8, 33.6e6, 1.4)
     expected = {
         "ring all-reduce after backward": 1.4 + 2.352,
         "ring all-reduce overlapped": 1.4 + 2.352 - 1.4 * 2 / 3,
@@ -91,26 +94,26 @@ def measured(link, n=8, noise=0.0):
     random = np.random.default_rng(3)
     rows = [
         {"operation": name, "size": size, "seconds": link.seconds(COSTS[cost](n, size, 1)) * np.exp(noise * z)}
-        for (name, cost), zs in zip(cost_model.MEASURED.items(), random.normal(size=(4, 6)), strict=True)
+        for (name, cost), zs in zip(costs.MEASURED.items(), random.normal(size=(4, 6)), strict=True)
         for size, z in zip(exchange.SIZES, zs, strict=True)
     ]
     return {"workers": n, "per_host": 1, "rows": rows}
 
 
 def test_the_fit_recovers_what_made_the_times():
-    found = cost_model.fit_measured(measured(LINK))
+    found = cost_fits.fit_measured(measured(LINK))
     for link in (found["link"], *found["alone"].values()):
         assert link == pytest.approx(LINK, rel=1e-9)
     assert max(abs(r["residual"]) for r in found["residuals"]) < 1e-9
-    noisy = cost_model.fit_measured(measured(LINK, noise=0.05))
+    noisy = cost_fits.fit_measured(measured(LINK, noise=0.05))
     assert noisy["link"].rate == pytest.approx(LINK.rate, rel=0.05)
     assert noisy["link"].latency == pytest.approx(LINK.latency, rel=0.05)
     assert 0.01 < np.std([r["residual"] for r in noisy["residuals"]]) < 0.1
 
 
 def test_a_fit_is_never_negative():
-    assert cost_model.fit([Cost(1, 1e6), Cost(1, 2e6)], [1.0, 3.0]).latency == 0
-    assert cost_model.fit([Cost(1, 1e6), Cost(1, 2e6)], [1.0, 0.5]).rate == np.inf
+    assert cost_fits.fit([Cost(1, 1e6), Cost(1, 2e6)], [1.0, 3.0]).latency == 0
+    assert cost_fits.fit([Cost(1, 1e6), Cost(1, 2e6)], [1.0, 0.5]).rate == np.inf
 
 
 def test_direction_of_the_published_figures():
@@ -118,7 +121,7 @@ def test_direction_of_the_published_figures():
 
     A constant makes the ratio fall with the size of the model, as published; without it the ratio rises.
     """
-    found = cost_model.fit_published()
+    found = cost_fits.fit_published()
     ratio = {
         how: [m[how][1] / m[how][0] for m in found["models"].values()]
         for how in ("published", "from the ring", "from all four")
@@ -134,10 +137,10 @@ def test_direction_of_the_published_figures():
 
 def test_what_the_comparison_says_depends_on_the_all_reduce():
     """Against a flat ring the gain grows with n; against a hierarchical tree it stays below 2 on a fast inside."""
-    for network in (cost_model.TCP, cost_model.INFINIBAND):
+    for network in (costs.TCP, costs.INFINIBAND):
         ring, tree = [], []
-        for n in cost_model.WORKERS:
-            seconds = cost_model.predict(network, n, cost_model.MODELS["ResNet-50"])
+        for n in costs.WORKERS:
+            seconds = costs.predict(network, n, costs.MODELS["ResNet-50"])
             ring.append(seconds["ring all-reduce"] / seconds["hierarchical one-peer"])
             tree.append(seconds["hierarchical tree all-reduce"] / seconds["hierarchical one-peer"])
             assert seconds["one-peer"] > seconds["tree all-reduce"]  # flat, with 8 behind a card
@@ -171,7 +174,7 @@ def test_two_workers_are_measured(tmp_path):
         assert row["messages"] == {"all-reduce": 2, "raw one-peer": 1}.get(row["operation"], 3)
     assert "one-peer-exponential" in exchange.table(result)
     exchange.draw(result, str(tmp_path / "out.png"))
-    assert cost_model.fit_measured(json.loads(json.dumps(result)))["link"].latency > 0
+    assert cost_fits.fit_measured(json.loads(json.dumps(result)))["link"].latency > 0
 
 
 def test_the_gate():

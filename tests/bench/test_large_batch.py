@@ -1,4 +1,4 @@
-"""Promises about bench/large_batch.py and bench/images.py:
+"""Promises about bench/large_batch.py, large_batch_training.py and images.py:
 
 - CIFAR-10's binary layout is read byte for byte, and what is not that layout is refused with the reason;
 - crops and mirrors move pixels and invent none; shares of the data have equal sizes and do not overlap;
@@ -23,7 +23,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 import images  # noqa: E402
 import large_batch  # noqa: E402
-from large_batch import Job, Network  # noqa: E402
+import large_batch_training  # noqa: E402
+from large_batch import Job  # noqa: E402
+from large_batch_training import Network  # noqa: E402
 
 
 def write_cifar10(folder: Path, records_per_file: int, seed: int = 0) -> np.ndarray:
@@ -106,13 +108,13 @@ def test_pmsgd_is_sgd_on_the_union_batch(tmp_path, monkeypatch):
     chosen = options(tmp_path, "--batches", "64")
     job = Job("PmSGD", 64, seed=3, lr=0.1)
     seen = []
-    real = large_batch.Simulation.step
+    real = large_batch_training.Simulation.step
 
     def step(self, g, lr):
         seen.append((lr, real(self, g, lr).clone()))
         return seen[-1][1]
 
-    monkeypatch.setattr(large_batch.Simulation, "step", step)
+    monkeypatch.setattr(large_batch_training.Simulation, "step", step)
     large_batch.train(job, chosen)
 
     training, _ = images.digits(3)
@@ -214,7 +216,7 @@ def test_tuning_never_sees_the_test_images(tmp_path, monkeypatch):
     chosen = options(tmp_path, "--batches", "120", "--methods", "DmSGD", "--tune", "--lr", "0.2", "--lr-batch", "120")
 
     def train(job, options, tick):
-        held_out = large_batch.data_for(job, options)[1]
+        held_out = large_batch_training.data_for(job, options)[1]
         _, test = images.digits(job.seed)
         assert job.validation and len(held_out.y) == 150
         assert (held_out.x[:, None] == test.x).flatten(2).all(2).sum() < 3  # the data hold hardly any image twice
@@ -269,10 +271,10 @@ def test_the_learning_rate(tmp_path):
     """Up in a line over the warm-up's share of the steps; then a cosine, or tenths."""
     chosen = options(tmp_path, "--epochs", "9", "--warmup", "1")
     job = Job("PmSGD", 64, 0, 0.5)
-    rate = [large_batch.learning_rate(k, 90, job, chosen) for k in range(90)]
+    rate = [large_batch_training.learning_rate(k, 90, job, chosen) for k in range(90)]
     assert rate[0] == pytest.approx(0.05) and rate[45] == pytest.approx(0.25) and 0 < rate[-1] < 0.001
     assert max(rate) == max(rate[9:12]) and rate[10:] == sorted(rate[10:], reverse=True)
     chosen.decay = "step"
-    rate = [large_batch.learning_rate(k, 90, job, chosen) for k in range(90)]
+    rate = [large_batch_training.learning_rate(k, 90, job, chosen) for k in range(90)]
     assert rate[4] == pytest.approx(0.25) and rate[10::20] == pytest.approx([0.5, 0.05, 0.05, 0.005])
     assert rate[-1] == pytest.approx(0.0005)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 NETLAB = Path(__file__).resolve().parents[2] / "bench" / "netlab.py"
+sys.path.append(str(NETLAB.parent))  # netlab_hosts
 _spec = util.spec_from_file_location("netlab", NETLAB)
 netlab = util.module_from_spec(_spec)
 _spec.loader.exec_module(netlab)

@@ -1,4 +1,4 @@
-"""What worker processes run in the tests of fused_dlam/examples/."""
+"""What worker processes run in the tests of fused_dlam/examples/ and of the launcher."""
 
 import importlib
 import os
@@ -144,3 +144,8 @@ def dashboard(rank, argv):
     with mock.patch.object(fused_dlam.GossipSGD, "consensus_distance", record):
         example.train(example.arguments(argv))
     return distances
+
+
+def fails(rank):
+    if rank == 1:
+        raise ArithmeticError("two and two")

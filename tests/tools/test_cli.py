@@ -1,5 +1,9 @@
-"""Promises of the command line: the demo trains with every method on real processes and says what was sent; the
-topology command prints what the library computes, at 65,536 workers too; a wrong call is one line and exit code 2."""
+"""Promises of the command line:
+
+- the demo trains with every method on real processes, says what was sent and draws every method;
+- the topology command prints what the library computes, at 65,536 workers too;
+- `fused-dlam` alone lists the commands; any other wrong call is one line; both end with exit code 2.
+"""
 
 import contextlib
 import io
@@ -13,9 +17,10 @@ import numpy as np
 import pytest
 
 from fused_dlam import Topology, consensus_growth, rules, topology
-from fused_dlam.theory.stability import lyapunov
+from fused_dlam.theory.stability import growth
 from fused_dlam.tools.cli import COMMANDS, main
-from fused_dlam.tools.describe import load, table
+from fused_dlam.tools.describe import load
+from fused_dlam.tools.plain import bytes_text, spread, table
 from fused_dlam.topology import Circulant
 
 
@@ -93,6 +98,7 @@ def test_demo_with_one_worker_is_one_method(tmp_path):
     text = call("demo", "--workers", 1, "--steps", 3, "--out", tmp_path / "one.png")
     rows = [cells(text, name)[:6] for name in METHODS]
     assert rows[0][5] == "0" and rows.count(rows[0]) == len(METHODS)
+    assert "nobody to average with" in text and "1 processes" not in text
     assert_png(tmp_path / "one.png")
 
 
@@ -110,6 +116,26 @@ def test_the_demo_table_is_the_statistics_of_its_runs():
     assert cells(text, "exact") == ["94.0 ± 2.0", "3.0 ± 0.0", "3.0 ± 0.0", "2.0e-01", "30", "8", "2.0"]
     assert cells(text, "gossip") == ["92.5 ± 1.8", "3.0 ± 0.0", "3.0 ± 0.0", "2.0e-01", "never", "8", "2.0"]
     assert differences(runs).strip() == "gossip -1.5 ± 0.5"
+
+
+def test_the_demo_draws_every_method(tmp_path, monkeypatch):
+    """One that coincides with all-reduce is a wider line under it; one below the third panel's axis is named there."""
+    figure = pytest.importorskip("matplotlib.figure")
+    from fused_dlam.tools.demo import LOWEST, Run, draw
+
+    def run(distance):
+        return Run([1, 2, 3], [50.0, 80.0, 90.0], [40.0, 70.0, 90.0], [distance] * 3, 8.0, 2.0)
+
+    runs = {name: [run(d)] for name, d in zip(METHODS, (1e-7, 0.5, 0.1, 2e-7), strict=True)}
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    draw(runs, "a title", tmp_path / "out.png")
+    first, _, third = drawn[0].axes
+    dashed, *_, decentlam = first.get_lines()
+    assert decentlam.get_linewidth() > 2 * dashed.get_linewidth() and decentlam.get_zorder() < dashed.get_zorder()
+    (note,) = third.texts
+    assert third.get_ylim()[0] == LOWEST and METHODS[0] in note.get_text() and METHODS[3] in note.get_text()
+    assert METHODS[1] not in note.get_text()
 
 
 # -- the topology command ----------------------------------------------------------------------------------------------
@@ -152,10 +178,14 @@ def test_topology_prints_estimates_with_their_error():
     assert "none: drawn anew at every step" in text
     assert f"{graph.rho:.4f} ± {graph.contraction.error:.4f}: contraction per step" in text
     for method, verdict in (("pc-dmsgd", "stable"), ("dsgd", "stable"), ("decentlam", "unstable")):
-        growth, error = lyapunov(method, graph, 0.9)
+        factor, error = growth(method, graph, 0.9)
         row = cells(text, method)
-        assert row[0] == f"{growth:.4f} ± {error:.4f}" and row[2] == verdict, method
-    assert "averages exactly sooner or later" in call("topology", "random-match", "-n", 4)
+        assert row[0] == f"{factor:.4f} ± {error:.4f}" and row[2] == verdict, method
+    text, graph = call("topology", "random-match", "-n", 4), topology.random_match(4)
+    assert (
+        f"sooner or later the drawn steps average exactly; contraction per step until then: {graph.slowest_rho:.4f}"
+        in text
+    )
 
 
 @pytest.mark.slow
@@ -198,6 +228,18 @@ def test_topology_draws(name, n, tmp_path):
     assert_png(path)
 
 
+def test_one_worker_has_nobody_to_exchange_with():
+    text = call("topology", "ring", "-n", 1)
+    assert "nobody to exchange with" in text and text.count("\n") == 1
+
+
+def test_numbers_as_text():
+    assert (
+        spread([1.0]) == "1.0" and spread([1.0, 3.0], "+") == "+2.0 ± 1.4" and spread([1, 3], digits=2) == "2.00 ± 1.41"
+    )
+    assert [bytes_text(b) for b in (12, 1_500, 100_000_000)] == ["12 B", "1.5 kB", "100 MB"]
+
+
 def test_tables_are_aligned():
     assert table(("a", "long\nhead"), [("x", "1"), ("yyy", "22")]).splitlines() == [
         "     long",
@@ -227,7 +269,8 @@ WRONG = [
     ("demo --out no/such/folder/out.png", "no folder"),
     ("demo --out out.txt", "ending in .png"),
     ("train", "invalid choice: 'train'"),
-    ("", "required: COMMAND"),
+    ("bench", "invalid choice: 'bench'"),
+    ("gate nosuch.py:mine", "gate: there is no file nosuch.py"),
 ]
 
 
@@ -238,6 +281,13 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(line, message, capsys):
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == ""
     assert message in err and err.startswith("fused-dlam") and err.count("\n") == 1
+
+
+def test_without_a_command_they_are_listed(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and all(re.search(rf"^ +{name} ", err, re.M) for name in COMMANDS)
+    assert "argv" not in err and "module" not in err  # what they are for, not how they are made
 
 
 @pytest.mark.parametrize("module", ["sklearn.datasets", "matplotlib", "tqdm"])

@@ -1,6 +1,6 @@
 """Promises about the examples:
 
-- README shows the very diff of ddp.py and gossip.py, at most five lines each way;
+- README and the page of the examples show the very diff of ddp.py and gossip.py, at most five lines each way;
 - with four workers, autocast on and off, both end within 3 points of each other, above 95 %;
 - a run of gossip.py that was killed and resumed in new processes ends as one that was not, bit for bit, on every
   worker; one of ddp.py within 1e-2, for DDP rebuilds its buckets after its first step, which changes the order of sums
@@ -24,7 +24,7 @@ from fused_dlam import examples
 from fused_dlam.tools.launch import run_workers
 
 FOLDER = Path(examples.__file__).parent
-README = Path(__file__).parents[2] / "README.md"
+PAGES = (Path(__file__).parents[2] / "README.md", FOLDER / "README.md")
 N, EPOCHS, KILLED_AT = 4, 4, 2
 CASES = [(script, amp) for script in ("ddp", "gossip") for amp in ("--no-amp", "--amp")]
 
@@ -34,7 +34,8 @@ def test_five_lines_from_ddp_to_gossip():
     diff = list(difflib.unified_diff(ddp, gossip, "ddp.py", "gossip.py", n=0, lineterm=""))
     for sign in "-+":
         assert 1 <= sum(line.startswith(sign) for line in diff[2:]) <= 5
-    assert "```diff\n" + "\n".join(diff) + "\n```" in README.read_text()
+    for page in PAGES:
+        assert "```diff\n" + "\n".join(diff) + "\n```" in page.read_text(), page
 
 
 # -- the two scripts ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""The snippets of fused_dlam/examples/README.md, as worker processes run them."""
+
+import copy
+import io
+import itertools
+import os
+
+import torch
+import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fused_dlam
+from fused_dlam import GossipSGD
+
+
+def model_and_data(rank, batches=6):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    data = torch.randn(batches, 8, 4, generator=torch.Generator().manual_seed(rank)) + 0.5 * rank
+    return model, data
+
+
+def loss_of(model, x):
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def train(model, optimizer, x):
+    optimizer.zero_grad()
+    loss_of(model, x).backward()
+    optimizer.step()
+
+
+def all_of_them(rank):
+    return {f.__name__: f(rank) for f in (uneven, bad_batch, not_finite, ema, best, plateau, clones, clipped)}
+
+
+def uneven(rank):
+    """Ranks with 5, 6 and 7 batches all take 5 steps."""
+    model, loader = model_and_data(rank, batches=5 + rank)
+    optimizer = GossipSGD(model.parameters(), lr=0.01)
+    steps = torch.tensor(len(loader))
+    dist.all_reduce(steps, op=dist.ReduceOp.MIN)
+    for x in itertools.islice(loader, steps.item()):
+        train(model, optimizer, x)
+    return optimizer.param_groups[0]["step"]
+
+
+def bad_batch(rank):
+    """Rank 1 has nothing to learn from in step 3: it takes no local step, and exchanges."""
+    model, data = model_and_data(rank)
+    optimizer = GossipSGD(model.parameters(), lr=0.01, timeout=20)
+    for step, x in enumerate(data):
+        optimizer.zero_grad()
+        if not (rank == 1 and step == 3):
+            loss_of(model, x).backward()
+        optimizer.step()
+    return optimizer.consensus_distance()
+
+
+def not_finite(rank):
+    """Rank 1's loss is NaN in step 3. Unguarded, all workers' parameters are NaN a few steps later."""
+    found = {}
+    for guarded in (True, False):
+        model, data = model_and_data(rank)
+        optimizer = GossipSGD(model.parameters(), lr=0.01, timeout=20)
+        for step, x in enumerate(data):
+            optimizer.zero_grad()
+            loss = loss_of(model, x * (float("nan") if rank == 1 and step == 3 else 1.0))
+            if torch.isfinite(loss) or not guarded:
+                loss.backward()
+            optimizer.step()
+        found[guarded] = bool(model.weight.isfinite().all())
+    return found
+
+
+def ema(rank):
+    """(the workers' mean of their EMAs, the EMA of the workers' mean)"""
+    model, data = model_and_data(rank)
+    optimizer = GossipSGD(model.parameters(), lr=0.01)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for x in data:
+        train(model, optimizer, x)
+        average.update_parameters(model)
+        with optimizer.averaged(model):
+            reference.update_parameters(model)
+    own = average.module.weight.detach().clone()
+    mean = copy.deepcopy(average.module)
+    for value in mean.state_dict().values():
+        if value.is_floating_point():
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+    return own, mean.weight.detach().clone(), reference.module.weight.detach().clone()
+
+
+def best(rank):
+    """What is saved within `averaged` is what was evaluated there; a save after it is this worker's own."""
+    model, data = model_and_data(rank)
+    optimizer = GossipSGD(model.parameters(), lr=0.01)
+    for x in data:
+        train(model, optimizer, x)
+    model.eval()
+    with torch.no_grad(), optimizer.averaged(model):
+        evaluated = loss_of(model, data[0])
+        saved = copy.deepcopy(model.state_dict())
+    own = copy.deepcopy(model.state_dict())
+    losses = []
+    for state in (saved, own):
+        other = torch.nn.Linear(4, 1)
+        other.load_state_dict(state)
+        losses.append(loss_of(other, data[0]).item())
+    return evaluated.item(), *losses
+
+
+def plateau(rank):
+    model, data = model_and_data(rank)
+    optimizer = GossipSGD(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for x in data:
+        train(model, optimizer, x)
+        with torch.no_grad(), optimizer.averaged(model):
+            loss = loss_of(model, data[rank])  # on this worker's part of the validation data
+        dist.all_reduce(loss)
+        scheduler.step(loss.item() / dist.get_world_size())
+    return optimizer.param_groups[0]["lr"]
+
+
+def clones(rank):
+    """Bytes of a file of one layer of a large model, as it is and cloned."""
+    model = torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.Linear(200, 2))
+    GossipSGD(model.parameters(), lr=0.01)
+    sizes = []
+    for copied in (False, True):
+        file = io.BytesIO()
+        state = model[1].state_dict()
+        torch.save({name: value.clone() for name, value in state.items()} if copied else state, file)
+        sizes.append(len(file.getvalue()))
+    return sizes
+
+
+def clipped(rank):
+    """clip_grad_norm_ from the first step on is what max_grad_norm= does, and the gradient norm is returned."""
+    ends = []
+    for options in ({"max_grad_norm": 0.5}, {}):
+        model, data = model_and_data(rank)
+        optimizer = GossipSGD(model.parameters(), lr=0.01, **options)
+        for x in data:
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            if not options:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+        ends.append(model.weight.detach().clone())
+    return ends
+
+
+def trainer(rank, folder):
+    """The recipe for Hugging Face's Trainer: (steps, weights before, weights after, error of the plain way)."""
+    n = str(dist.get_world_size())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    import transformers
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = torch.nn.Linear(4, 2)
+
+        def forward(self, x, labels):
+            logits = self.layer(x)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(k % 2)} for k in range(32)]
+
+    def build(**more):
+        arguments = transformers.TrainingArguments(
+            folder, use_cpu=True, per_device_train_batch_size=4, num_train_epochs=2, report_to=[], save_strategy="no",
+            disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        return transformers.Trainer(Net(), arguments, train_dataset=data, **more)
+
+    error = None
+    try:
+        plain = build(optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}))
+        plain.train()
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    mine = build(optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}))
+    prepare = mine.accelerator.prepare_model
+    mine.accelerator.prepare_model = lambda model, **_: prepare(model, evaluation_mode=True)
+    mine.accelerator.device_placement = False
+    before = mine.model.layer.weight.detach().clone()
+    mine.train()
+    gossip = mine.optimizer
+    gossip = getattr(gossip, "optimizer", gossip)
+    return mine.state.global_step, before, mine.model.layer.weight.detach().clone(), gossip.consensus_distance(), error
