@@ -1,25 +1,81 @@
-"""The one place that chooses what runs the element-wise passes."""
+"""What passes are, and the one place that chooses who runs them."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..rules.rule import Rule
-from . import numba_passes as compiled
-from .torch_passes import Blocked
+from ..rules.scalars import Scalars
+from . import numba_passes
+from .torch_passes import TorchPasses
 
-__all__ = ["Blocked", "choose"]
+__all__ = ["Passes", "choose"]
 
 log = logging.getLogger("fused_dlam")
 
-# Parameters from which compiling for the CPU is worth its second or two: below, a pass costs a millisecond anyway.
+Rows = Tensor | Sequence[Tensor]
+Received = Tensor | Sequence[Tensor | Sequence[Tensor]]
+
+# From how many parameters it is worth to compile for the CPU, which takes a second. Below, a pass costs a millisecond.
 WORTH_COMPILING = 1 << 20
 
 
-def choose(rule: Rule, device: torch.device, dtype: torch.dtype, elements: int, fused: bool | None = None):
-    """The passes for a rule's buffers: an object with `set`, `pack`, `combine` and a `name`.
+class Passes(Protocol):
+    """A rule's two passes over flat buffers: `set` the step's scalars, then `pack` and `combine` any number of buffers.
+
+    All buffers of a call have one length N. x and the state have the master type, g any floating type. `messages` is
+    [messages, N] and `received` is [d, messages, N], both in the type of the messages. Both may as well be tuples of
+    their rows, which can lie anywhere. d is the number of weights that were set.
+
+    Promise: the message that `combine` recomputes is the one that `pack` wrote, bit for bit.
+    """
+
+    name: str  # shown to users
+
+    def set(self, scalars: Scalars) -> None:
+        """Sets the scalars of the passes that follow."""
+
+    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows) -> None:
+        """Writes this worker's messages."""
+
+    def combine(
+        self, x: Tensor, g: Tensor, state: Sequence[Tensor], received: Received, copies: Sequence[Tensor] = ()
+    ) -> None:
+        """Updates x and state in place from the first d received messages, or nothing if the scalars say `skip`.
+
+        copies: the new x is written to each of these [N] too, rounded to nearest even to its type.
+        """
+
+    def warm(
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        messages: Rows,
+        received: Received,
+        degrees: Iterable[int],
+        copies: Sequence[Tensor] = (),
+        guard: bool = False,
+    ) -> None:
+        """Compiles now what `pack` and `combine` of these buffers and of slices of them would compile in mid-training.
+
+        No pass runs.
+
+        Args:
+            messages: as in `pack`; none where nothing is ever packed.
+            received: as in `combine`; of fewer rows than a degree needs, those that are there stand for the rest.
+            degrees: the numbers of neighbors that steps will have.
+            guard: for steps whose `skip` is a tensor, instead of the others.
+        """
+
+
+def choose(rule: Rule, device: torch.device, dtype: torch.dtype, elements: int, fused: bool | None = None) -> Passes:
+    """The passes for a rule's buffers.
 
     Args:
         dtype: the type of the master values.
@@ -28,7 +84,7 @@ def choose(rule: Rule, device: torch.device, dtype: torch.dtype, elements: int, 
 
     Raises RuntimeError with fused=True if there are none, saying what is missing.
     """
-    passes: Blocked | None = None
+    passes: Passes | None = None
     missing = None
     if fused is not False:
         passes, missing = _on_gpu(rule, device, dtype) if device.type == "cuda" else _on_cpu(rule, device)
@@ -37,7 +93,7 @@ def choose(rule: Rule, device: torch.device, dtype: torch.dtype, elements: int, 
     if passes is None:
         if fused:
             raise RuntimeError(f"fused=True: {missing}")
-        passes = Blocked(rule)
+        passes = TorchPasses(rule)
     log.debug(
         "%s: passes over %d values (%s, %s) run by %r%s",
         rule.name, elements, device, dtype, passes.name, f" ({missing})" if missing else "",
@@ -45,20 +101,22 @@ def choose(rule: Rule, device: torch.device, dtype: torch.dtype, elements: int, 
     return passes
 
 
-def _on_gpu(rule: Rule, device: torch.device, dtype: torch.dtype):
+def _on_gpu(rule: Rule, device: torch.device, dtype: torch.dtype) -> tuple[Passes | None, str | None]:
+    """Passes, or what is missing for them."""
     if dtype != torch.float32:
         return None, f"the Triton kernels keep master values in float32, not {dtype}"
     try:
-        from .triton_passes import Fused, missing
+        from .triton_passes import TritonPasses, missing
     except ImportError as error:
         return None, f"triton cannot be imported ({error})"
     lack = missing(device)
-    return (None, lack) if lack else (Fused(rule, device), None)
+    return (None, lack) if lack else (TritonPasses(rule, device), None)
 
 
-def _on_cpu(rule: Rule, device: torch.device):
+def _on_cpu(rule: Rule, device: torch.device) -> tuple[Passes | None, str | None]:
+    """Passes, or what is missing for them."""
     if device.type != "cpu":
         return None, f"there are no fused passes for {device.type} devices"
-    if not compiled.available():
+    if not numba_passes.available():
         return None, "numba is not installed; run: pip install 'fused-dlam[cpu]'"
-    return compiled.Compiled(rule), None
+    return numba_passes.NumbaPasses(rule), None

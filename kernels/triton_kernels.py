@@ -1,14 +1,14 @@
-"""The two Triton kernels, generic over the rule: its equations are constants of theirs.
+"""The two Triton kernels, generic over the rule: they take its equations as constants.
 
-`_pack_kernel` writes the messages; `_combine_kernel` reads x, g, the state and d received messages and writes x and
-the state in place. Nothing else goes through memory: the own message is recomputed in registers, the pull is never
-stored, and loads of buffers that a rule's equations do not use are removed by the compiler. Words of 4 bytes per
-parameter in pack and combine: DecentLaM 3 and 5 + d, PC-DmSGD 4 and 7 + d. `gate.py` counts them.
+`_pack_kernel` writes the messages. `_combine_kernel` reads x, g, the state and d received messages, and writes x and
+the state in place. Nothing else goes through memory: the kernel recomputes the own message in registers and never
+stores the pull, and the compiler removes loads of buffers that a rule's equations do not use. Words of 4 bytes per
+parameter in pack and combine: DecentLaM 3 and 5 + d, PC-DmSGD 4 and 7 + d. `gate/` counts them.
 
 Letters: x parameter, g gradient, s state buffers, y messages, r received messages, h scalars, d neighbors.
 
-No parameter has a default: Triton 3.6, the oldest supported, wraps defaults of nested functions that are numbers and
-leaves text bare, so that `EVICT=""` failed to compile in every kernel.
+No parameter has a default. Triton 3.6, the oldest supported, wraps numbers that are defaults of nested functions and
+leaves text bare, so that a default of `""` failed to compile in every kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -23,39 +24,40 @@ import triton.language as tl
 # Elements per program. A buffer whose length is a multiple of it is read and written without a mask.
 BLOCK = 1024
 WARPS = 4
-# Elements per thread and access. Without this cap one bfloat16 operand makes Triton load 8 elements per thread and
-# store 4 float32, and convert between the two through shared memory (4 KiB and up to 3 barriers per program).
+# Elements per thread and access. Without this cap one bfloat16 operand makes Triton load 8 elements per thread, store 4
+# float32, and convert between the two through shared memory (4 KiB and up to 3 barriers per program).
 VECTOR = 4
-# With multiply and add contracted, as is the default, pack and combine could round the same message differently, and
-# a 1-ulp difference of bfloat16 messages does not cancel between workers. These kernels wait for memory, not for math.
+# Triton's default contracts multiply and add. Then pack and combine could round the same message differently, and a
+# difference of one unit in a bfloat16 message does not cancel between workers. Uncontracted arithmetic costs nothing:
+# these kernels wait for memory.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Makes a named tuple inside a kernel, whose constant it is.
+    """A constant of a kernel that makes a named tuple inside it.
 
-    Not the named tuple's class itself: Triton's launcher fails on one among the constants, and keys its cache on the
-    text of a constant, so that a rule which lists the same scalars in another order could get another's kernel.
+    The named tuple's class itself will not do. Triton's launcher fails on a class among the constants. And it keys its
+    cache on the text of a constant, so that a rule with the same scalars in another order could get another's kernel.
     """
 
     names: tuple[str, ...]
 
-    def __call__(self, *values):
+    def __call__(self, *values: Any) -> Any:
         return _tuple_class(self.names)(*values)
 
 
 @functools.cache
-def _tuple_class(names):
-    return namedtuple("Fields", names)
+def _tuple_class(names: tuple[str, ...]) -> Any:
+    return namedtuple("Fields", names)  # type: ignore[misc]
 
 
 @triton.jit
-def _load(ptr, offsets, n, EVEN: tl.constexpr, EVICT: tl.constexpr):
+def _load(ptr, offsets, n, EVEN: tl.constexpr):
     if EVEN:
-        value = tl.load(ptr + offsets, eviction_policy=EVICT)
+        value = tl.load(ptr + offsets)
     else:
-        value = tl.load(ptr + offsets, mask=offsets < n, other=0.0, eviction_policy=EVICT)
+        value = tl.load(ptr + offsets, mask=offsets < n, other=0.0)
     return value.to(tl.float32)  # at once: arithmetic in bfloat16 would round, and the interpreter gets it wrong
 
 
@@ -69,14 +71,14 @@ def _store(ptr, offsets, value, n, EVEN: tl.constexpr):
 
 @triton.jit
 def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-            VECTOR: tl.constexpr, EVEN: tl.constexpr, EVICT: tl.constexpr):  # fmt: skip
+            VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """This program's offsets, and x, g, s, h as an equation takes them."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
-    x = _load(x_ptr, offsets, n, EVEN, "")
-    g = _load(g_ptr, offsets, n, EVEN, EVICT) * tl.load(scalars_ptr)
+    x = _load(x_ptr, offsets, n, EVEN)
+    g = _load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr)
     s = ()
     for k in tl.static_range(len(S.names)):
-        s = s + (_load(s_ptrs[k], offsets, n, EVEN, ""),)  # type: ignore[assignment]
+        s = s + (_load(s_ptrs[k], offsets, n, EVEN),)  # type: ignore[assignment]
     h = ()
     for k in tl.static_range(len(H.names)):
         h = h + (tl.load(scalars_ptr + 1 + k),)  # type: ignore[assignment]
@@ -87,7 +89,7 @@ def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constex
 def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
                  H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
     """y = SEND(x, g, s, h)"""
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, "")
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
     y = SEND(x, g, s, h)
     for k in tl.static_range(len(y_ptrs)):
         _store(y_ptrs[k], offsets, y[k], n, EVEN)
@@ -96,18 +98,17 @@ def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexp
 @triton.jit
 def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
                     H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                    UPDATE: tl.constexpr, EVICT: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+                    UPDATE: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
     """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
 
-    r_ptrs are pointers to the messages of the first neighbor, of the second, and so on. copy_ptrs: the new x is
-    written to these too, in the type of each. EVICT: how L2 treats what is read for the last time here, gradients and
-    received messages. GUARD: the place among the scalars of a flag that, where it is not 0, leaves everything as it
-    is; 0 for none.
+    r_ptrs are the messages of the first neighbor, of the second, and so on. The new x is written to copy_ptrs too, in
+    the type of each. GUARD is the place of a flag among the scalars, 0 for none: a flag that is not 0 leaves everything
+    as it is.
     """
     if GUARD:
         if tl.load(scalars_ptr + GUARD) != 0.0:
             return
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, EVICT)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
     y = SEND(x, g, s, h)
     w = ()
     for k in tl.static_range(len(r_ptrs) // len(y)):
@@ -116,7 +117,7 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEN
     for m in tl.static_range(len(y)):
         total = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(len(w)):
-            r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN, EVICT)
+            r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN)
             q = y[m].to(r_ptrs[0].dtype.element_ty).to(tl.float32)  # my message as it was sent
             if k == 0:
                 total = w[k] * (r - q)
@@ -132,5 +133,5 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEN
 
 
 INTERPRETED = not isinstance(_pack_kernel, triton.JITFunction)  # TRITON_INTERPRET=1
-if INTERPRETED:  # it patches functions, and forgets this method
+if INTERPRETED:  # the interpreter patches functions, and forgets this method
     tl.tensor.sqrt = lambda value: tl.sqrt(value)

@@ -1,18 +1,17 @@
 """Launching a kernel over flat buffers: what depends only on the form of the buffers is done once for each form.
 
-A step launches two kernels per bucket, and Triton's own way from arguments to a launch takes 13 us of the host's time
-for ours (it looks at every argument, and makes a text of the options, to find the compiled kernel); with checks, the
-unbinding of received rows and keyword arguments a pass took 29 to 50 us. Here the types, shapes, strides and
-alignments of the buffers are one key, under which the compiled kernel lies with all arguments but the addresses: 10 to
-15 us.
+A step launches two kernels per bucket. Triton's own way from arguments to a launch takes 13 us of the host's time for
+ours: it looks at every argument, and makes a text of the options, to find the compiled kernel. With checks, the
+unbinding of received rows and keyword arguments a pass took 29 to 50 us. Here the types, shapes, strides and alignments
+of the buffers are one key. Under it lies the compiled kernel with all arguments but the addresses: 10 to 15 us.
 
-Nothing else may be specialized on: the key holds all that Triton 3.6 to 3.9 look at, and more (each length is a form
-of its own, of which Triton compiles a few kinds). A buffer that does not fit makes another key, and is refused.
+The key must hold all that a kernel is specialized on. It holds what Triton 3.6 to 3.9 look at, and more: each length is
+a form of its own, though Triton compiles only a few kinds. Buffers that do not fit make another key, and are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
@@ -21,8 +20,8 @@ import torch
 
 from .triton_kernels import INTERPRETED, VECTOR
 
-# Forms kept for a kernel. Slices of a bucket are forms of their own, and a model that leaves out other parameters in
-# every step makes new ones without end.
+# Forms kept for a kernel. The number must have a bound: slices of a bucket are forms of their own, and a model that
+# leaves out other parameters in every step makes new ones without end.
 FORMS = 4096
 
 _address, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
@@ -31,12 +30,12 @@ _dtype, _shape, _is_cuda = attrgetter("dtype"), attrgetter("shape"), attrgetter(
 
 class Form(NamedTuple):
     run: Callable  # the compiled kernel over its grid
-    rows: list[tuple[int, int]]  # of each message: which of the buffers holds it, at how many bytes from its start
+    rows: list[tuple[int, int]]  # for each message, which buffer holds it and how many bytes from that buffer's start
     rest: tuple  # the arguments that follow the addresses
 
 
 class Buffers(NamedTuple):
-    """What a pass works on. parts: all messages in order, each a row or a tensor of rows; messages: how many rows."""
+    """What a pass works on. parts: all messages in order, each a row or a tensor of rows. messages: how many rows."""
 
     x: torch.Tensor
     g: torch.Tensor
@@ -50,8 +49,8 @@ class Buffers(NamedTuple):
         return [row for part in self.parts for row in rows_of(part)]
 
 
-def rows_of(part: torch.Tensor):
-    """The rows of a tensor, itself if it is one. Views all: flattening [d, messages, N] could make a copy."""
+def rows_of(part: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a tensor, or itself if it is one. All are views: flattening [d, messages, N] could make a copy."""
     if part.dim() < 2:
         yield part
     else:
@@ -60,7 +59,7 @@ def rows_of(part: torch.Tensor):
 
 
 def parts(messages: Any) -> tuple[torch.Tensor, ...]:
-    """Messages in one tensor, or as tuples of rows, or as tuples of tuples of rows."""
+    """The messages of one tensor, of a tuple of rows, or of a tuple of tuples of rows."""
     if isinstance(messages, torch.Tensor):
         return (messages,)
     flat: list[torch.Tensor] = []
@@ -73,10 +72,10 @@ def parts(messages: Any) -> tuple[torch.Tensor, ...]:
 
 
 class Launcher:
-    """One kernel with its constants. check: called with the buffers of every new form, raises if they do not fit.
+    """One kernel with its constants. `check` gets the buffers of every new form, and raises if they do not fit.
 
-    The arguments of a kernel: x, g, the tuples of state, of messages and, where it has `copy_ptrs`, of copies, the
-    scalars, the length, the constants.
+    A kernel's arguments are x, g, the tuple of state, the tuple of messages, the tuple of copies if it has `copy_ptrs`,
+    the scalars, the length and the constants.
     """
 
     def __init__(self, kernel: Any, constants: dict, block: int, options: dict, check: Callable[[Buffers], None]):
@@ -112,7 +111,7 @@ class Launcher:
         form.run(addresses[0], addresses[1], addresses[2:middle], messages, *copies, *form.rest)
 
     def warm(self, b: Buffers, values: torch.Tensor, guard: int = 0) -> None:
-        """Compiles and loads what a launch over such buffers would, and launches nothing."""
+        """Compiles and loads what a launch over such buffers needs, and launches nothing."""
         if not INTERPRETED:
             self._prepare(b, values, guard)
 
@@ -125,7 +124,7 @@ class Launcher:
         arguments = self._arguments(b, values, guard)
         run = _nothing
         if b.x.numel():
-            # Indexing loads the machine code, and under Triton 3.6 compiles a launcher in C (0.1 s for each signature).
+            # Indexing loads the machine code. Under Triton 3.6 it also compiles a launcher in C (0.1 s per signature).
             run = self.kernel.warmup(*arguments, grid=self._grid(b), **self.options)[self._grid(b)]
         return Form(run, rows, (values.data_ptr(), *arguments[-1 - len(self._order) :]))
 

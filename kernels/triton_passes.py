@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle, islice
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+from torch import Tensor
 
 from ..rules.rule import Rule
 from ..rules.scalars import Scalars
 from .triton_kernels import BLOCK, INTERPRETED, OPTIONS, WARPS, Fields, _combine_kernel, _pack_kernel
 from .triton_launch import Buffers, Launcher, parts, rows_of
 
-# Scalars at most, weights included, in the device tensor that holds them. Neighbors are unrolled in the kernel.
+if TYPE_CHECKING:
+    from .passes import Received, Rows
+
+# The device tensor of scalars has room for this many, weights included. The kernel unrolls the neighbors.
 CAPACITY = 256
-SKIP = CAPACITY - 1  # where the flag of a step that nobody takes lies
+SKIP = CAPACITY - 1  # the place of the flag of a step that nobody takes
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what gradients, messages and copies may be
 # Slices of a bucket start at multiples of this many elements and are multiples of it: 16 bytes for every type.
 SLICE = 16
 
 
-def _equation(function):
-    # The interpreter calls nested functions only where triton.language is among their globals; an equation needs none.
-    return function.fn if INTERPRETED else function
+def _equation(function: Callable) -> Callable:
+    # The interpreter calls nested functions only if triton.language is among their globals, and an equation's has none.
+    return function.fn if INTERPRETED else function  # type: ignore[attr-defined]
 
 
 def missing(device: torch.device) -> str | None:
@@ -41,19 +46,20 @@ def missing(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0 or newer, and {device} has {capability}"
     if capability >= (10, 0) and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        # The ptxas 12.9 it brings contracts packed arithmetic in spite of OPTIONS: 24 FMAs in a pack, 0 in its combine.
+        # Its ptxas 12.9 contracts packed arithmetic in spite of OPTIONS: 24 FMAs in a pack, 0 in its combine.
         return f"on compute capability {capability} the Triton kernels need triton 3.7, this is {triton.__version__}"
     return None
 
 
-class Fused:
-    """The passes as Triton kernels: the same `set`, `pack` and `combine` as `Blocked`, for float32 x and state.
+class TritonPasses:
+    """The passes, see `Passes`, as one launch of a Triton kernel each.
 
-    Gradients, messages and copies are float32, bfloat16 or float16. Buffers of any length and alignment work; those
-    padded to a multiple of BLOCK elements and aligned to 16 bytes run at the memory's speed. All scalars, weights
-    included, are read from one device tensor at a fixed address: other values need no compilation and no host
-    synchronization, and a captured CUDA graph takes them at its next replay (call `set` outside the capture, on the
-    stream of the replay).
+    x and state are float32. Gradients, messages and copies are float32, bfloat16 or float16. Any length and alignment
+    works; buffers padded to a multiple of BLOCK elements and aligned to 16 bytes run at the memory's speed.
+
+    The kernels read all scalars, weights included, from one device tensor at a fixed address. Other values need no
+    compilation and no host synchronization, and a captured CUDA graph takes them at its next replay: call `set` outside
+    the capture, on the stream of the replay. Where the scalars' `skip` is a tensor, the kernel reads it.
 
     Raises TypeError for types it does not take, ValueError for shapes that do not fit.
     """
@@ -66,18 +72,17 @@ class Fused:
         device: torch.device | str = "cuda",
         block: int = BLOCK,
         warps: int = WARPS,
-        evict: str = "",
     ):
         self.rule, self.device, self.block = rule, torch.device(device), block
         self.scalars = Scalars((), ())
         self._values = torch.zeros(CAPACITY, dtype=torch.float32, device=self.device)
         self._index = self._values.device.index if self.device.type == "cuda" else None
         self._current: tuple[float, ...] = ()
-        self._streams: set = set()  # those on which the current values are in place
+        self._streams: set = set()  # those that have waited for the current values
         options = {**OPTIONS, "num_warps": warps}
         constants = {"SEND": _equation(rule.send), "S": Fields(rule.state), "H": Fields(rule.H._fields)}
         self._packing = Launcher(_pack_kernel, constants, block, options, self._check)
-        constants.update(UPDATE=_equation(rule.update), EVICT=evict)
+        constants.update(UPDATE=_equation(rule.update))
         self._combining = Launcher(_combine_kernel, constants, block, options, self._check)
 
     def set(self, scalars: Scalars) -> None:
@@ -88,9 +93,9 @@ class Fused:
                 f" ({SKIP} scalars at most): use a sparser topology, or fused=False"
             )
         self.scalars = scalars
-        late = {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor)}  # on a device: not read by the host
+        late = {i: v for i, v in enumerate(values) if isinstance(v, Tensor)}  # on a device: the host must not read them
         values = tuple(math.nan if i in late else v for i, v in enumerate(values))
-        if isinstance(scalars.skip, torch.Tensor):
+        if isinstance(scalars.skip, Tensor):
             late[SKIP] = scalars.skip
         if values == self._current and not late:
             return
@@ -102,51 +107,50 @@ class Fused:
         stream = torch.cuda.current_stream(self.device)
         for other in self._streams - {stream}:  # a pass there may still read the last step's values
             stream.wait_stream(other)
-        # Fresh pinned memory each time: torch gives it out again only after the copy that reads it has ended.
+        # The pinned memory is fresh each time: torch gives it out again only after the copy that reads it has ended.
         self._write(host.pin_memory(), late)
         self._streams, self._written = {stream}, stream.record_event()
 
-    def _write(self, host, late) -> None:
+    def _write(self, host: Tensor, late: dict[int, Tensor]) -> None:
         self._values[: len(host)].copy_(host, non_blocking=True)
         for i, value in late.items():
             self._values[i].copy_(value, non_blocking=True)
 
     @property
     def _guarded(self) -> bool:
-        return isinstance(self.scalars.skip, torch.Tensor)
+        return isinstance(self.scalars.skip, Tensor)
 
-    def pack(self, x, g, state, messages) -> None:
-        """Writes this worker's messages [messages, N]."""
+    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows) -> None:
         self._launch(self._packing, Buffers(x, g, tuple(state), parts(messages), (), self.rule.messages))
 
-    def combine(self, x, g, state, received, copies=()) -> None:
-        """Updates x and state in place from the received messages, the first len(weights) of them.
-
-        received is [d, messages, N]: one tensor, or rows anywhere this device can read, such as peers' memory mapped
-        here. copies: the new x is written to each of these [N] too, rounded to nearest even to its type. Where the
-        scalars' `skip` is a tensor the kernel reads it.
-        """
+    def combine(
+        self, x: Tensor, g: Tensor, state: Sequence[Tensor], received: Received, copies: Sequence[Tensor] = ()
+    ) -> None:
         if not self._guarded and self.scalars.skip:
             return
         d = len(self.scalars.weights)
         b = Buffers(x, g, tuple(state), parts(received[:d]) if d else (), tuple(copies), d * self.rule.messages)
         self._launch(self._combining, b, SKIP if self._guarded else 0)
 
-    def warm(self, x, g, state, messages, received, degrees: Iterable[int], copies=(), guard: bool = False) -> None:
-        """Compiles and loads what `pack` and `combine` of these buffers, and of slices of them, will launch.
+    def warm(
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        messages: Rows,
+        received: Received,
+        degrees: Iterable[int],
+        copies: Sequence[Tensor] = (),
+        guard: bool = False,
+    ) -> None:
+        """Builds kernels, which else takes 0.1 to 0.2 s each at their first launch.
 
-        Nothing runs. Without it each kernel is built at its first launch (0.1 to 0.2 s), the ones for slices in the
-        middle of training, in a hook of the backward pass, when a parameter gets no gradient for the first time.
-
-        Args:
-            messages: as in `pack`; none where nothing is ever packed.
-            received: as in `combine`; of fewer rows than a degree needs, those that are there stand for the rest.
-            degrees: the numbers of neighbors that steps will have.
-            guard: for steps whose `skip` is a tensor, in the place of those without.
+        Those for slices would else be built in mid-training, in a hook of the backward pass, when a parameter gets no
+        gradient for the first time.
         """
         k, n = self.rule.messages, x.numel()
         rows = [row for part in parts(received) for row in rows_of(part)]
-        # Multiples of a block, slices that end within one, and the whole: all that Triton tells apart in a length.
+        # Triton tells apart multiples of a block, slices that end within one, and the whole.
         for m in {n, *(length for length in (self.block, SLICE) if length < n)}:
             local = x[:m], g[:m], tuple(t[:m] for t in state)
             with torch.cuda.device(self._index) if self._index is not None else contextlib.nullcontext():
@@ -159,7 +163,7 @@ class Fused:
                     self._combining.warm(b, self._values, SKIP if guard else 0)
 
     def _launch(self, launcher: Launcher, b: Buffers, guard: int = 0) -> None:
-        """On the kernels' device, on a stream where the values of `set` are in place."""
+        """Launches on the kernels' device, after the values of `set` are in place."""
         if not self._current:
             raise RuntimeError("call set before pack and combine")
         if self._index is None:
@@ -168,13 +172,13 @@ class Fused:
         stream = torch.cuda.current_stream(self._index)
         if stream not in self._streams:
             self._join(stream)
-        if torch.cuda.current_device() == self._index:  # a context manager costs more than the question
+        if torch.cuda.current_device() == self._index:  # the context manager costs more than this question
             launcher(b, self._values, guard)
         else:
             with torch.cuda.device(self._index):
                 launcher(b, self._values, guard)
 
-    def _join(self, stream) -> None:
+    def _join(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.device(self._index):
             if not torch.cuda.is_current_stream_capturing():
                 stream.wait_event(self._written)

@@ -1,13 +1,39 @@
 """What worker processes run in the distributed tests: importable by name, as processes need."""
 
+import gc
 import os
 import time
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import nn
 
 import fused_dlam
+from fused_dlam.tools.launch import run_workers
+
+
+def run_together(n, calls, deadline=600.0):
+    """What each of `calls`, {name: (fn, *args)}, returns on each of n ranks: {name: [results by rank]}.
+
+    One set of processes makes all calls in their order: starting processes takes longer than most of the calls.
+    """
+    ranks = run_workers(each, n, calls, deadline=deadline)
+    return {name: [rank[name] for rank in ranks] for name in calls}
+
+
+def each(rank, calls):
+    """fn(rank, *args) for each of {name: (fn, *args)}; an error says in which call it was raised."""
+    # Every new optimizer searches all objects for a living DDP. What was imported before is none, and is left out: the
+    # search took longer than fifty steps of training.
+    gc.freeze()
+    out = {}
+    for name, (fn, *args) in calls.items():
+        try:
+            out[name] = fn(rank, *args)
+        except Exception as error:
+            raise RuntimeError(f"in {name!r}") from error
+    return out
 
 
 class Tied(nn.Module):
@@ -159,9 +185,13 @@ def average_and_restore(rank):
     return before, inside, after, distance, optimizer.consensus_distance()
 
 
+def machines_of(size):
+    """A context in which `size` ranks are a machine, as torchrun says it."""
+    return mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(size))
+
+
 def machines(rank, size, options, use_mesh=False, steps=20):
     """Machines of `size` ranks; every rank of a machine has data of its own."""
-    os.environ["LOCAL_WORLD_SIZE"] = str(size)
     hierarchical = True
     if use_mesh:
         world = torch.distributed.get_world_size()
@@ -172,9 +202,10 @@ def machines(rank, size, options, use_mesh=False, steps=20):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(float(rank))
-    optimizer = fused_dlam.GossipSGD(
-        model.parameters(), lr=0.0, hierarchical=hierarchical, bucket_mb=1e-4, weight_decay=1e-2, **options
-    )
+    with machines_of(size):
+        optimizer = fused_dlam.GossipSGD(
+            model.parameters(), lr=0.0, hierarchical=hierarchical, bucket_mb=1e-4, weight_decay=1e-2, **options
+        )
     path, sent = [trained(model).clone()], []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr_at(step)
@@ -187,11 +218,11 @@ def machines(rank, size, options, use_mesh=False, steps=20):
 
 
 def wrong_machines(rank):
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    try:
-        fused_dlam.GossipSGD(Tied().parameters(), hierarchical=True)
-    except ValueError as error:
-        return str(error)
+    with machines_of(2):
+        try:
+            fused_dlam.GossipSGD(Tied().parameters(), hierarchical=True)
+        except ValueError as error:
+            return str(error)
     return "no error"
 
 

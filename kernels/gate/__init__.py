@@ -1,0 +1,1 @@
+"""`fused-dlam gate`: compiles every pass and holds its machine code to the floor."""

@@ -1,17 +1,17 @@
-"""Compiles a pass for a GPU that need not be there, and judges the machine code against the rule's floor."""
+"""Compiles a pass for a GPU that need not be there, and judges its machine code by the rule's floor."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from ...rules.rule import Rule
 from ..triton_kernels import BLOCK, OPTIONS, VECTOR, WARPS, Fields, _combine_kernel, _pack_kernel
 from ..triton_passes import SKIP
-from .floor import SIZE, Traffic, combine_floor, pack_floor
+from .cases import Case
+from .floor import SIZE
 from .machine_code import Code, read
 
 TARGETS = {
@@ -21,46 +21,22 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 ALIGNED = [["tt.divisibility", 16]]  # what Triton's launcher says of a pointer or a length that is a multiple of 16
-
-
-# FMAs that a division is made of on AMD GPUs, the same wherever it is computed. (NVIDIA's has none.)
+# FMAs that make a division on AMD GPUs, the same wherever it is computed. (NVIDIA's has none.)
 HIP_DIVISION = 5
 
 
-class Case(NamedTuple):
-    """One row of the table."""
-
-    rule: Rule
-    schedule: str  # "atc", "awc"
-    # "pack", "combine", "emit": combine that also writes x in the messages' type, "guarded": combine that reads a flag
-    pass_: str
-    message: str
-    gradient: str
-    d: int
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return (self.rule.name, self.schedule, self.pass_, self.message, self.gradient, str(self.d))
-
-    @property
-    def floor(self) -> Traffic:
-        if self.pass_ == "pack":
-            return pack_floor(self.rule, self.gradient, self.message)
-        floor = combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
-        return floor._replace(scalars=floor.scalars + (self.pass_ == "guarded"))
-
-    def ceiling(self, target: str) -> int:
-        """Registers allowed for each thread, where ptxas took at most 60 with up to 3 received messages and 66 with
-        more, on sm_100 72 and 78; with a division 71 (AdamW at d = 3 on sm_80). An SM's 65,536 last for 1024, 768 and
-        640 threads at 64, 80 and 96."""
-        if self.d * self.rule.messages > 3:
-            return 96
-        return 80 if target == "sm_100" or self.floor.divisions else 64
-
-
-def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector=VECTOR, even=True,
-          aligned=(True, True), **options):  # fmt: skip
-    """The case compiled as `triton_passes.Fused` launches it; the further arguments are for the negative controls.
+def build(
+    case: Case,
+    architecture: str,
+    kernel: Any = None,
+    update: Any = None,
+    block: int = BLOCK,
+    vector: int = VECTOR,
+    even: bool = True,
+    aligned: tuple[bool, bool] = (True, True),
+    **options: Any,
+) -> Any:
+    """The case compiled as `TritonPasses` launches it. Only the negative controls, in tests/, pass more arguments.
 
     aligned: whether pointers, and whether the length, are known to be multiples of 16.
     """
@@ -79,7 +55,7 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
     }
     constants = {
         "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
-        "BLOCK": block, "VECTOR": vector, "EVEN": even, "EVICT": "",
+        "BLOCK": block, "VECTOR": vector, "EVEN": even,
         "GUARD": SKIP if case.pass_ == "guarded" else 0,
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -89,7 +65,7 @@ def build(case: Case, target: str, kernel=None, update=None, block=BLOCK, vector
             paths = [(i, k) for k in range(len(type_))] if isinstance(type_, tuple) else [(i,)]
             attributes.update(dict.fromkeys(paths, ALIGNED))
     source = ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in signature}, attributes)
-    return compile(source, target=TARGETS[target], options={**OPTIONS, **options})
+    return compile(source, target=TARGETS[architecture], options={**OPTIONS, **options})
 
 
 class Verdict(NamedTuple):
@@ -100,12 +76,13 @@ class Verdict(NamedTuple):
     failures: list[str]
 
 
-def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
+def judge(case: Case, architecture: str, kernel: Any, block: int = BLOCK) -> Verdict:
     """Every way in which compiled code misses the floor; none, if it meets it."""
-    code, floor = read(kernel, TARGETS[target]), case.floor
-    elements = block // (WARPS * TARGETS[target].warp_size)  # for each thread
-    # Scalars are one 4-byte load each; on AMD GPUs they go through the scalar unit, not counted.
-    scalars = Counter({4: floor.scalars if TARGETS[target].backend == "cuda" else 0})
+    target, floor = TARGETS[architecture], case.floor
+    code = read(kernel, target)
+    elements = block // (WARPS * target.warp_size)  # for each thread
+    # Scalars are one 4-byte load each. AMD GPUs load them through the scalar unit, which is not counted.
+    scalars = Counter({4: floor.scalars if target.backend == "cuda" else 0})
     seen = {"loads": code.loads - scalars, "stores": code.stores}
     moved = sum(width * n for accesses in seen.values() for width, n in accesses.items()) / elements
     failures = []
@@ -121,13 +98,13 @@ def judge(case: Case, target: str, kernel, block: int = BLOCK) -> Verdict:
             failures.append(f"width: {what} {shown[what]}, not {_widths(wanted)}")
     for what in ("spills", "shared", "barriers", "loops", "atomics", "fma"):
         count = getattr(code, what)
-        if what == "fma" and TARGETS[target].backend == "hip":
+        if what == "fma" and target.backend == "hip":
             divisions, other = divmod(count, HIP_DIVISION * elements)
             count = count if other or divisions > floor.divisions else 0
         if count:
             failures.append(f"{what}: {count}")
-    if code.registers > case.ceiling(target):
-        failures.append(f"registers: {code.registers}, ceiling {case.ceiling(target)}")
+    if code.registers > case.ceiling(architecture):
+        failures.append(f"registers: {code.registers}, ceiling {case.ceiling(architecture)}")
     return Verdict(code, moved, **shown, failures=failures)
 
 

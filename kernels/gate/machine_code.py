@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 
@@ -30,11 +30,11 @@ class Code(NamedTuple):
     fma: int
 
 
-def read(kernel, target) -> Code:
+def read(kernel: Any, target: Any) -> Code:
     return _read_sass(kernel) if target.backend == "cuda" else _read_amdgcn(kernel)
 
 
-def _read_sass(kernel) -> Code:
+def _read_sass(kernel: Any) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -77,7 +77,7 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([NVIDIA_TOOLS / tool, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _read_amdgcn(kernel) -> Code:
+def _read_amdgcn(kernel: Any) -> Code:
     text = kernel.asm["amdgcn"]
     accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for op, width in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", text, re.M):

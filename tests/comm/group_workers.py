@@ -13,7 +13,7 @@ from fused_dlam import neighbor_allreduce
 from fused_dlam.comm import process_group as groups
 
 
-def _train(rank, steps=6, **options):
+def train(rank, steps=6, **options):
     """The trained parameters after a few steps."""
     model, x = workers.Tied(), workers.data(rank)
     optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.05, timeout=30.0, **options)
@@ -27,16 +27,16 @@ def _train(rank, steps=6, **options):
 def histories(rank):
     """What training gives before, and after each thing that leaves ranks with other groups than their neighbors."""
     n = dist.get_world_size()
-    paths = {"none": _train(rank, topology="ring")}
+    paths = {"none": train(rank, topology="ring")}
     dist.new_group([0, 1])  # all ranks call it, as torch wants; only two are in it
-    paths["a group of some"] = _train(rank, topology="ring")
+    paths["a group of some"] = train(rank, topology="ring")
     if rank == 0:
         dist.new_group([0], use_local_synchronization=True)
-    paths["a group that one rank knows of"] = _train(rank, topology="ring")
+    paths["a group that one rank knows of"] = train(rank, topology="ring")
     other = dist.new_group(list(range(n)))
-    paths["a further group"] = _train(rank, topology="ring")
+    paths["a further group"] = train(rank, topology="ring")
     dist.destroy_process_group(other)
-    paths["a destroyed group"] = _train(rank, topology="ring")
+    paths["a destroyed group"] = train(rank, topology="ring")
     return paths
 
 
@@ -46,15 +46,16 @@ def some_of_the_ranks(rank):
     if rank == 2:
         dist.new_group([2], use_local_synchronization=True)
     members = dist.new_group([0, 2, 3])
-    return None if rank == 1 else _train(rank, group=members)
+    return None if rank == 1 else train(rank, group=members)
 
 
-def machines(rank, history):
-    """Three machines of two ranks, after a group that only three ranks are in."""
-    if history:
+def machines(rank):
+    """Three machines of two ranks, before there is a group that only three ranks are in and after it."""
+    options = {"hierarchical": True, "method": "dmsgd"}
+    with workers.machines_of(2):
+        without = train(rank, **options)
         dist.new_group([0, 1, 2])
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    return _train(rank, hierarchical=True, method="dmsgd")
+        return train(rank, **options), without
 
 
 def named(rank, backend, folder):
@@ -63,19 +64,19 @@ def named(rank, backend, folder):
     dist.destroy_process_group()
     dist.init_process_group(backend, store=dist.FileStore(f"{folder}/{backend}", n), rank=rank, world_size=n)
     optimizer = fused_dlam.GossipSGD([torch.nn.Parameter(torch.ones(4))], lr=0.1, timeout=30.0)
-    out = dist.get_backend(), optimizer._engine.exchange.backend, _train(rank)
+    out = dist.get_backend(), optimizer._engine.place.workers.backend, train(rank)
     dist.barrier()
     return out
 
 
 def again(rank, folder):
     """The job starts anew in processes of which one is fresh: what it trains, and what the first job did."""
-    first, n = _train(rank), dist.get_world_size()
+    first, n = train(rank), dist.get_world_size()
     dist.destroy_process_group()
     if rank == 1:
         groups._built.clear()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", n), rank=rank, world_size=n)
-    out = first, _train(rank)
+    out = first, train(rank)
     dist.barrier()
     return out
 
@@ -86,7 +87,7 @@ def mesh(rank, folder):
     dist.destroy_process_group()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=_port(folder, rank))
     grid = dist.init_device_mesh("cpu", (n // 2, 2), mesh_dim_names=("replicate", "shard"))
-    return dist.get_backend(), _train(rank, hierarchical=grid, method="dmsgd")
+    return dist.get_backend(), train(rank, hierarchical=grid, method="dmsgd")
 
 
 def _port(folder, rank):
@@ -107,10 +108,10 @@ def means(rank):
     optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.1)
     with optimizer.averaged(model):
         out.append(model.running.clone())
-    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
     for options in ({"method": "pmsgd"}, {"hierarchical": True}):
         p = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
-        optimizer = fused_dlam.GossipSGD([p], lr=1e-4, momentum=0.0, **options)
+        with workers.machines_of(dist.get_world_size()):
+            optimizer = fused_dlam.GossipSGD([p], lr=1e-4, momentum=0.0, **options)
         (p * 30000.0).sum().backward()
         optimizer.step()
         out.append(p.detach() * -10000)

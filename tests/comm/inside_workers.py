@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import fused_dlam
+from fused_dlam.layers import Lars
 
 
 class Net(nn.Module):
@@ -64,7 +65,7 @@ def train(rank, machines, size, kind, options, steps):
         model.loss(x).backward()
         optimizer.step()
         path.append(flat(model))
-    overlaps = getattr(optimizer, "_overlap", None)
+    overlaps = getattr(optimizer, "_arrivals", None)
     sent = optimizer.bytes_sent, optimizer.messages_sent
     moved = sum(b.N for b in optimizer._engine.buckets) * 4
     state = optimizer.state[model.first.weight]
@@ -128,7 +129,7 @@ def refused(rank):
     note("hybrid", lambda: fused_dlam.GossipSGD(hybrid.parameters(), hierarchical=mesh))
     note("world", lambda: fused_dlam.GossipSGD(inner.parameters()))
     note("partly", lambda: fused_dlam.GossipSGD(partly.parameters(), hierarchical=mesh))
-    note("lars", lambda: fused_dlam.GossipSGD(inner.parameters(), hierarchical=mesh, lars=0.1))
+    note("lars", lambda: fused_dlam.GossipSGD(inner.parameters(), hierarchical=mesh, layers=[Lars(0.1)]))
     turned = dist.DeviceMesh("cpu", mesh.mesh.T.contiguous(), mesh_dim_names=("replicate", "shard"))
     note("turned", lambda: fused_dlam.GossipSGD(inner.parameters(), hierarchical=turned))
 

@@ -14,18 +14,30 @@ import group_workers
 import pytest
 import torch
 import torch.distributed as dist
-from workers import Tied
+from workers import Tied, run_together
 
 from fused_dlam import GossipSGD
-from fused_dlam.comm import group as exchange
 from fused_dlam.comm import process_group as groups
 from fused_dlam.comm import transfer
+from fused_dlam.comm import watch as watching
 from fused_dlam.tools.launch import run_workers
 from fused_dlam.topology.topology import Peers
 
 
-def test_histories_do_not_matter():
-    for paths in run_workers(group_workers.histories, 3):
+@pytest.fixture(scope="module")
+def pairs():
+    """What two ranks do that leaves nothing behind."""
+    return run_together(2, {"plain": (group_workers.train,), "two threads": (group_workers.two_threads,)})
+
+
+@pytest.fixture(scope="module")
+def triples():
+    """What three ranks do, in the end that which leaves them with unlike groups."""
+    return run_together(3, {"means": (group_workers.means,), "histories": (group_workers.histories,)})
+
+
+def test_histories_do_not_matter(triples):
+    for paths in triples["histories"]:
         for what, path in paths.items():
             assert torch.equal(path, paths["none"]), what
 
@@ -38,17 +50,16 @@ def test_some_of_the_ranks_train():
 
 
 def test_machines_after_a_group_of_some():
-    with_history, without = (run_workers(group_workers.machines, 6, history) for history in (True, False))
+    with_history, without = zip(*run_workers(group_workers.machines, 6), strict=True)
     assert all(map(torch.equal, with_history, without))
     assert torch.equal(without[0], without[1]) and not torch.equal(without[0], without[2])
 
 
 @pytest.mark.parametrize("backend", [None, "cpu:gloo,cuda:gloo", "cpu:gloo"])
-def test_groups_under_other_names(backend, tmp_path):
-    plain = run_workers(group_workers._train, 2)
+def test_groups_under_other_names(backend, pairs, tmp_path):
     for rank, (name, found, path) in enumerate(run_workers(group_workers.named, 2, backend, str(tmp_path))):
         assert name != "gloo" and found == "gloo"
-        assert torch.equal(path, plain[rank])
+        assert torch.equal(path, pairs["plain"][rank])
 
 
 def test_a_job_that_starts_anew_with_a_fresh_process(tmp_path):
@@ -96,14 +107,14 @@ def test_eager_nccl_needs_all_ranks(monkeypatch):
         groups.build([0, 1], "nccl", 10.0, [[0, 1]])
 
 
-def test_means_of_float16_do_not_overflow():
-    for rank in run_workers(group_workers.means, 3):
+def test_means_of_float16_do_not_overflow(triples):
+    for rank in triples["means"]:
         for mean in rank:
             assert torch.equal(mean.float(), torch.full((3,), 30000.0)), rank
 
 
-def test_two_threads_send_every_bucket_once():
-    for rounds in run_workers(group_workers.two_threads, 2):
+def test_two_threads_send_every_bucket_once(pairs):
+    for rounds in pairs["two threads"]:
         assert len(rounds) == 20 and all(rounds)
 
 
@@ -112,9 +123,9 @@ def test_waits_of_two_threads_are_told_apart(caplog):
 
     class End:
         rank, timeout, backend = 0, 2.0, "gloo"
-        watch = exchange.Watch(2.0)
+        watch = watching.Watch(2.0)
 
-    main, courier = (exchange.Watched(End, what, 5, 1) for what in ("waiting for a message from", "sending to"))
+    main, courier = (watching.Watched(End, what, 5, 1) for what in ("waiting for a message from", "sending to"))
     entered, leave, left = threading.Event(), threading.Event(), threading.Event()
 
     def other():
@@ -128,7 +139,7 @@ def test_waits_of_two_threads_are_told_apart(caplog):
         thread.start()
         entered.wait()
         assert len(End.watch.current) == 2
-        with exchange.Watched(End, "inner", 5, 1):
+        with watching.Watched(End, "inner", 5, 1):
             assert len(End.watch.current) == 2
         assert main in End.watch.current.values()
     leave.set()
@@ -150,7 +161,7 @@ def test_a_captured_backward_pass_counts():
             for b in optimizer._engine.buckets:
                 for slot in b.slots:
                     if slot.p.grad is not None:
-                        optimizer._overlap._captured(b, slot)
+                        optimizer._arrivals._captured(b, slot)
         optimizer.zero_grad(set_to_none=False)
         for p in model.parameters():
             if p.grad is not None:
@@ -169,18 +180,21 @@ def test_a_dead_peer_over_nccl_is_an_exchange_error(monkeypatch):
             raise dist.DistBackendError("NCCL communicator was aborted on rank 1.")
 
     class End:
-        rank, timeout, backend, group, ranks, stages = 1, 5.0, "nccl", None, [0, 1], False
-        watch, messages_sent, bytes_sent = exchange.Watch(5.0), 0, 0.0
+        rank, timeout, backend, process_group, ranks, stages = 1, 5.0, "nccl", None, [0, 1], False
+        watch, messages_sent, bytes_sent = watching.Watch(5.0), 0, 0.0
+
+        def count(self, message, receivers):
+            pass
 
         def watched(self, what, step, peer=None):
-            return exchange.Watched(self, what, step, peer)
+            return watching.Watched(self, what, step, peer)
 
     monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda ops: [Lost()])
     flight = transfer.Transfer(End(), [torch.zeros(3)], Peers((0,), (0.5,), (0,)), step=7)
     flight.send(torch.zeros(3))
     with pytest.raises(
-        exchange.ExchangeError, match="rank 1 at step 7: .*communicator was aborted.* from a checkpoint"
+        watching.ExchangeError, match="rank 1 at step 7: .*communicator was aborted.* from a checkpoint"
     ) as e:
         flight.wait_received()
     assert "intact" not in str(e.value)

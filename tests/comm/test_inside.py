@@ -14,9 +14,16 @@ import torch
 import workers
 
 from fused_dlam import topology
-from fused_dlam.tools.launch import run_workers
 
 STEPS = 12
+CASES = [
+    ("pc-dmsgd", {}),
+    ("pc-dmsgd", {"schedule": "awc", "bucket_mb": 1e-4}),
+    ("dmsgd", {"by_group": True, "bucket_mb": 1e-4, "overlap": True}),
+    ("dmsgd", {"max_grad_norm": 0.5}),
+    ("gossip-adamw", {}),
+    ("gossip-adamw", {"schedule": "awc", "bucket_mb": 1e-4}),
+]
 
 
 def machine_gradient(machines, size):
@@ -64,19 +71,24 @@ def expected_path(machines, size, kind, schedule, clip=None):
     return np.stack(path)
 
 
+@pytest.fixture(scope="module")
+def fours():
+    """What four ranks do; what is refused comes last, for it leaves models in wrappers behind."""
+    calls = {"train": (inside_workers.train_each, 2, 2, CASES, STEPS)}
+    calls |= {"touched": (inside_workers.touched,), "refused": (inside_workers.refused,)}
+    return workers.run_together(4, calls)
+
+
+@pytest.fixture(scope="module")
+def sixes():
+    return workers.run_together(6, {"train": (inside_workers.train_each, 2, 3, CASES, STEPS)})
+
+
 @pytest.mark.parametrize("size", [2, 3])
-def test_shards_follow_the_oracle(size):
+def test_shards_follow_the_oracle(size, request):
     """Every step's parameters, gathered from the shards, and the consensus distance over all of them."""
-    cases = [
-        ("pc-dmsgd", {}),
-        ("pc-dmsgd", {"schedule": "awc", "bucket_mb": 1e-4}),
-        ("dmsgd", {"by_group": True, "bucket_mb": 1e-4, "overlap": True}),
-        ("dmsgd", {"max_grad_norm": 0.5}),
-        ("gossip-adamw", {}),
-        ("gossip-adamw", {"schedule": "awc", "bucket_mb": 1e-4}),
-    ]
-    results = run_workers(inside_workers.train_each, 2 * size, 2, size, cases, STEPS)
-    for c, (kind, options) in enumerate(cases):
+    results = request.getfixturevalue({2: "fours", 3: "sixes"}[size])["train"]
+    for c, (kind, options) in enumerate(CASES):
         expected = expected_path(2, size, kind, options.get("schedule", "atc"), options.get("max_grad_norm"))
         spread = np.sqrt(((expected[-1] - expected[-1].mean(0)) ** 2).sum(-1).mean())
         ahead = options.get("schedule") == "awc"
@@ -91,16 +103,16 @@ def test_shards_follow_the_oracle(size):
                 assert overlaps is (not ahead and "max_grad_norm" not in options)
 
 
-def test_what_the_user_writes_is_kept():
+def test_what_the_user_writes_is_kept(fours):
     """Parameters set between steps, which all workers then have, bit for bit; accumulation, mixed precision."""
-    for schedules in run_workers(inside_workers.touched, 4):
+    for schedules in fours["touched"]:
         for x in schedules:
             assert torch.equal(x, torch.full_like(x, 0.25))
 
 
-def test_what_averages_twice_is_refused():
+def test_what_averages_twice_is_refused(fours):
     """The same on every rank, before anything is sent, or in the first step if it was wrapped after that."""
-    for errors in run_workers(inside_workers.refused, 4):
+    for errors in fours["refused"]:
         assert "fully_shard(model, mesh=mesh" in errors["hybrid"]
         assert "exchange their different shards" in errors["world"]
         assert "some parameters are sharded" in errors["partly"]

@@ -34,22 +34,34 @@ def expected_path(method, graph, machine_of, schedule):
     )
 
 
-@pytest.mark.parametrize(
-    "n, size, use_mesh, options",
-    [
-        (2, 2, False, {"method": "pc-dmsgd"}),
-        (3, 2, False, {"method": "decentlam", "topology": "ring"}),  # on three machines W = J: by all-reduce
-        (2, 3, True, {"method": "da-dmsgd"}),
-        (3, 2, True, {"method": "pc-dmsgd", "schedule": "awc"}),
-        (3, 2, False, {"method": "dmsgd", "overlap": False, "topology": "one-peer-exponential"}),
-    ],
-)
-def test_machines_follow_the_oracle(n, size, use_mesh, options):
+CASES = [
+    (2, 2, False, {"method": "pc-dmsgd"}),
+    (3, 2, False, {"method": "decentlam", "topology": "ring"}),  # on three machines W = J: by all-reduce
+    (2, 3, True, {"method": "da-dmsgd"}),
+    (3, 2, True, {"method": "pc-dmsgd", "schedule": "awc"}),
+    (3, 2, False, {"method": "dmsgd", "overlap": False, "topology": "one-peer-exponential"}),
+]
+
+
+@pytest.fixture(scope="module")
+def of_ranks():
+    """By case, what the ranks return; those of as many ranks share processes."""
+    out = {}
+    for ranks in sorted({n * size for n, size, *_ in CASES}):
+        calls = {
+            str(case): (workers.machines, case[1], case[3], case[2]) for case in CASES if case[0] * case[1] == ranks
+        }
+        out |= workers.run_together(ranks, calls)
+    return out
+
+
+@pytest.mark.parametrize("n, size, use_mesh, options", CASES)
+def test_machines_follow_the_oracle(n, size, use_mesh, options, of_ranks):
     name = options.get("topology", "one-peer-exponential")
     graph = topology.FAMILY[name](n)
     machine_of = [r % n if use_mesh else r // size for r in range(n * size)]
     expected = expected_path(options["method"], graph, machine_of, options.get("schedule", "atc"))
-    results = run_workers(workers.machines, n * size, size, options, use_mesh)
+    results = of_ranks[str((n, size, use_mesh, options))]
     for rank, (path, sent, moved, distance) in enumerate(results):
         machine = machine_of[rank]
         first = results[machine_of.index(machine)][0]
@@ -67,6 +79,6 @@ def test_machines_follow_the_oracle(n, size, use_mesh, options):
 def test_what_is_no_set_of_machines_is_refused():
     """One process alone: hierarchical= has nothing to do, and is checked where there are ranks."""
     model = workers.Tied()
-    assert GossipSGD(model.parameters(), hierarchical=True)._engine.machine is None
+    assert GossipSGD(model.parameters(), hierarchical=True)._engine.place.alone
     for error in run_workers(workers.wrong_machines, 3):
         assert "to divide the 3 ranks" in error

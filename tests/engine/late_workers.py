@@ -52,7 +52,7 @@ def train(rank, habit, gathers, overlap, method):
         if habit == "replaced" and step < 2:  # by a tensor of the same version
             model[0].weight.grad = model[0].weight.grad.detach().clone() * 2
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer._overlap.sending
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), optimizer._arrivals.sending
 
 
 def train_each(rank, cases):

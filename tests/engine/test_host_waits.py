@@ -6,13 +6,17 @@ come from a device, copies that are not from or to pinned memory with non_blocki
 design is listed with its reason.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from fake_cuda import Machine
 from fake_training import BUCKET_MB, training
 from fake_where import ours
+from layers_of_users import spaced
 
 import fused_dlam
+from fused_dlam.layers import Lars, SlowMo
 
 BF16 = torch.bfloat16
 MACHINES = dict(ranks=4, machine_ranks=2)
@@ -85,20 +89,20 @@ MODES = {
     "awc, missing gradients": (gossip_sgd(schedule="awc"), dict(absent=(2, 5))),
     "a learning rate schedule": (gossip_sgd(), dict(each=schedule)),
     "lr on the device": (lr_on_device(), {}),
-    "lr on the device, lars": (lr_on_device(lars=0.01), {}),
-    "lr on the device, slowmo": (lr_on_device(slowmo=fused_dlam.SlowMo(2)), {}),
-    "nesterov": (gossip_sgd(nesterov=True), {}),
+    "lr on the device, lars": (lr_on_device(layers=[Lars(0.01)]), {}),
+    "lr on the device, slowmo": (lr_on_device(layers=[SlowMo(2)]), {}),
+    "nesterov": (gossip_sgd(method="nesterov-pc-dmsgd"), {}),
     "groups of weight decay": (two_groups(), {}),
     "max_grad_norm": (gossip_sgd(max_grad_norm=1.0), {}),
     "max_grad_norm, missing gradients": (gossip_sgd(max_grad_norm=1.0), dict(absent=(2, 5))),
     "max_grad_norm, machines": (gossip_sgd(max_grad_norm=1.0, hierarchical=True), MACHINES),
-    "lars": (gossip_sgd(lars=0.01, weight_decay=1e-4), {}),
-    "lars, bf16 parameters": (gossip_sgd(lars=0.01, weight_decay=1e-4), dict(dtype=BF16)),
-    "lars, missing gradients": (gossip_sgd(lars=0.01), dict(absent=(2, 5))),
-    "lars, max_grad_norm": (gossip_sgd(lars=0.01, max_grad_norm=1.0), {}),
-    "slowmo": (gossip_sgd(slowmo=fused_dlam.SlowMo(2)), {}),
+    "lars": (gossip_sgd(layers=[Lars(0.01)], weight_decay=1e-4), {}),
+    "lars, bf16 parameters": (gossip_sgd(layers=[Lars(0.01)], weight_decay=1e-4), dict(dtype=BF16)),
+    "lars, missing gradients": (gossip_sgd(layers=[Lars(0.01)]), dict(absent=(2, 5))),
+    "lars, max_grad_norm": (gossip_sgd(layers=[Lars(0.01)], max_grad_norm=1.0), {}),
+    "slowmo": (gossip_sgd(layers=[SlowMo(2)]), {}),
     "pmsgd": (gossip_sgd(method="pmsgd"), {}),
-    "global_average_every": (gossip_sgd(global_average_every=2), dict(ranks=4)),
+    "global averages": (gossip_sgd(topology=partial(spaced, exact=2)), dict(ranks=4)),
     "machines": (gossip_sgd(hierarchical=True), MACHINES),
     "machines, awc": (gossip_sgd(hierarchical=True, schedule="awc"), MACHINES),
     "two devices": (gossip_sgd(), dict(devices=("cuda:0", "cuda:1"), threads=True)),
@@ -106,7 +110,7 @@ MODES = {
     "Gossip, awc": (gossip(schedule="awc"), {}),
     "Gossip, machines": (gossip(hierarchical=True), MACHINES),
     "one worker": (gossip_sgd(), dict(ranks=1)),
-    "one worker, lars, max_grad_norm": (gossip_sgd(lars=0.01, max_grad_norm=1.0), dict(ranks=1)),
+    "one worker, lars, max_grad_norm": (gossip_sgd(layers=[Lars(0.01)], max_grad_norm=1.0), dict(ranks=1)),
     "one worker, missing gradients": (gossip_sgd(), dict(ranks=1, absent=(2, 5))),
     # Messages pass through the host, but it is the courier that waits for the device, not who trains.
     "messages through the host": (gossip_sgd(), dict(config="cpu:gloo,cuda:gloo", name="gloo")),
@@ -154,7 +158,9 @@ def test_what_waits_by_design_waits_once_a_step_and_nowhere_else(mode):
     assert [wait.split(":")[0] for wait in waits] == [file] * count, (reason, waits)
 
 
-@pytest.mark.parametrize("options", [{}, dict(lars=0.01), dict(max_grad_norm=1.0), dict(method="adam")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(layers=[Lars(0.01)]), dict(max_grad_norm=1.0), dict(method="adam")], ids=str
+)
 def test_one_worker_reads_found_inf_on_the_device(options):
     """The first step alone may wait: what a rule remembers of its scalars has no earlier value to go back to."""
     assert waits_of(gossip_sgd(**options), ranks=1, scaler=True, first=1) == []

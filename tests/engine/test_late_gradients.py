@@ -7,8 +7,7 @@ to training that sends in step(), for gossip and for averaged gradients.
 import late_workers
 import pytest
 import torch
-
-from fused_dlam.tools.launch import run_workers
+from workers import run_together
 
 METHODS = ("pc-dmsgd", "pmsgd")
 CASES = [(h, g, o, m) for h in late_workers.HABITS for m in METHODS for g in (False, True) for o in (False, "auto")]
@@ -16,7 +15,7 @@ CASES = [(h, g, o, m) for h in late_workers.HABITS for m in METHODS for g in (Fa
 
 @pytest.fixture(scope="module")
 def paths():
-    ranks = run_workers(late_workers.train_each, 2, CASES)
+    ranks = run_together(2, {"train": (late_workers.train_each, CASES)})["train"]
     return [dict(zip(CASES, rank, strict=True)) for rank in ranks]
 
 

@@ -20,6 +20,8 @@ from fake_training import RESNET_50, training
 from fake_where import ours
 from test_host_waits import MACHINES, gossip, gossip_sgd, schedule, two_groups
 
+from fused_dlam.layers import Lars
+
 BF16 = torch.bfloat16
 BUCKETS = 4
 
@@ -65,7 +67,7 @@ MODES = {
     "atc, bf16 messages": (gossip_sgd(comm_dtype=BF16), {}, 2),
     "atc, bf16 parameters": (gossip_sgd(), dict(dtype=BF16), 2),
     "atc, bf16 parameters and messages": (gossip_sgd(comm_dtype=BF16), dict(dtype=BF16), 2),
-    "atc, nesterov, weight decay": (gossip_sgd(method="dmsgd", nesterov=True, weight_decay=0.1), {}, 2),
+    "atc, nesterov, weight decay": (gossip_sgd(method="nesterov-dmsgd", weight_decay=0.1), {}, 2),
     "atc, two messages": (gossip_sgd(method="da-dmsgd"), {}, 2),
     "atc, exponential graph": (gossip_sgd(method="dmsgd", topology="exponential"), dict(ranks=8), 2),
     "awc": (gossip_sgd(schedule="awc"), {}, 1),
@@ -138,12 +140,12 @@ def test_a_parameter_without_a_gradient_costs_what_its_runs_cost():
 
 LAYERS = {
     # name: (optimizer, options, kernels of a step with one bucket at most)
-    "lars": (gossip_sgd(lars=0.01, weight_decay=1e-4, bucket_mb=1.0), {}, 36),
-    "lars, bf16 parameters": (gossip_sgd(lars=0.01, weight_decay=1e-4, bucket_mb=1.0), dict(dtype=BF16), 38),
-    "lars, missing gradients": (gossip_sgd(lars=0.01, bucket_mb=1.0), dict(absent=(3, 7)), 52),
-    "lars, one worker": (gossip_sgd(lars=0.01, weight_decay=1e-4, bucket_mb=None), dict(ranks=1), 36),
+    "lars": (gossip_sgd(layers=[Lars(0.01)], weight_decay=1e-4, bucket_mb=1.0), {}, 36),
+    "lars, bf16 parameters": (gossip_sgd(layers=[Lars(0.01)], weight_decay=1e-4, bucket_mb=1.0), dict(dtype=BF16), 38),
+    "lars, missing gradients": (gossip_sgd(layers=[Lars(0.01)], bucket_mb=1.0), dict(absent=(3, 7)), 52),
+    "lars, one worker": (gossip_sgd(layers=[Lars(0.01)], weight_decay=1e-4, bucket_mb=None), dict(ranks=1), 36),
     "max_grad_norm": (gossip_sgd(max_grad_norm=1.0, bucket_mb=1.0), {}, 20),
-    "lars, max_grad_norm": (gossip_sgd(lars=0.01, max_grad_norm=1.0, bucket_mb=1.0), {}, 46),
+    "lars, max_grad_norm": (gossip_sgd(layers=[Lars(0.01)], max_grad_norm=1.0, bucket_mb=1.0), {}, 46),
 }
 
 

@@ -5,11 +5,13 @@
 - a gradient or parameter that changes after its message has left is an error that names it; nothing hangs.
 """
 
+import functools
+
 import overlap_workers as workers
 import pytest
 import torch
-
-from fused_dlam.tools.launch import run_workers
+from layers_of_users import spaced
+from workers import run_together
 
 CASES = [
     {},
@@ -17,78 +19,96 @@ CASES = [
     {"method": "da-dmsgd", "topology": "exponential"},
     {"method": "pmsgd"},
     {"topology": "full"},
-    {"communicate_every": 3},
-    {"global_average_every": 4, "comm_dtype": torch.bfloat16},
+    {"topology": functools.partial(spaced, every=3)},
+    {"topology": functools.partial(spaced, exact=4), "comm_dtype": torch.bfloat16},
 ]
+OVERLAPS = [{**case, "overlap": mode} for case in CASES for mode in (False, "auto", True)]
+WIRES = ({}, {"comm_dtype": torch.bfloat16})
+AWC = [{"schedule": "awc", "overlap": overlap, **wire} for wire in WIRES for overlap in (False, "auto")]
+DELAYS = (0.0, 0.01)
+
+# What a training script does between backward and step: where its gradients are not final, where they are, ...
+NOT_FINAL = ("clip", "clip on rank 1", "accumulate", "lr in between")
+FINAL = ("no_sync", "retain_graph", "plain")
+OTHERS = ("lr later", "max_grad_norm", "max_grad_norm, all-reduce", "all-reduce")
+CHANGES = ("clip", "accumulate")  # ... and what is an error where messages must leave early
 
 
-def test_overlap_changes_when_not_what():
+@pytest.fixture(scope="module")
+def fours():
+    cases = [*OVERLAPS, *AWC]
+    results = run_together(4, {delays: (workers.paths, cases, delays) for delays in DELAYS})
+    k = len(OVERLAPS)
+    return {d: ([rank[:k] for rank in ranks], [rank[k:] for rank in ranks]) for d, ranks in results.items()}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """By (script, overlap), what three ranks returned. What ends in an error comes last."""
+    cases = [(what, overlap) for what in NOT_FINAL + FINAL for overlap in (False, "auto")]
+    cases += [(what, "auto") for what in OTHERS] + [(what, True) for what in CHANGES]
+    return run_together(3, {case: (workers.script, *case) for case in cases})
+
+
+def test_overlap_changes_when_not_what(fours):
     """overlap="auto" and True against False: bit-equal, without and with random delays; messages left early."""
-    modes = ["auto", True]
-    cases = [{**case, "overlap": mode} for case in CASES for mode in (False, *modes)]
-    for delays in (0.0, 0.01):
-        for rank, results in enumerate(run_workers(workers.paths, 4, cases, delays)):
-            for case, (path, early, buckets) in zip(cases, results, strict=True):
-                expected = results[cases.index({**case, "overlap": False})][0]
+    for delays in DELAYS:
+        for rank, results in enumerate(fours[delays][0]):
+            for case, (path, early, buckets) in zip(OVERLAPS, results, strict=True):
+                expected = results[OVERLAPS.index({**case, "overlap": False})][0]
                 assert torch.equal(path, expected), (case, rank, delays)
                 assert buckets >= 2
                 if case["overlap"] is False or case.get("method") == "pmsgd" or case.get("topology") == "full":
                     assert not any(early)  # all-reduces are not messages
-                elif "communicate_every" not in case and "global_average_every" not in case:
+                elif not callable(case.get("topology")):
                     # From the second step on: an unused parameter holds back its own bucket alone.
                     assert all(n > 0 for n in early[1:]) and early[0] == 0, (case, early)
 
 
-def test_awc_is_the_same_whether_x_leaves_early_or_in_step():
+def test_awc_is_the_same_whether_x_leaves_early_or_in_step(fours):
     """Bit-equal, also with bfloat16 messages and delays; every step's messages are counted when the last one ended."""
-    wires = ({}, {"comm_dtype": torch.bfloat16})
-    cases = [{"schedule": "awc", "overlap": overlap, **wire} for wire in wires for overlap in (False, "auto")]
-    for delays in (0.0, 0.01):
-        for results in run_workers(workers.paths, 4, cases, delays):
+    for delays in DELAYS:
+        for results in fours[delays][1]:
             assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[2][0], results[3][0])
 
 
-@pytest.mark.parametrize("what", ["clip", "clip on rank 1", "accumulate", "lr in between"])
-def test_auto_stays_in_step_where_gradients_are_not_final(what):
+@pytest.mark.parametrize("what", NOT_FINAL)
+def test_auto_stays_in_step_where_gradients_are_not_final(what, scripts):
     """All ranks hold back, one warning says why and what to do; the result is that of overlap=False, bit for bit."""
-    expected = run_workers(workers.script, 3, what, False)
-    results = run_workers(workers.script, 3, what, "auto")
-    for rank, (got, wanted) in enumerate(zip(results, expected, strict=True)):
+    for rank, (got, wanted) in enumerate(zip(scripts[what, "auto"], scripts[what, False], strict=True)):
         assert torch.equal(got[0], wanted[0]) and got[3] == 0
         told = what != "clip on rank 1" or rank == 1
         assert [("max_grad_norm" in line and "in step()" in line) for line in got[1]] == [True] * told, got[1]
 
 
-@pytest.mark.parametrize("what", ["no_sync", "retain_graph", "plain"])
-def test_auto_overlaps_where_they_are(what):
-    expected = run_workers(workers.script, 3, what, False)
-    for got, wanted in zip(run_workers(workers.script, 3, what, "auto"), expected, strict=True):
+@pytest.mark.parametrize("what", FINAL)
+def test_auto_overlaps_where_they_are(what, scripts):
+    for got, wanted in zip(scripts[what, "auto"], scripts[what, False], strict=True):
         assert torch.equal(got[0], wanted[0]) and got[3] > 0 and not got[1]
 
 
-@pytest.mark.parametrize("what", ["clip", "accumulate"])
-def test_a_gradient_that_changes_after_its_message_left_is_an_error(what):
-    for _, _, error, _ in run_workers(workers.script, 3, what, True):
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_gradient_that_changes_after_its_message_left_is_an_error(what, scripts):
+    for _, _, error, _ in scripts[what, True]:
         assert "gradient of parameter" in error and "leaves" in error and "no_sync()" in error, error
 
 
-def test_a_learning_rate_set_after_the_messages_left_counts_for_the_next_step():
+def test_a_learning_rate_set_after_the_messages_left_counts_for_the_next_step(scripts):
     """On all ranks alike, with one warning per step: pack and combine of one step never see two learning rates."""
-    for got, lines, error, _ in run_workers(workers.script, 3, "lr later", "auto"):
+    for got, lines, error, _ in scripts["lr later", "auto"]:
         assert got is not None and not error and any("takes effect in the next step" in line for line in lines)
 
 
-def test_max_grad_norm_is_clip_grad_norm():
+def test_max_grad_norm_is_clip_grad_norm(scripts):
     """1e-6: the optimizer's own clipping against torch's in the training script."""
-    expected = run_workers(workers.script, 3, "clip", False)
-    for got, wanted in zip(run_workers(workers.script, 3, "max_grad_norm", "auto"), expected, strict=True):
+    for got, wanted in zip(scripts["max_grad_norm", "auto"], scripts["clip", False], strict=True):
         torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=1e-6)
 
 
-def test_max_grad_norm_clips_the_averaged_gradient_where_it_is_averaged():
+def test_max_grad_norm_clips_the_averaged_gradient_where_it_is_averaged(scripts):
     """All-reduce momentum SGD: all ranks bit-equal, and clipped (otherwise than without)."""
-    clipped = [got[0] for got in run_workers(workers.script, 3, "max_grad_norm, all-reduce", "auto")]
-    free = [got[0] for got in run_workers(workers.script, 3, "all-reduce", "auto")]
+    clipped = [got[0] for got in scripts["max_grad_norm, all-reduce", "auto"]]
+    free = [got[0] for got in scripts["all-reduce", "auto"]]
     for paths in (clipped, free):
         assert all(torch.equal(p, paths[0]) for p in paths)
     assert not torch.equal(clipped[0], free[0])
@@ -96,15 +116,19 @@ def test_max_grad_norm_clips_the_averaged_gradient_where_it_is_averaged():
 
 def test_parameters_changed_in_flight():
     """A load without synchronize() is refused and names the remedy; with it, and under averaged(), all is well."""
-    assert all("synchronize()" in text for text in run_workers(workers.awc_interference, 3, "load"))
+    hows = ("synchronize", "evaluate", "nothing", "load")  # the error comes last
+    results = run_together(3, {how: (workers.awc_interference, how) for how in hows})
+    assert all("synchronize()" in text for text in results["load"])
     for how in ("synchronize", "evaluate"):
-        assert all(isinstance(x, torch.Tensor) for x in run_workers(workers.awc_interference, 3, how))
-    plain, evaluated = (run_workers(workers.awc_interference, 3, how) for how in ("nothing", "evaluate"))
-    assert all(torch.equal(a, b) for a, b in zip(plain, evaluated, strict=True))
+        assert all(isinstance(x, torch.Tensor) for x in results[how])
+    assert all(torch.equal(a, b) for a, b in zip(results["nothing"], results["evaluate"], strict=True))
 
 
 def test_staging_through_host_memory_changes_nothing():
     """What CUDA tensors over gloo go through, run on host tensors: bit-equal to sending directly."""
-    for options in ({}, {"schedule": "awc"}, {"method": "da-dmsgd", "topology": "exponential", "overlap": True}):
-        direct, through = run_workers(workers.path, 3, options), run_workers(workers.staged, 3, options)
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(direct, through, strict=True))
+    options = ({}, {"schedule": "awc"}, {"method": "da-dmsgd", "topology": "exponential", "overlap": True})
+    calls = {(fn.__name__, k): (fn, o) for k, o in enumerate(options) for fn in (workers.path, workers.staged)}
+    results = run_together(3, calls)
+    for k in range(len(options)):
+        pairs = zip(results["path", k], results["staged", k], strict=True)
+        assert all(torch.equal(a[0], b[0]) for a, b in pairs)

@@ -1,87 +1,36 @@
 """Promise: on CUDA streams nothing is read before it is written, or written while it is read, in any mode.
 
 Five steps over four buckets run on fake GPUs (`fake_cuda`), and every access of every byte, by the main stream, the
-lanes, NCCL, gloo and the host, must come after what it depends on through a chain of waits. Each kind of mistake that
-the checker is there for is then made on purpose, and must be found.
+lanes, NCCL, gloo and the host, must come after what it depends on through a chain of waits. That the checker would find
+a race is the promise of test_races_are_found.py.
 """
 
 import threading
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from fake_cuda import Machine
-from fake_training import BUCKET_MB, Training, parameters
+from fake_runs import (
+    BF16,
+    MIXED,
+    NCCL,
+    STAGED,
+    STEPS,
+    averaged,
+    gossip,
+    gossip_sgd,
+    measured,
+    report,
+    synchronized,
+    train,
+)
+from fake_training import Training, parameters
 from fake_transport import Network
+from layers_of_users import spaced
 
-import fused_dlam
+from fused_dlam.layers import Lars, SlowMo
 
-STEPS = 5
-NCCL, MIXED, STAGED = ("cuda:nccl", "nccl"), ("cpu:gloo,cuda:nccl", "undefined"), ("cpu:gloo,cuda:gloo", "gloo")
-
-
-def gossip_sgd(params, **options):
-    options = {"lr": 0.05, "bucket_mb": BUCKET_MB, "hierarchical": False} | options
-    return fused_dlam.GossipSGD(params, **options)
-
-
-def gossip(params, **options):
-    options = {"bucket_mb": BUCKET_MB, "hierarchical": False} | options
-    return fused_dlam.Gossip(torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
-
-
-def train(
-    make=gossip_sgd,
-    *,
-    config=NCCL,
-    ranks=2,
-    machine_ranks=None,
-    dtype=torch.float32,
-    devices=("cuda:0",),
-    side_streams=0,
-    threads=False,
-    to_none=True,
-    absent=(),
-    scaler=False,
-    between=None,
-    machine=None,
-    waits_work=True,
-    **options,
-):
-    """Trains, and returns the machine, the network and the optimizer."""
-    machine = machine or Machine()
-    with machine, Network(machine, ranks, *config, machine_ranks, waits_work) as network:
-        params = parameters(dtype=dtype, devices=devices)
-        optimizer = make(params, **options)
-        streams = [torch.cuda.Stream("cuda:0", name=f"side stream {k}") for k in range(side_streams)]
-        scale = torch.amp.GradScaler("cuda") if scaler else None
-        training = Training(machine, params, optimizer, streams, threads, absent, to_none, scale)
-        for k in range(STEPS):
-            training.step()
-            if between is not None:
-                between(optimizer, k)
-    return SimpleNamespace(machine=machine, network=network, optimizer=optimizer)
-
-
-def report(machine) -> str:
-    return "\n".join(f"{count} x {race}" for race, count in machine.races.most_common(20))
-
-
-def averaged(optimizer, k):
-    with optimizer.averaged():
-        pass
-
-
-def synchronized(optimizer, k):
-    if k in (1, 3):
-        optimizer.synchronize()
-
-
-def measured(optimizer, k):
-    optimizer.consensus_distance()
-
-
-BF16 = torch.bfloat16
 MODES = {
     "atc": {},
     "atc, overlap=False": dict(overlap=False),
@@ -103,16 +52,16 @@ MODES = {
     "pmsgd, missing gradients": dict(method="pmsgd", absent=(2, 5)),
     "max_grad_norm": dict(max_grad_norm=1.0),
     "max_grad_norm, pmsgd": dict(max_grad_norm=1.0, method="pmsgd"),
-    "lars": dict(lars=0.01),
-    "lars, bf16 parameters": dict(lars=0.01, dtype=BF16),
-    "slowmo": dict(slowmo=fused_dlam.SlowMo(2)),
-    "slowmo, awc": dict(slowmo=fused_dlam.SlowMo(2), schedule="awc"),
+    "lars": dict(layers=[Lars(0.01)]),
+    "lars, bf16 parameters": dict(layers=[Lars(0.01)], dtype=BF16),
+    "slowmo": dict(layers=[SlowMo(2)]),
+    "slowmo, awc": dict(layers=[SlowMo(2)], schedule="awc"),
     "scaler": dict(scaler=True),
     "scaler, awc": dict(scaler=True, schedule="awc"),
-    "communicate_every": dict(communicate_every=2),
-    "communicate_every, awc": dict(communicate_every=2, schedule="awc"),
-    "global_average_every": dict(global_average_every=2, ranks=4),
-    "global_average_every, awc": dict(global_average_every=2, ranks=4, schedule="awc", comm_dtype=BF16),
+    "local steps": dict(topology=partial(spaced, every=2)),
+    "local steps, awc": dict(topology=partial(spaced, every=2), schedule="awc"),
+    "global averages": dict(topology=partial(spaced, exact=2), ranks=4),
+    "global averages, awc": dict(topology=partial(spaced, exact=2), ranks=4, schedule="awc", comm_dtype=BF16),
     "synchronize between": dict(between=synchronized),
     "synchronize between, awc": dict(between=synchronized, schedule="awc"),
     "averaged between": dict(between=averaged),
@@ -138,7 +87,7 @@ MODES = {
     "gradients on two streams, pmsgd": dict(side_streams=2, method="pmsgd"),
     "gradients on two streams, added up": dict(side_streams=2, overlap=True, to_none=False),
     "one worker": dict(ranks=1),
-    "one worker, lars, clip": dict(ranks=1, lars=0.01, max_grad_norm=1.0),
+    "one worker, lars, clip": dict(ranks=1, layers=[Lars(0.01)], max_grad_norm=1.0),
     "group of two backends": dict(config=MIXED),
     "group of two backends, awc": dict(config=MIXED, schedule="awc"),
 }
@@ -149,8 +98,8 @@ GLOO = {
     "awc": dict(schedule="awc"),
     "awc, bf16 parameters": dict(schedule="awc", dtype=BF16),
     "pmsgd": dict(method="pmsgd"),
-    "slowmo": dict(slowmo=fused_dlam.SlowMo(2)),
-    "global_average_every": dict(global_average_every=2, ranks=4),
+    "slowmo": dict(layers=[SlowMo(2)]),
+    "global averages": dict(topology=partial(spaced, exact=2), ranks=4),
     "averaged between": dict(between=averaged),
     "consensus_distance between, awc": dict(between=measured, schedule="awc"),
     "Gossip, awc": dict(make=gossip, schedule="awc"),
@@ -189,81 +138,6 @@ def test_a_model_on_the_second_device_touches_no_other(config):
     assert not run.machine.faults, run.machine.faults
     assert {str(s.device) for s in run.network.sent} == {"cuda:1" if config is NCCL else "cpu"}
     assert {str(memory.device) for memory in run.machine.memories if memory.device.type == "cuda"} == {"cuda:1"}
-
-
-# -- mistakes made on purpose ----------------------------------------------------------------------------------------
-
-
-def is_main(stream) -> bool:
-    return stream.agent.name.startswith("main")
-
-
-@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc", comm_dtype=BF16)], ids=["atc", "awc"])
-def test_a_lane_that_does_not_wait_for_the_main_stream_is_found(options):
-    run = train(machine=Machine(ignore=lambda waiter, source: not is_main(waiter) and is_main(source)), **options)
-    assert run.machine.races
-
-
-@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc"), dict(method="pmsgd")], ids=str)
-def test_a_main_stream_that_does_not_join_the_lane_is_found(options):
-    run = train(machine=Machine(ignore=lambda waiter, source: is_main(waiter) and not is_main(source)), **options)
-    assert run.machine.races
-
-
-@pytest.mark.parametrize("options", [dict(overlap=True), dict(schedule="awc"), dict(method="pmsgd")], ids=str)
-def test_an_operation_of_nccl_that_nobody_waits_for_is_found(options):
-    assert train(waits_work=False, **options).machine.races
-
-
-def test_a_bucket_that_waits_for_its_last_gradient_alone_is_found():
-    """Biases come first and on side stream 1, which is then waited for at the end of the backward pass only."""
-    machine = Machine(ignore=lambda waiter, source: not is_main(waiter) and source.agent.name == "side stream 1")
-    assert train(machine=machine, side_streams=2, overlap=True).machine.races
-
-
-def test_a_pinned_buffer_used_again_while_a_copy_from_it_is_queued_is_found():
-    """A neighbor that is ahead overwrites the message that this device has not fetched yet."""
-    run = train(config=STAGED, schedule="awc", machine=Machine(careless=True))
-    assert any("recv" in race and "copy_" in race for race in run.machine.races), report(run.machine)
-
-
-def test_the_host_allocator_gives_pinned_memory_out_again_in_time_and_a_kept_buffer_does_not_wait():
-    """The rule by which a fresh pinned buffer per message is right, and one that is kept is wrong, by itself."""
-
-    def receive_twice(fresh: bool, careless: bool = False):
-        with Machine(careless=careless) as machine, Network(machine, 2, *STAGED) as network:
-            rows = [torch.zeros(8, device="cuda:0") for _ in range(2)]
-            host = torch.empty(8, pin_memory=True)
-            for row in rows:
-                if fresh:
-                    host = None  # as a transfer that has ended lets go of it
-                    host = torch.empty(8, pin_memory=True)
-                network.irecv(host).wait()
-                row.copy_(host, non_blocking=True)
-            return machine.races
-
-    assert not receive_twice(fresh=True)
-    assert receive_twice(fresh=False)
-    assert receive_twice(fresh=True, careless=True)
-
-
-def test_device_memory_that_is_freed_while_another_stream_reads_it_is_found():
-    with Machine() as machine:
-        lane = torch.cuda.Stream()
-        for recorded in (True, False):
-            machine.races.clear()
-            x = torch.zeros(8, device="cuda")
-            lane.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(lane):
-                x + 1
-            if recorded:
-                x.record_stream(lane)
-            del x
-            torch.zeros(8, device="cuda")
-            assert bool(machine.races) != recorded
-
-
-# -- two autograd threads at once ------------------------------------------------------------------------------------
 
 
 def test_hooks_of_two_threads_send_each_bucket_once_and_in_order(monkeypatch):

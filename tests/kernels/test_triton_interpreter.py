@@ -11,121 +11,40 @@ do not:
 - nothing outside the buffers is written, and a stacked receive buffer, rows anywhere in memory and slices of buffers
   give the same bits;
 - copies of the new x hold what `copy_` would write (bfloat16 ones what `pack` would), and change nothing else;
-- a step whose `skip` is not 0 writes nothing, whatever is in the gradient, and the flag is not read by the host;
-- with symmetric weights the workers' mean does not drift, though messages are bfloat16.
+- a step whose `skip` is not 0 writes nothing, whatever is in the gradient, and the flag is not read by the host.
 """
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from triton_problem import GUARD, IDS, INTERPRETED, RULES, TYPES, WEIGHTS, Problem, interpreted
 
-import fused_dlam
 from fused_dlam import rules
 from fused_dlam.kernels.gate.floor import pack_floor
-from fused_dlam.kernels.torch_passes import Blocked
-from fused_dlam.rules.averaging import mix_ahead
 from fused_dlam.rules.rule import send_parameter
 from fused_dlam.rules.scalars import Scalars
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_a_process_of_its_own starts")
+ROUNDING = 2.0**-24  # of float32, relative
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
+    """All that is marked `interpreted`, here and in test_mean.py."""
     pytest.importorskip("triton")
+    files = [__file__, Path(__file__).with_name("test_mean.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" in result.stdout
-
-
-# -- A rule of ten lines outside the package: DmSGD that also mixes a running mean of what it sent ---------------------
-
-
-@fused_dlam.jit
-def send_blend(x, g, s, h):
-    return x - h.lr * (g + h.weight_decay * x), s.mean
-
-
-@fused_dlam.jit
-def update_blend(x, g, s, pull, h):
-    m = h.momentum * s.momentum_buffer + (g + h.weight_decay * x)
-    return x - h.lr * m + pull[0], (m, h.keep * s.mean + h.blend * (x + pull[1]))
-
-
-blend = fused_dlam.Rule(
-    "blend", send_blend, update_blend, ("momentum_buffer", "mean"), hyper={"keep": 0.75, "blend": 0.25}
-)
-# ----------------------------------------------------------------------------------------------------------------------
-
-RULES = [*rules.ALL.values(), blend, mix_ahead]
-for rule in list(RULES):
-    try:
-        if rule.adapt_while_communicating() is not rule:
-            RULES.append(rule.adapt_while_communicating())
-    except ValueError:
-        pass
-IDS = [f"{rule.name}-{'awc' if rule in RULES[len(rules.ALL) + 2 :] else 'atc'}" for rule in RULES]
-
-WEIGHTS = (0.3, 0.1, 0.2, 0.05, 0.15, 0.125)
-TYPES = (torch.float32, torch.bfloat16)
-ROUNDING = 2.0**-24  # of float32, relative
-GUARD = 7.0  # beyond the buffers, and must stay
-
-
-class Problem:
-    """Random buffers of one length; `run` gives the results of pack and combine as float64 copies."""
-
-    def __init__(self, rule, n, d, message=torch.float32, gradient=torch.float32, seed=0):
-        torch.manual_seed(seed)
-        self.rule, self.n, self.d = rule, n, d
-        self.x, self.g = torch.randn(n), torch.randn(n).to(gradient)
-        self.state = tuple(torch.randn(n).square() if name.endswith("sq") else torch.randn(n) for name in rule.state)
-        self.received = torch.randn(d, rule.messages, n).to(message)
-        self.scalars = Scalars(rule.scalars(0.125, 0.9, 0.01, rho=0.5), WEIGHTS[:d], 0.5)
-        self.message = message
-
-    def passes(self):
-        from fused_dlam.kernels.triton_passes import Fused
-
-        passes = Fused(self.rule, "cpu", block=2048)  # half as many programs: each costs milliseconds
-        passes.set(self.scalars)
-        return passes
-
-    def pack(self, passes):
-        messages = torch.full((self.rule.messages, self.n + 8), GUARD, dtype=self.message)
-        passes.pack(self.x, self.g, self.state, messages[:, : self.n])
-        assert (messages[:, self.n :] == GUARD).all()
-        return messages[:, : self.n]
-
-    def combine(self, passes, received=None, **more):
-        buffers = [torch.cat((t, torch.full((8,), GUARD))) for t in (self.x, *self.state)]
-        x, *state = (t[: self.n] for t in buffers)
-        passes.combine(x, self.g, tuple(state), self.received if received is None else received, **more)
-        assert all((t[self.n :] == GUARD).all() for t in buffers)
-        return [x, *state]
-
-    def exact(self, own):
-        """float64: the messages, the new x and state, and the size of the numbers that were added up."""
-        rule, s = self.rule, self.scalars
-        h = rule.H(*(float(np.float32(v)) for v in s.h))
-        x, g = self.x.double(), self.g.double() * s.grad_scale
-        state = rule.State(*(t.double() for t in self.state))
-        weights = torch.tensor(s.weights, dtype=torch.float32).double().view(-1, 1, 1)
-        pull = (weights * (self.received.double() - own.double())).sum(0)
-        new_x, new_s = rule.update.fn(x, g, state, tuple(pull), h)
-        size = max(1.0, *(float(t.abs().max()) for t in (x, g, *state, new_x, *new_s)))
-        return rule.send.fn(x, g, state, h), [new_x, *new_s], size
 
 
 FULL = [(m, g, d) for m in TYPES for g in TYPES for d in (0, 1, 2, 3, 6)]
@@ -233,7 +152,7 @@ def test_scalars_that_are_tensors_are_not_read_by_the_host(rule, monkeypatch):
     """The kernels' values bit-equal to those of numbers, step after step, and not one read: all stays on the device."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fused_dlam.kernels.triton_passes import Fused
+    from fused_dlam.kernels.triton_passes import TritonPasses
     from fused_dlam.rules import scalars
 
     class HostReads(TorchDispatchMode):
@@ -242,7 +161,7 @@ def test_scalars_that_are_tensors_are_not_read_by_the_host(rule, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     monkeypatch.setattr(scalars, "on_host", lambda value: False)
-    numbers, tensors = Fused(rule, "cpu"), Fused(rule, "cpu")
+    numbers, tensors = TritonPasses(rule, "cpu"), TritonPasses(rule, "cpu")
     memories = {}, {}
     for lr, scale in ((0.1, 1.0), (0.1, 0.5), (0.0, 0.5), (0.025, 1.0)):
         numbers.set(Scalars(rule.scalars(lr, 0.9, 0.01, 0.5, {}, memories[0]), WEIGHTS[:2], scale))
@@ -294,76 +213,3 @@ def test_what_the_kernels_do_not_take_is_refused():
         passes.set(p.scalars._replace(weights=(0.001,) * (fits + 1)))
     with pytest.raises(RuntimeError, match="call set"):
         type(passes)(p.rule, "cpu").pack(p.x, p.g, p.state, p.received[0])
-
-
-# -- The workers' mean -------------------------------------------------------------------------------------------------
-
-WORKERS, N = 8, 96
-
-
-def drift(steps, method):
-    """How far the workers' mean is from float64 momentum SGD on the mean gradient, relative.
-
-    Quadratics with one curvature and targets of their own, so that the mean gradient depends on the mean alone.
-    `method(x, g, k)` makes step k on the workers' rows of x, in place.
-    """
-    torch.manual_seed(0)
-    curvature, targets = torch.logspace(-3, 0, N), 1 + torch.randn(WORKERS, N)
-    x, mean = torch.zeros(WORKERS, N), torch.zeros(N, dtype=torch.float64)
-    m = torch.zeros_like(mean)
-    for k in range(steps):
-        method(x, curvature * (x - targets), k)
-        m = 0.9 * m + curvature.double() * (mean - targets.double().mean(0))
-        mean = mean - 0.05 * m
-    return float((x.double().mean(0) - mean).norm() / mean.norm())
-
-
-def gossip(rule, make):
-    """One step of `rule` at every worker, bfloat16 messages over a ring with weights 1/3."""
-    neighbors = [[(i - 1) % WORKERS, (i + 1) % WORKERS] for i in range(WORKERS)]
-    passes = [make(rule) for _ in range(WORKERS)]
-    state = [tuple(torch.zeros(N) for _ in rule.state) for _ in range(WORKERS)]
-    messages = torch.zeros(WORKERS, rule.messages, N, dtype=torch.bfloat16)
-    for p in passes:
-        p.set(Scalars(rule.scalars(0.05, 0.9, 0.0, rho=0.8), (1 / 3, 1 / 3)))
-
-    def step(x, g, k):
-        for i, p in enumerate(passes):
-            p.pack(x[i], g[i], state[i], messages[i])
-        for i, p in enumerate(passes):
-            p.combine(x[i], g[i], state[i], messages[neighbors[i]])
-
-    return step
-
-
-def literal():
-    """One step of DmSGD with averages where the rules have pulls: x = sum_j w_ij Q(x_j - lr m_j)."""
-    m = torch.zeros(WORKERS, N)
-
-    def step(x, g, k):
-        m.mul_(0.9).add_(g)
-        y = (x - 0.05 * m).bfloat16().float()
-        x.copy_((y + y.roll(1, 0) + y.roll(-1, 0)) / 3)
-
-    return step
-
-
-MIXED = [rules.dmsgd, rules.decentlam, rules.pc_dmsgd]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing of Triton's")
-@pytest.mark.parametrize("rule", MIXED, ids=lambda rule: rule.name)
-def test_the_mean_does_not_drift_in_2000_steps(rule):
-    assert drift(2000, gossip(rule, Blocked)) < 2e-5
-
-
-@pytest.mark.skipif(INTERPRETED, reason="nothing of Triton's")
-def test_the_mean_drifts_with_averages_instead_of_pulls():
-    assert drift(2000, literal()) > 1e-3
-
-
-@interpreted
-def test_the_mean_does_not_drift_in_the_kernels():
-    from fused_dlam.kernels.triton_passes import Fused
-
-    assert drift(20, gossip(rules.pc_dmsgd, lambda rule: Fused(rule, "cpu", block=128))) < 1e-6

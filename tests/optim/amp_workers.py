@@ -1,10 +1,10 @@
 """What worker processes run in the tests of mixed precision."""
 
 import logging
-import os
 
 import oracle
 import torch
+from workers import machines_of
 
 import fused_dlam
 
@@ -73,8 +73,8 @@ def train(rank, options, scaler, how):
 
 
 def machines(rank, cases):
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    return scaled(rank, cases)
+    with machines_of(2):
+        return scaled(rank, cases)
 
 
 def overflow_after_going_back(rank, gossip=False):

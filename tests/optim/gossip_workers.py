@@ -1,7 +1,10 @@
 """What worker processes run in test_gossip.py, and the optimizers they wrap."""
 
+from functools import partial
+
 import torch
 import workers
+from layers_of_users import spaced
 
 import fused_dlam
 
@@ -95,7 +98,7 @@ def scaled_machines(rank, scaled):
     """Two machines of two ranks under torch's GradScaler, each rank with a scale of its own."""
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model, x = workers.Tied(), workers.data(rank)
-    optimizer = fused_dlam.Gossip(build("sgd", model), hierarchical=mesh, communicate_every=3)
+    optimizer = fused_dlam.Gossip(build("sgd", model), partial(spaced, every=3), hierarchical=mesh)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + rank), enabled=scaled)
     for _ in range(4):
         optimizer.zero_grad()
@@ -119,7 +122,7 @@ def machines(rank, options, steps, ddp=False):
         optimizer = fused_dlam.Gossip(build("sgd", model), **inner)
     else:
         optimizer = fused_dlam.GossipSGD(params, lr=0.05, method="dmsgd", weight_decay=1e-2, **inner)
-    averages = optimizer._engine.averager is not None
+    averages = optimizer._engine.averager.size > 1
     for _ in range(steps):
         optimizer.zero_grad()
         (((wrapped(x) - x) ** 2).mean() if ddp else model.loss(x)).backward()

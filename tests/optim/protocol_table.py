@@ -1,12 +1,10 @@
-"""What torch expects of an optimizer, row by row, and the table that test_protocol.py makes of what it finds.
+"""What torch expects of an optimizer, row by row, and the table that test_protocol_*.py make of what they find.
 
-PROTOCOL_TABLE=write python -m pytest tests/test_protocol.py    writes protocol_table.md anew
+PROTOCOL_TABLE=write python -m pytest tests/optim -k protocol    writes protocol_table.md anew
 """
 
 import os
 from pathlib import Path
-
-import pytest
 
 PATH = Path(__file__).with_name("protocol_table.md")
 CONTRACT = """Parameters, groups or named parameters; bad settings are a ValueError in torch's words
@@ -43,7 +41,7 @@ One optimizer per parameter, stepping in the backward pass
 Ranges in a profiler's trace
 `repr` prints every group
 CUDA-graph capture of `step`""".splitlines()
-HEAD = """What torch expects of an optimizer, and what `GossipSGD` does. `pytest tests/test_protocol.py` fails where
+HEAD = """What torch expects of an optimizer, and what `GossipSGD` does. `pytest tests/optim -k protocol` fails where
 that is not so; with `PROTOCOL_TABLE=write` it renews this file. Refused: with the message quoted, as it is raised.
 
 | | contract | outcome | how |
@@ -81,8 +79,3 @@ class Table:
         assert not stale, f"{PATH.name} is stale, PROTOCOL_TABLE=write renews it:\n" + "\n".join(stale)
         if len(lines) == len(CONTRACT):
             assert written == (HEAD + "\n".join(lines.values())).splitlines()
-
-
-@pytest.fixture(scope="module")
-def table():
-    return Table()

@@ -7,59 +7,104 @@
 - what belongs to another method or graph is refused, with what to do.
 """
 
+import functools
+
 import checkpoint_workers
 import pytest
 import torch
+from layers_of_users import spaced
 from test_processes import AWC, GOSSIP
+from workers import run_together
 
-from fused_dlam import SlowMo, rules
-from fused_dlam.tools.launch import run_workers
+from fused_dlam import rules
+from fused_dlam.layers import Lars, SlowMo
+
+CASES = {
+    "worker": [("pc-dmsgd", {"schedule": "awc"}, torch.float32), ("gossip-adamw", {}, torch.bfloat16)],
+    "consensus": [("pc-dmsgd", {"schedule": "awc"}), ("gossip-adamw", {})],
+    "from consensus": [("pc-dmsgd", {}), ("gossip-adamw", {"schedule": "awc"})],  # the other schedule each
+    "dcp": [("pc-dmsgd", {"schedule": "awc"}), ("gossip-adamw", {})],
+}
+
+
+def shards(machines, size):
+    return [(machines, size, "pc-dmsgd", {}), (machines, size, "gossip-adamw", {"schedule": "awc"})]
+
+
+def together(n, folder, jobs):
+    """{name: (job, files, cases)} on n ranks, each job in the folder of its files: {name: results by case, by rank}."""
+    each = checkpoint_workers.each
+    calls = {name: (each, job, f"{folder}/{files}", cases) for name, (job, files, cases) in jobs.items()}
+    return {name: list(zip(*ranks, strict=True)) for name, ranks in run_together(n, calls).items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    """What four workers saved."""
+    jobs = {
+        "worker": ("save", "worker", CASES["worker"]),
+        "shards": ("save_shards", "shards", shards(2, 2)),
+        "consensus": ("consensus", "consensus", CASES["consensus"]),
+    }
+    return together(4, folder, jobs)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, saved):
+    """What other processes loaded of it, by their number: their results by what they loaded."""
+    jobs = {n: {"worker": ("load", "worker", CASES["worker"])} for n in (4, 3, 6, 1)}
+    jobs[4]["shards, 2 x 2"] = ("load_shards", "shards", shards(2, 2))
+    jobs[4]["shards, 1 x 4"] = ("load_shards", "shards", shards(1, 4))
+    jobs[6]["shards, 3 x 2"] = ("load_shards", "shards", shards(3, 2))
+    jobs[3]["consensus"] = ("from_consensus", "consensus", CASES["from consensus"])
+    jobs[3]["dcp"] = ("through_dcp", "dcp", CASES["dcp"])
+    return {n: together(n, folder, of_n) for n, of_n in jobs.items()}
 
 
 @pytest.mark.slow
 def test_every_method_continues_bit_for_bit():
     """Through torch.save and weights_only; saved tensors drag no flat buffer along."""
     forced = {"allow_unstable": True}  # ten steps do not overflow
+    exact = functools.partial(spaced, exact=4)
     cases = [(m, forced, torch.float32) for m in rules.ALL]
     cases += [(m, {"schedule": "awc", **forced}, torch.float32) for m in AWC]
     cases += [("pc-dmsgd", {"bucket_mb": 1e-4, "schedule": s}, torch.float32) for s in ("atc", "awc")]
-    cases += [("pc-dmsgd", {"comm_dtype": torch.bfloat16, "global_average_every": 4}, torch.bfloat16)]
-    cases += [("dmsgd", {"slowmo": SlowMo(3), "lars": 0.1, "nesterov": True}, torch.bfloat16)]
+    cases += [("pc-dmsgd", {"comm_dtype": torch.bfloat16, "topology": exact}, torch.bfloat16)]
+    cases += [("nesterov-dmsgd", {"layers": [Lars(0.1), SlowMo(3)]}, torch.bfloat16)]
     cases += [
         ("gossip-adamw", {"schedule": s}, dtype) for s in ("atc", "awc") for dtype in (torch.float32, torch.bfloat16)
     ]
     assert len(GOSSIP) > len(AWC) > 3
-    for rank, results in enumerate(run_workers(checkpoint_workers.resumed, 3, cases)):
+    ranks = run_together(3, {"resumed": (checkpoint_workers.resumed, cases)})["resumed"]
+    for rank, results in enumerate(ranks):
         for case, (whole, again, excess) in zip(cases, results, strict=True):
             assert torch.equal(whole, again), (rank, case)
             assert excess == 0, case
 
 
-def each(job, n, path, cases):
-    """Results by case, then by rank."""
-    return list(zip(*run_workers(checkpoint_workers.each, n, job, str(path), cases), strict=True))
-
-
-def test_dcp_by_hand(tmp_path):
+def test_dcp_by_hand(loaded):
     """get_optimizer_state_dict and set_optimizer_state_dict, workers under names of their own: bit for bit."""
-    for ranks in each("through_dcp", 3, tmp_path, [("pc-dmsgd", {"schedule": "awc"}), ("gossip-adamw", {})]):
+    for ranks in loaded[3]["dcp"]:
         assert all(torch.equal(whole, again) for whole, again in ranks)
 
 
-def test_saved_once_resumed_by_any_number(tmp_path):
+def test_saved_once_resumed_by_any_number(saved, loaded):
     """As many: bit for bit. Others: equal on all, the mean to 1e-6 (bfloat16: one rounding), and training goes on."""
-    cases = [("pc-dmsgd", {"schedule": "awc"}, torch.float32), ("gossip-adamw", {}, torch.bfloat16)]
-    saved = each("save", 4, tmp_path, cases)
-    for before, after in zip(saved, each("load", 4, tmp_path, cases), strict=True):
-        for (own, whole), (loaded, end, count) in zip(before, after, strict=True):
-            assert count == 4 and torch.equal(own[0], loaded[0]) and own[2:] == loaded[2:]
+    for before, after in zip(saved["worker"], loaded[4]["worker"], strict=True):
+        for (own, whole), (found, end, count) in zip(before, after, strict=True):
+            assert count == 4 and torch.equal(own[0], found[0]) and own[2:] == found[2:]
             assert torch.equal(whole, end)
         assert not torch.equal(before[0][0][0], before[1][0][0])
     for n in (3, 6, 1):
-        for (_, _, dtype), before, after in zip(cases, saved, each("load", n, tmp_path, cases), strict=True):
+        for (_, _, dtype), before, after in zip(CASES["worker"], saved["worker"], loaded[n]["worker"], strict=True):
             tight = 1e-6 if dtype == torch.float32 else 1e-2
             before = [summary for summary, _ in before]
-            for x, state, *rest in (loaded for loaded, _, _ in after):
+            for x, state, *rest in (found for found, _, _ in after):
                 assert torch.equal(x, after[0][0][0]) and rest == list(before[0][2:])
                 torch.testing.assert_close(x, torch.stack([s[0] for s in before]).mean(0), rtol=tight, atol=tight)
                 assert set(state) == set(before[0][1])
@@ -72,37 +117,28 @@ def test_saved_once_resumed_by_any_number(tmp_path):
             assert n == 1 or not torch.equal(ends[0], ends[1])
 
 
-def test_shards_are_resumed_by_other_machines(tmp_path):
+def test_shards_are_resumed_by_other_machines(saved, loaded):
     """2 machines x 2 ranks: again bit for bit; by 1 x 4 and 3 x 2 from the mean of the machines, to 1e-6."""
-
-    def on(machines, size):
-        return [(machines, size, "pc-dmsgd", {}), (machines, size, "gossip-adamw", {"schedule": "awc"})]
-
-    saved = each("save_shards", 4, tmp_path, on(2, 2))
-    for before, after in zip(saved, each("load_shards", 4, tmp_path, on(2, 2)), strict=True):
-        for (own, whole), (loaded, end, count) in zip(before, after, strict=True):
-            assert count == 2 and torch.equal(own, loaded) and torch.equal(whole, end)
-    for machines, size in ((1, 4), (3, 2)):
-        others = each("load_shards", machines * size, tmp_path, on(machines, size))
-        for before, after in zip(saved, others, strict=True):
+    for before, after in zip(saved["shards"], loaded[4]["shards, 2 x 2"], strict=True):
+        for (own, whole), (found, end, count) in zip(before, after, strict=True):
+            assert count == 2 and torch.equal(own, found) and torch.equal(whole, end)
+    for others in (loaded[4]["shards, 1 x 4"], loaded[6]["shards, 3 x 2"]):
+        for before, after in zip(saved["shards"], others, strict=True):
             mean = (before[0][0] + before[2][0]) / 2
-            for loaded, end, _ in after:
-                torch.testing.assert_close(loaded, mean, rtol=1e-6, atol=1e-6)
-                assert bool(torch.isfinite(end).all()) and not torch.equal(loaded, end)
+            for found, end, _ in after:
+                torch.testing.assert_close(found, mean, rtol=1e-6, atol=1e-6)
+                assert bool(torch.isfinite(end).all()) and not torch.equal(found, end)
 
 
-def test_one_file_for_any_number(tmp_path):
+def test_one_file_for_any_number(saved, loaded):
     """averaged() and consensus_state_dict(): the mean to 1e-6, workers untouched; a worker's own file is refused."""
-    cases = [("pc-dmsgd", {"schedule": "awc"}), ("gossip-adamw", {})]
-    saved = each("consensus", 4, tmp_path, cases)
-    for ranks in saved:
+    for ranks in saved["consensus"]:
         for before, after in ranks:
             assert torch.equal(before[0], after[0]) and before[1].keys() == after[1].keys()
             assert all(torch.equal(before[1][k], after[1][k]) for k in before[1])
-    corrections = torch.stack([before[1]["correction_buffer"] for before, _ in saved[0]])
+    corrections = torch.stack([before[1]["correction_buffer"] for before, _ in saved["consensus"][0]])
     assert corrections.abs().max() > 1e-3 and corrections.mean(0).abs().max() < 1e-6  # why it is zero in the mean
-    other = [("pc-dmsgd", {}), ("gossip-adamw", {"schedule": "awc"})]  # the other schedule each
-    for ranks, again in zip(saved, each("from_consensus", 3, tmp_path, other), strict=True):
+    for ranks, again in zip(saved["consensus"], loaded[3]["consensus"], strict=True):
         for (x, state, step, _), _, error in again:
             torch.testing.assert_close(x, torch.stack([b[0] for b, _ in ranks]).mean(0), rtol=1e-6, atol=1e-6)
             assert state.keys() == ranks[0][0][1].keys() and step == checkpoint_workers.HALF
@@ -116,7 +152,8 @@ def test_one_file_for_any_number(tmp_path):
 
 def test_what_does_not_belong_is_refused(tmp_path):
     """The same on every rank."""
-    for other, method, lacking, graph, unseen in run_workers(checkpoint_workers.refused, 2, str(tmp_path)):
+    ranks = run_together(2, {"refused": (checkpoint_workers.refused, str(tmp_path))})["refused"]
+    for other, method, lacking, graph, unseen in ranks:
         assert "holds no model, optimizer saved by" in other
         assert "method 'dmsgd', this optimizer of 'pc-dmsgd': load the model alone" in method
         assert "holds no scheduler saved by" in lacking

@@ -8,17 +8,51 @@
 """
 
 import copy
+from functools import partial
 
 import gossip_workers
 import numpy as np
 import pytest
 import torch
 import workers
+from layers_of_users import spaced
 
 from fused_dlam import Gossip, GossipSGD, topology
-from fused_dlam.tools.launch import run_workers
 
 STEPS = 20
+SCHEDULES = ("atc", "awc")
+OURS = {
+    s: {"topology": partial(spaced, every=2, exact=5), "schedule": s, "comm_dtype": torch.bfloat16} for s in SCHEDULES
+}
+MACHINES = [({"kind": kind, "schedule": s}, ddp) for s in SCHEDULES for kind in ("ours", "gossip")
+            for ddp in (False, True)]  # fmt: skip
+
+
+def dense_cases(n):
+    graphs = ("one-peer-exponential", "star") if n == 4 else ("one-peer-exponential",)
+    return [
+        (name, {"topology": graph, "schedule": schedule, "bucket_mb": 1e-4})
+        for name in gossip_workers.OPTIMIZERS
+        for graph in graphs
+        for schedule in SCHEDULES
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """By the number of workers and a name, what the ranks return."""
+    w = gossip_workers
+    calls = {n: {"dense": (w.train_each, dense_cases(n), STEPS)} for n in (2, 3, 4)}
+    calls[2]["refused"] = (w.refused,)
+    for schedule, options in OURS.items():
+        calls[3]["ours", schedule] = (w.train_ours, options, STEPS)
+        calls[3]["theirs", schedule] = (w.train, "sgd", options, STEPS)
+        calls[4]["contract", schedule] = (w.certificate, {"topology": "ring", "schedule": schedule}, 6)
+    for yes in (False, True):
+        calls[3]["our scaler", yes] = (w.scaled, yes)
+        calls[4]["scaled", yes] = (w.scaled_machines, yes)
+    calls[4]["machines"] = (w.machines_each, MACHINES, 8)  # last, for DDP's reducers stay
+    return {n: workers.run_together(n, of_n) for n, of_n in calls.items()}
 
 
 def expected_path(name, graph, schedule):
@@ -70,18 +104,11 @@ def test_one_worker_is_the_inner_optimizer(name, dtype, schedule):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_follows_the_dense_oracle(n):
+def test_follows_the_dense_oracle(n, runs):
     """Directed one-peer and static graphs, both schedules, several buckets; unused parameters are only averaged."""
-    graphs = ("one-peer-exponential", "star") if n == 4 else ("one-peer-exponential",)
-    cases = [
-        (name, {"topology": graph, "schedule": schedule, "bucket_mb": 1e-4})
-        for name in gossip_workers.OPTIMIZERS
-        for graph in graphs
-        for schedule in ("atc", "awc")
-    ]
-    results = run_workers(gossip_workers.train_each, n, cases, STEPS)
+    results = runs[n]["dense"]
     start = workers.Tied()
-    for c, (name, options) in enumerate(cases):
+    for c, (name, options) in enumerate(dense_cases(n)):
         expected = expected_path(name, topology.FAMILY[options["topology"]](n), options["schedule"])
         for rank in range(n):
             path, unused, distance = results[rank][c]
@@ -92,22 +119,18 @@ def test_follows_the_dense_oracle(n):
             assert name == "muon" or distance == pytest.approx(float(spread), rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
-def test_sgd_is_dmsgd(schedule):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sgd_is_dmsgd(schedule, runs):
     """Within 1e-6 of GossipSGD's own method, with bfloat16 messages, local steps and exact averages."""
-    options = {"topology": "one-peer-exponential", "schedule": schedule, "communicate_every": 2,
-               "global_average_every": 5, "comm_dtype": torch.bfloat16}  # fmt: skip
-    ours = run_workers(gossip_workers.train_ours, 3, options, STEPS)
-    theirs = run_workers(gossip_workers.train, 3, "sgd", options, STEPS)
-    for x, (path, _, _) in zip(ours, theirs, strict=True):
+    for x, (path, _, _) in zip(runs[3]["ours", schedule], runs[3]["theirs", schedule], strict=True):
         torch.testing.assert_close(path[-1], x, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
-def test_disagreement_contracts_as_the_graph_says(schedule):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_disagreement_contracts_as_the_graph_says(schedule, runs):
     """x_k = W^k x_0 within 1e-6, so the distance shrinks at least by rho each step."""
     graph, steps = topology.ring(4), 6
-    results = run_workers(gossip_workers.certificate, 4, {"topology": "ring", "schedule": schedule}, steps)
+    results = runs[4]["contract", schedule]
     X = torch.stack([before for before, *_ in results]).double()
     W = torch.from_numpy(np.linalg.matrix_power(graph.weights(0), steps))
     for rank, (_, after, first, last) in enumerate(results):
@@ -116,22 +139,20 @@ def test_disagreement_contracts_as_the_graph_says(schedule):
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_grad_scaler_skips_no_exchange(ours):
+def test_a_grad_scaler_skips_no_exchange(ours, runs):
     """One rank's infinite gradient is nobody's local step; all exchange, and stay finite."""
-    for rank, (finite, skipped, scale, steps) in enumerate(run_workers(gossip_workers.scaled, 3, ours)):
+    for rank, (finite, skipped, scale, steps) in enumerate(runs[3]["our scaler", ours]):
         assert finite == [True] * 3 and skipped == [False, True, False] and steps == 3
         assert scale == (4.0 if rank == 1 or ours else 8.0)
 
 
-def test_machines_average_their_gradients():
+def test_machines_average_their_gradients(runs):
     """2 machines x 2 ranks: Gossip(SGD) is GossipSGD's dmsgd within 1e-6, by us and by DDP inside the machine.
 
     Ranks of a machine are bit-equal. Where DDP averages gradients we do not: a quarter fewer bytes at least.
     """
-    cases = [({"kind": kind, "schedule": s}, ddp) for s in ("atc", "awc") for kind in ("ours", "gossip")
-             for ddp in (False, True)]  # fmt: skip
-    results = run_workers(gossip_workers.machines_each, 4, cases, 8)
-    for c, (options, ddp) in enumerate(cases):
+    results = runs[4]["machines"]
+    for c, (options, ddp) in enumerate(MACHINES):
         first = 0 if options["schedule"] == "atc" else 4
         for rank in range(4):
             x, averages, _ = results[rank][c]
@@ -140,9 +161,9 @@ def test_machines_average_their_gradients():
             torch.testing.assert_close(x, results[rank][first][0], rtol=1e-6, atol=1e-6)
 
 
-def test_workers_that_only_swap_are_refused():
+def test_workers_that_only_swap_are_refused(runs):
     """[[0, 1], [1, 0]] is connected and averages nothing; different inner optimizers are told apart, on every rank."""
-    for swap, different in run_workers(gossip_workers.refused, 2):
+    for swap, different in runs[2]["refused"]:
         assert "never brings its 2 workers together" in swap
         assert "do not agree on the optimizer: rank 0 has SGD, rank 1 has AdamW" in different
 
@@ -205,9 +226,9 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     assert len(optimizer.param_groups) == 1
 
 
-def test_scales_that_differ_inside_a_machine():
+def test_scales_that_differ_inside_a_machine(runs):
     """Four ranks, four loss scales: a machine's ranks stay bit-equal, and all is as without a scaler, bit for bit."""
-    (a, b, c, d), plain = (run_workers(gossip_workers.scaled_machines, 4, scaled) for scaled in (True, False))
+    (a, b, c, d), plain = runs[4]["scaled", True], runs[4]["scaled", False]
     assert torch.equal(a, b) and torch.equal(c, d) and torch.equal(a, plain[0]) and torch.equal(c, plain[2])
     assert not torch.equal(a, c)
 

@@ -13,10 +13,10 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from workers import run_together
 
 import fused_dlam
 from fused_dlam import topology
-from fused_dlam.tools.launch import run_workers
 
 N = 3
 OPTIONS = [{}, {"schedule": "awc"}, {"method": "da-dmsgd", "overlap": False}, {"method": "pmsgd"}]
@@ -33,8 +33,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results():
-    ranks = run_workers(workers.scaled, N, CASES, deadline=120)
+    ranks = run_together(N, {"scaled": (workers.scaled, CASES)}, deadline=120)["scaled"]
     return [(case, [rank[i] for rank in ranks]) for i, case in enumerate(CASES)]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """By whether `Gossip` or `GossipSGD` steps."""
+    return run_together(2, {gossip: (workers.overflow_after_going_back, gossip) for gossip in (False, True)})
 
 
 def expected(options, skips):
@@ -108,16 +114,17 @@ def test_messages_that_leave_in_the_backward_pass_and_a_scaler_are_refused_toget
 def test_machines_agree_inside_and_across():
     """Two machines of two ranks: an overflow on one rank is known to all four, whose scales stay equal."""
     case = ({"hierarchical": True, "topology": "ring", "method": "dmsgd"}, "ours", "overflow")
-    ranks = [rank[0] for rank in run_workers(workers.machines, 4, [case], deadline=120)]
+    results = run_together(4, {"machines": (workers.machines, [case])}, deadline=120)
+    ranks = [rank[0] for rank in results["machines"]]
     assert all(got["scales"] == ranks[0]["scales"] and got["scales"][2][0] == 2**15 for got in ranks)
     for a, b in ((0, 1), (2, 3)):
         assert torch.equal(ranks[a]["path"], ranks[b]["path"]) and ranks[a]["path"].isfinite().all()
 
 
 @pytest.mark.parametrize("gossip", [False, True])
-def test_an_overflow_right_after_going_back(gossip):
+def test_an_overflow_right_after_going_back(gossip, pairs):
     """One rank overflows in the very step that was agreed on before the checkpoint was loaded: it is nobody's step."""
-    for momentum, back in run_workers(workers.overflow_after_going_back, 2, gossip):
+    for momentum, back in pairs[gossip]:
         assert torch.equal(momentum, back)
 
 

@@ -1,37 +1,23 @@
 """Promises about `GossipSGD` on one worker without a process group:
 
 - equal to `torch.optim.SGD` within one rounding per step, under weight decay and a schedule through zero;
-- parameters and gradients stay views of flat buffers, whatever a training script does; what breaks them is told;
-- bad input is refused with a sentence.
+- parameters and gradients stay views of flat buffers, whatever a training script does;
+- a resumed run is the uninterrupted one, bit for bit.
+
+What is refused is in test_optimizer_refusals.py, LARS and SlowMo are in test_optimizer_layers.py.
 """
 
 import copy
 
 import pytest
 import torch
+from small_network import loss_of, network, schedule
 from torch import nn
 
 import fused_dlam
-from fused_dlam import DecentLaM, GossipSGD, Simulation, SlowMo, topology
-from fused_dlam.layers.lars import Lars
+from fused_dlam import DecentLaM, GossipSGD
 
 SINGLE = ["pmsgd", "dmsgd", "decentlam", "pc-dmsgd"]
-
-
-def network(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-
-
-def loss_of(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    p = next(model.parameters())
-    x = torch.randn(13, 5, generator=generator).to(p.dtype)
-    return model(x).square().mean() + model(x).sum() * 0.1
-
-
-def schedule(step):
-    return (0.0, 0.05, 0.1, 0.1, 0.0, 0.01, 0.1, 0.0)[step % 8]
 
 
 @pytest.mark.parametrize("method", SINGLE)
@@ -249,111 +235,6 @@ def test_checkpoints_of_torch_sgd_load_and_others_are_refused():
     adam = torch.optim.Adam(twin.parameters()).state_dict()
     with pytest.raises(ValueError, match="of one of torch's Adams.*fused_dlam.Gossip"):
         GossipSGD(model.parameters(), method="adam").load_state_dict(adam)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"lars": 0.0}, {"lars": -1.0}, {"method": "adam", "beta2": 1.0}, {"method": "adamw", "eps": 0.0}]
-)
-def test_settings_of_layers_and_adam_are_checked(wrong):
-    name = list(wrong)[-1]
-    with pytest.raises(ValueError, match=f"Invalid {name}: {wrong[name]}"):
-        GossipSGD([torch.nn.Parameter(torch.zeros(2))], **wrong)
-
-
-def test_moved_parameters_are_refused():
-    model = network()
-    optimizer = GossipSGD(model.parameters(), lr=0.1)
-    loss_of(model).backward()
-    model.double()
-    with pytest.raises(RuntimeError, match="Move the model first"):
-        optimizer.step()
-
-
-def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = GossipSGD(embedding.parameters(), lr=0.1)
-    embedding.weight.grad = None
-    with pytest.raises(RuntimeError, match="sparse"):
-        embedding(torch.tensor([1, 2])).sum().backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"lr": -1.0}, "Invalid learning rate: -1"),
-        ({"lr": float("nan")}, "Invalid learning rate"),
-        ({"momentum": 1.0}, "Invalid momentum"),
-        ({"weight_decay": -0.1}, "Invalid weight_decay"),
-        ({"method": "sgd"}, "unknown method 'sgd'; known: psgd"),
-        ({"topology": "moebius"}, "unknown topology 'moebius'; known: full"),
-        ({"topology": topology.ring(4)}, "is for 4 workers, but there are 1"),
-        ({"schedule": "late"}, "Invalid schedule"),
-        ({"method": "da-dmsgd", "schedule": "awc"}, "one message"),
-        ({"correction_rate": 2.0}, "Invalid correction_rate"),
-        ({"correction_gain": 0.5}, "Invalid correction_gain"),
-        ({"method": "qg-dmsgd", "mu": 1.5}, "Invalid mu"),
-        ({"communicate_every": 0}, "every k >= 1"),
-        ({"comm_dtype": torch.int8}, "Invalid comm_dtype"),
-        ({"bucket_mb": 0}, "Invalid bucket_mb"),
-    ],
-)
-def test_bad_input_is_refused_with_a_sentence(options, match):
-    with pytest.raises(ValueError, match=match):
-        GossipSGD(network().parameters(), **{"lr": 0.1, **options})
-
-
-def test_unknown_options_and_types_are_refused():
-    with pytest.raises(TypeError, match="has no hyper-parameter 'dampening'"):
-        GossipSGD(network().parameters(), lr=0.1, dampening=0.5)
-    with pytest.raises(TypeError, match="method must be a name or a Rule"):
-        GossipSGD(network().parameters(), lr=0.1, method=3)
-    with pytest.raises(TypeError, match="pass method= to GossipSGD"):
-        DecentLaM(network().parameters(), lr=0.1, method="dmsgd")
-    with pytest.raises(TypeError, match="floating-point"):
-        fused_dlam.neighbor_allreduce(torch.arange(3), "ring")
-
-
-@pytest.mark.parametrize("method", ["dmsgd", "adamw"])
-def test_lars_takes_weight_decay_over(method):
-    """Coupled or decoupled: the simulator's steps to 1e-12, in float64."""
-    p = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
-    optimizer = GossipSGD([p], lr=0.1, weight_decay=0.3, method=method, lars=0.05)
-    alone = Simulation(method, "ring", torch.ones(1, 6, dtype=torch.float64), 0.9, 0.3, lars=Lars(0.05, [slice(0, 6)]))
-    for step in range(5):
-        p.grad = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        alone.step(p.grad.reshape(1, 6).clone(), 0.1)
-        optimizer.step()
-        torch.testing.assert_close(p.detach().reshape(1, 6), alone.x, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
-def test_lars_rounds_once(dtype):
-    """16-bit gradients of 1e-6 under a loss scale: one rounding, whatever their size; complex ones are a layer too."""
-    random = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(32, 32, generator=random, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-    p = nn.Parameter(x.to(dtype))
-    optimizer = GossipSGD([p], lr=1.0, method="dsgd", lars=1e-3)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(0.0)
-    p.grad = (g * 1e-6 * 2.0**16).to(dtype)
-    x, g = (t.detach().to(torch.promote_types(dtype, torch.float64)) for t in (p, p.grad))
-    g = g / 2**16
-    optimizer.step()
-    moved = optimizer.state[p].get("master", p.detach()).to(x.dtype) - x
-    expected = -1e-3 * x.norm() / (g.norm() + 1e-8) * g
-    assert (moved - expected).norm() < max(torch.finfo(dtype).eps / 2, 1e-4) * expected.norm()
-
-
-def test_slowmo_starts_from_what_was_loaded():
-    """A model loaded after construction is where the first round starts, not a step: without a gradient it stays."""
-    p = nn.Parameter(torch.zeros(3))
-    optimizer = GossipSGD([p], lr=0.1, slowmo=SlowMo(every=2))
-    with torch.no_grad():
-        p.fill_(10.0)
-    for _ in range(6):
-        p.grad = torch.zeros(3)
-        optimizer.step()
-        assert (p == 10.0).all()
 
 
 def test_consensus_without_neighbors():

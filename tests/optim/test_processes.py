@@ -7,19 +7,92 @@
 - disagreeing settings, dead and late peers end in an error that names them.
 """
 
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
 import torch
 import workers
+from layers_of_users import spaced
 
-import fused_dlam
 from fused_dlam import consensus_growth, rules, topology
+from fused_dlam.layers import Lars, SlowMo
 from fused_dlam.tools.launch import run_workers
 
 STEPS = 50
 GOSSIP = [name for name, rule in rules.ALL.items() if rule.average == "neighbors"]
 AWC = [name for name in GOSSIP if rules.ALL[name].messages == 1 and "awc" not in name]
+
+
+ONE_PEER = "one-peer-exponential"
+AGAIN = [
+    ("pc-dmsgd", ONE_PEER, {}),
+    ("da-dmsgd", "exponential", {"bucket_mb": 1e-4}),
+    ("pmsgd", "ring", {}),
+    ("decentlam", "full", {}),
+    ("pc-dmsgd", ONE_PEER, {"schedule": "awc", "bucket_mb": 1e-4}),
+]
+HALF = [("pc-dmsgd", ONE_PEER, {"weight_decay": 1e-2, **wire}) for wire in ({}, {"comm_dtype": torch.bfloat16})]
+SPACED = ("pc-dmsgd", partial(spaced, every=3, exact=8), {"weight_decay": 1e-2})
+BACK = ({}, {"schedule": "awc"}, {"method": "da-dmsgd", "overlap": False})
+DIFFER = ("shape", "method", "momentum", "topology", "weights", "overlap", "max_grad_norm", "comm_dtype", "bucket_mb")
+
+
+def cases_of(n):
+    """Every method, where it is stable."""
+    graphs = {1: ["ring"], 5: [ONE_PEER, "exponential", "star"]}.get(n, [ONE_PEER, "exponential"])
+    # Where a method is unstable rounding grows like everything else: a momentum is taken at which it is stable.
+    cases = []
+    for method, name, extra in [
+        *((m, g, {}) for m in rules.ALL for g in graphs),
+        *((m, graphs[0], {"schedule": "awc", "bucket_mb": 1e-4}) for m in AWC),
+    ]:
+        graph, schedule = topology.FAMILY[name](n), extra.get("schedule", "atc")
+        momentum = 0.9 if consensus_growth(method, graph, 0.9, schedule=schedule) < 1 else 0.4
+        if consensus_growth(method, graph, momentum, schedule=schedule) >= 1 - 1e-9:
+            continue  # D2 and exact diffusion, on directed graphs and where x itself is sent: refused
+        cases.append((method, name, {"weight_decay": 1e-2, "momentum": momentum, **extra}))
+    return cases
+
+
+def layer_cases():
+    """What is run, and the layers as the oracle takes them."""
+    embed = workers.Tied().embed.numel()
+    columns = [slice(0, embed), slice(embed, embed + workers.Tied().hidden.numel())]
+    cases, layers, graph = [], [], topology.one_peer_exponential(3)
+    for method, schedule in (("pmsgd", "atc"), ("dmsgd", "atc"), ("pc-dmsgd", "awc"), ("gradient-tracking", "atc")):
+        for lars, slowmo in ((0.05, None), (None, (7, 0.5, 0.8)), (0.05, (7, 0.5, 0.8))):
+            around = ([Lars(lars)] if lars else []) + ([SlowMo(*slowmo)] if slowmo else [])
+            options = {"weight_decay": 1e-2, "schedule": schedule, "layers": around, "bucket_mb": 1e-4}
+            cases.append((method, graph, options))
+            layers.append({"lars": lars and (lars, columns), "slowmo": slowmo})
+    return cases, layers
+
+
+@pytest.fixture(scope="module")
+def threes():
+    calls = {
+        "methods": (workers.train_each, cases_of(3), STEPS),
+        "layers": (workers.train_each, layer_cases()[0], STEPS),
+        "averaged": (workers.average_and_restore,),
+        "differ": (workers.disagree_each, DIFFER),  # last, for it ends in errors
+    }
+    return workers.run_together(3, calls)
+
+
+@pytest.fixture(scope="module")
+def fours():
+    formula = [("dmsgd", name, {"bucket_mb": 1e-4}) for name in topology.FAMILY]
+    calls = {
+        "first": (workers.train_each, AGAIN, 15),
+        "second": (workers.train_each, AGAIN, 15, 0.01),
+        "formula": (workers.train_each, formula, 6),
+        "half": (workers.train_each, HALF, STEPS),
+        "spaced": (workers.train, *SPACED, STEPS),
+        **{f"back {options}": (workers.roll_back, options) for options in BACK},
+    }
+    return workers.run_together(4, calls)
 
 
 def network_gradient(n):
@@ -53,23 +126,13 @@ def reference(method, graph, weight_decay, schedule="atc", momentum=0.9, **layer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5))])
-def test_every_method_follows_the_oracle(n):
+def test_every_method_follows_the_oracle(n, request):
     """1e-5 after 50 steps, relative to the parameters' size; frozen and unused parameters are untouched bit for bit."""
-    graphs = {1: ["ring"], 5: ["one-peer-exponential", "exponential", "star"]}.get(
-        n, ["one-peer-exponential", "exponential"]
-    )
-    # Where a method is unstable rounding grows like everything else: a momentum is taken at which it is stable.
-    cases = []
-    for method, name, extra in [
-        *((m, g, {}) for m in rules.ALL for g in graphs),
-        *((m, graphs[0], {"schedule": "awc", "bucket_mb": 1e-4}) for m in AWC),
-    ]:
-        graph, schedule = topology.FAMILY[name](n), extra.get("schedule", "atc")
-        momentum = 0.9 if consensus_growth(method, graph, 0.9, schedule=schedule) < 1 else 0.4
-        if consensus_growth(method, graph, momentum, schedule=schedule) >= 1 - 1e-9:
-            continue  # D2 and exact diffusion, on directed graphs and where x itself is sent: refused
-        cases.append((method, name, {"weight_decay": 1e-2, "momentum": momentum, **extra}))
-    results = run_workers(workers.train_each, n, cases, STEPS)
+    cases = cases_of(n)
+    if n == 3:
+        results = request.getfixturevalue("threes")["methods"]
+    else:
+        results = workers.run_together(n, {"methods": (workers.train_each, cases, STEPS)})["methods"]
     start = workers.Tied()
     for c, (method, name, options) in enumerate(cases):
         graph = topology.FAMILY[name](n)
@@ -83,31 +146,21 @@ def test_every_method_follows_the_oracle(n):
         assert results[0][c]["distance"] == pytest.approx(disagreement, rel=1e-3, abs=1e-6), (method, name)
 
 
-def test_a_second_run_is_bit_equal_whatever_the_timing():
+def test_a_second_run_is_bit_equal_whatever_the_timing(fours):
     """All ranks, all steps; the second run delays every rank at random before every step."""
-    cases = [
-        ("pc-dmsgd", "one-peer-exponential", {}),
-        ("da-dmsgd", "exponential", {"bucket_mb": 1e-4}),
-        ("pmsgd", "ring", {}),
-        ("decentlam", "full", {}),
-        ("pc-dmsgd", "one-peer-exponential", {"schedule": "awc", "bucket_mb": 1e-4}),
-    ]
-    first = run_workers(workers.train_each, 4, cases, 15)
-    second = run_workers(workers.train_each, 4, cases, 15, 0.01)
-    for a, b in zip(first, second, strict=True):
-        for case, x, y in zip(cases, a, b, strict=True):
+    for a, b in zip(fours["first"], fours["second"], strict=True):
+        for case, x, y in zip(AGAIN, a, b, strict=True):
             assert torch.equal(x["path"], y["path"]), case
 
 
-def test_bytes_and_messages_equal_the_formula():
+def test_bytes_and_messages_equal_the_formula(fours):
     """One message per neighbor and bucket, and not a byte more than the flat buffers, on every topology.
 
     Where W = J that is an all-reduce, counted as a ring.
     """
     n, steps, names = 4, 6, list(topology.FAMILY)
-    results = run_workers(workers.train_each, n, [("dmsgd", name, {"bucket_mb": 1e-4}) for name in names], steps)
     for rank in range(n):
-        for name, got in zip(names, results[rank], strict=True):
+        for name, got in zip(names, fours["formula"][rank], strict=True):
             graph = topology.FAMILY[name](n)
             if graph.averages_exactly():
                 assert (got["bytes"], got["messages"]) == (2 * (n - 1) / n * steps * got["moved"], 0)
@@ -117,46 +170,36 @@ def test_bytes_and_messages_equal_the_formula():
             assert got["messages"] % sent == 0 and got["messages"] // sent > 1, (name, rank)  # several buckets
 
 
-def test_layers_around_rules():
+def test_layers_around_rules(threes):
     """LARS and SlowMo, alone and together, on methods with and without all-reduce and under both schedules: 1e-5 after
     50 steps. The network's one-dimensional and frozen parameters are left alone by LARS."""
-    embed = workers.Tied().embed.numel()
-    layers = [slice(0, embed), slice(embed, embed + workers.Tied().hidden.numel())]
-    cases, expected, graph = [], [], topology.one_peer_exponential(3)
-    for method, schedule in (("pmsgd", "atc"), ("dmsgd", "atc"), ("pc-dmsgd", "awc"), ("gradient-tracking", "atc")):
-        for lars, slowmo in ((0.05, None), (None, (7, 0.5, 0.8)), (0.05, (7, 0.5, 0.8))):
-            options = {"weight_decay": 1e-2, "schedule": schedule, "lars": lars, "bucket_mb": 1e-4}
-            if slowmo:
-                options["slowmo"] = fused_dlam.SlowMo(*slowmo)
-            cases.append((method, graph, options))
-            layer = {"lars": lars and (lars, layers), "slowmo": slowmo}
-            expected.append(reference(method, graph, 1e-2, schedule, **layer)[-1])
-    for rank, results in enumerate(run_workers(workers.train_each, 3, cases, STEPS)):
+    cases, layers = layer_cases()
+    expected = [
+        reference(method, graph, 1e-2, options["schedule"], **layer)[-1]
+        for (method, graph, options), layer in zip(cases, layers, strict=True)
+    ]
+    for rank, results in enumerate(threes["layers"]):
         for case, got, want in zip(cases, results, expected, strict=True):
             assert abs(got["path"][-1].double().numpy() - want[rank]).max() < 1e-5, case
 
 
-def test_local_steps_and_global_averages():
-    """communicate_every and global_average_every are the topology's own transformations, in the oracle too."""
-    options = {"communicate_every": 3, "global_average_every": 8, "weight_decay": 1e-2}
-    graph = topology.one_peer_exponential(4).every(3).with_global_average(8)
-    expected = reference("pc-dmsgd", graph, 1e-2)
-    for rank, got in enumerate(run_workers(workers.train, 4, "pc-dmsgd", "one-peer-exponential", options)):
+def test_local_steps_and_global_averages(fours):
+    """They are the topology's own transformations, in the oracle too."""
+    expected = reference("pc-dmsgd", topology.one_peer_exponential(4).every(3).with_global_average(8), 1e-2)
+    for rank, got in enumerate(fours["spaced"]):
         assert abs(got["path"][-1].double().numpy() - expected[-1, rank]).max() < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": "awc"}, {"method": "da-dmsgd", "overlap": False}])
-def test_going_back_to_a_checkpoint_repeats_the_run(options):
+@pytest.mark.parametrize("options", BACK)
+def test_going_back_to_a_checkpoint_repeats_the_run(options, fours):
     """Bit-equal, in the middle of the graph's period, although the next exchange had already begun."""
-    for first, second in run_workers(workers.roll_back, 4, options):
+    for first, second in fours[f"back {options}"]:
         assert torch.equal(first, second)
 
 
-def test_bfloat16_messages_take_half_the_bytes():
+def test_bfloat16_messages_take_half_the_bytes(fours):
     """Exactly half; after 50 steps the workers are within 1e-2 of the float64 oracle, their mean within 1e-3."""
-    wires = ({}, {"comm_dtype": torch.bfloat16})
-    cases = [("pc-dmsgd", "one-peer-exponential", {"weight_decay": 1e-2, **wire}) for wire in wires]
-    results = run_workers(workers.train_each, 4, cases, STEPS)
+    results = fours["half"]
     expected = reference("pc-dmsgd", topology.one_peer_exponential(4), 1e-2)[-1]
     got = np.stack([half["path"][-1].double().numpy() for _, half in results])
     assert all(full["bytes"] == 2 * half["bytes"] for full, half in results)
@@ -179,11 +222,9 @@ def test_neighbor_allreduce_is_the_row_of_w():
             torch.testing.assert_close(got.double(), torch.einsum("j,jab->ab", W[i], X), rtol=1e-6, atol=1e-6)
 
 
-def test_workers_that_disagree_are_told_so():
+def test_workers_that_disagree_are_told_so(threes):
     """The same error on every rank, naming what differs."""
-    hows = ["shape", "method", "momentum", "topology", "weights", "overlap", "max_grad_norm", "comm_dtype", "bucket_mb"]
-    ranks = run_workers(workers.disagree_each, 3, hows)
-    for how, *errors in zip(hows, *ranks, strict=True):
+    for how, *errors in zip(DIFFER, *threes["differ"], strict=True):
         assert len(set(errors)) == 1 and "do not agree" in errors[0], (how, errors)
         assert how in errors[0] and "rank 1" in errors[0]
 
@@ -200,9 +241,9 @@ def test_a_lost_peer_is_named_in_time(how):
     assert all(seconds < 60 and finite for _, seconds, finite in results)
 
 
-def test_averaged_evaluates_the_mean_and_puts_everything_back():
+def test_averaged_evaluates_the_mean_and_puts_everything_back(threes):
     """Inside: all ranks bit-equal, the mean to 1e-6, buffers included. Afterwards: bit-equal to before."""
-    results = run_workers(workers.average_and_restore, 3)
+    results = threes["averaged"]
     for before, inside, after, distance, distance_after in results:
         assert distance == 0 and distance_after > 0
         assert all(torch.equal(before[k], after[k]) for k in before)

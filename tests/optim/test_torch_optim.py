@@ -1,135 +1,24 @@
 """What torch tests of its own optimizers: the generic tests of its test_optim.py (TestOptimRenewed), on one worker.
 
 That file is not in torch's wheel, only what it is made of: `OptimizerInfo`, configurations of SGD, the decorator. So
-here are its tests under their names, written anew; NOT_HERE says why the others are left out. The law behind them is in
+its tests are written anew, under their names: steps here, state and checkpoints in
+test_torch_optim_state.py. test_torch_optim_names.py says why the others are left out. The law behind them is in
 test_optimizer.py: one worker is `torch.optim.SGD`, step for step.
 """
 
 import copy
-import inspect
-import io
 
-import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.common_device_type import instantiate_device_type_tests
+from torch.testing._internal.common_utils import TestCase, parametrize
+from torch_problems import METHODS, Problem, common, configurations, db, in_float32, inputs, names_of, run
 
 from fused_dlam import GossipSGD
 
-pytest.importorskip("expecttest")
-common = pytest.importorskip("torch.testing._internal.common_optimizers")
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
-from torch.testing._internal.common_device_type import instantiate_device_type_tests  # noqa: E402
-from torch.testing._internal.common_utils import TestCase, parametrize  # noqa: E402
-
-METHODS = ("dmsgd", "decentlam", "pmsgd", "qg-dmsgd", "dsgd", "da-dmsgd")
-
-
-def inputs(device, dtype=None):
-    """torch's configurations of SGD that `GossipSGD` has arguments for, and one for each method."""
-    has = inspect.signature(GossipSGD.__init__).parameters
-    ours = [i for i in common.optim_inputs_func_sgd(device, dtype) if all(name in has for name in i.kwargs)]
-    return ours + [common.OptimizerInput(params=None, kwargs={"method": m}, desc=m) for m in METHODS]
-
-
-db = [
-    common.OptimizerInfo(
-        GossipSGD,
-        optim_inputs_func=inputs,
-        optim_error_inputs_func=common.optim_error_inputs_func_sgd,
-        supported_impls=("fused",),
-        supports_fused_on=("cpu", "cuda"),
-    )
-]
-in_float32 = common.optims(db, dtypes=[torch.float32])
-
-# Of torch's generic tests those that are not here, and why.
-NOT_HERE = {
-    "test_optim_infos_do_not_specify_global_cliquey_kwargs": "is about torch's list of configurations",
-    "test_forloop_goes_right_direction_multigpu": "needs two GPUs; a bucket holds parameters of one device",
-    "test_rosenbrock_sparse": "sparse gradients are refused: test_protocol.py, row 22",
-    "test_foreach_matches_forloop": "there is no `foreach`",
-    "test_mixed_device_dtype": "needs two GPUs; mixed types: test_protocol.py, row 24",
-    "test_set_default_dtype_works_with_foreach": "there is no `foreach`",
-    "test_foreach_large_tensor": "there is no `foreach`",
-    "test_peak_memory_foreach": "there is no `foreach`",
-    "test_fused_error_on_params_on_meta": "parameters on the meta device are refused at construction: row 2",
-    "test_fused_large_tensor": "needs 64 GB; the kernels count in 64 bits: test_triton_interpreter.py",
-    "test_cpu_load_state_dict": "is about the flags `fused` and `capturable` in checkpoints, which ours have not",
-    "test_load_nontensor_step": "is about a tensor `step` in the state of a parameter, which ours have not",
-    "test_second_order_optims_return_consistent_types": "is about optimizers that need a closure",
-    "test_defaults_changed_to_foreach": "there is no `foreach`",
-    "test_fused_cpu_matches_cuda": "is part of bench/gpu.py, which compares every pass with float64",
-}
-UPSTREAM = """errors forloop_goes_right_direction param_group_with_lrscheduler_goes_right_direction tensor_lr complex
-complex_2d fused_matches_forloop fused_does_not_step_if_foundinf param_groups_weight_decay param_groups_lr
-step_is_noop_when_params_have_no_grad step_is_noop_for_zero_grads optimizer_can_be_printed state_dict_deterministic
-can_load_older_state_dict can_load_from_to_named_state_dict save_load_equality_with_weights_only
-state_dict_with_cuda_params state_dict_pre_hook state_dict_post_hook state_dict_pre_post_hook
-load_state_dict_pre_hook_and_prepend load_state_dict_post_hook load_state_dict_pre_post_hook step_post_hook
-step_pre_hook step_all_hooks deepcopy_copies_all_public_attrs non_empty_state""".split()
-
-
-def configurations(device, dtype, info):
-    for one in common._get_optim_inputs_including_global_cliquey_kwargs(device, dtype, info):
-        yield copy.deepcopy(one.kwargs)
-
-
-class Problem:
-    """|W v + b|^2 over two parameters, contiguous or not, named or not."""
-
-    def __init__(self, device, dtype, contiguous=True, named=False):
-        shapes = ((10, 5), (10,)) if contiguous else ((10, 5, 2), (10, 2))
-        whole = [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
-        self.params = [nn.Parameter(w if contiguous else w[..., 0]) for w in whole]
-        self.v = torch.randn(5, device=device, dtype=dtype)
-        self.named = [(f"name{i}", p) for i, p in enumerate(self.params)] if named else self.params
-
-    def loss(self):
-        weight, bias = self.params
-        return (weight.mv(self.v) + bias).square().sum()
-
-    def closure(self, optimizer):
-        def closure():
-            optimizer.zero_grad()
-            loss = self.loss()
-            loss.backward()
-            return loss
-
-        return closure
-
-    def twin(self, named=False):
-        other = copy.copy(self)
-        other.params = [nn.Parameter(p.detach().clone()) for p in self.params]
-        other.named = [(f"name{i}", p) for i, p in enumerate(other.params)] if named else other.params
-        return other
-
-
-def run(problem, optimizer, schedulers=(), steps=20):
-    """Steps, by a closure and by hand in turn; returns whether the loss fell."""
-    first = problem.loss().item()
-    for step in range(steps):
-        loss = optimizer.step(problem.closure(optimizer)) if step % 2 else problem.closure(optimizer)()
-        if not step % 2:
-            optimizer.step()
-        for scheduler in schedulers:
-            plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            scheduler.step(*([loss.detach()] if plateau else []))
-    return problem.loss().item() < first
-
-
-def add_entry(optimizer):
-    optimizer.state["test"] = 1
-
-
-def take_entry(optimizer, state_dict):
-    state_dict["found"] = state_dict["state"].pop("test", None)
-    return state_dict
-
 
 class TestTorchOptim(TestCase):
-    def test_every_generic_test_is_here_or_has_a_reason(self, device):
-        assert set(UPSTREAM) == HERE and not set(NOT_HERE) & {f"test_{name}" for name in HERE}
-
     @common.optims(db)
     def test_errors(self, device, dtype, optim_info):
         for case in optim_info.optim_error_inputs_func(device, dtype):
@@ -288,164 +177,7 @@ class TestTorchOptim(TestCase):
         for kwargs in configurations(device, dtype, optim_info):
             assert "weight_decay" in repr(GossipSGD(Problem(device, dtype).params, **kwargs))
 
-    @parametrize("is_named_optim0", [True, False])
-    @parametrize("is_named_optim1", [True, False])
-    @in_float32
-    def test_state_dict_deterministic(self, device, dtype, optim_info, is_named_optim0, is_named_optim1):
-        for kwargs in configurations(device, dtype, optim_info):
-            problem = Problem(device, dtype, named=is_named_optim0)
-            optimizer = GossipSGD(problem.named, **kwargs)
-            run(problem, optimizer, steps=10)
-            twin = problem.twin(is_named_optim1)
-            other = GossipSGD(twin.named, **kwargs)
-            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            for _ in range(5):
-                run(problem, optimizer, steps=2)
-                run(twin, other, steps=2)
-                self.assertEqual(problem.params, twin.params)
-            states = [optimizer.state_dict(), other.state_dict()]
-            for state in states:
-                for group in state["param_groups"]:
-                    group.pop("param_names", None)
-            self.assertEqual(*states)
-            for one in (optimizer, other):  # repeated parameters have one representation
-                one.param_groups.extend(one.param_groups)
-            groups = [one.state_dict()["param_groups"] for one in (optimizer, other)]
-            assert groups[0][-1]["params"] == groups[1][-1]["params"] == groups[0][0]["params"]
-
-    @in_float32
-    def test_can_load_older_state_dict(self, device, dtype, optim_info):
-        """Every key that is not torch.optim.SGD's may be missing, and `maximize`."""
-        for kwargs in configurations(device, dtype, optim_info):
-            problem = Problem(device, dtype)
-            optimizer = GossipSGD(problem.params, **kwargs)
-            run(problem, optimizer, steps=3)
-            older = copy.deepcopy(optimizer.state_dict())
-            for group in older["param_groups"]:
-                for name in [k for k in group if k not in ("lr", "momentum", "weight_decay", "params")]:
-                    del group[name]
-            optimizer.load_state_dict(older)
-            run(problem, optimizer, steps=2)
-
-    @parametrize("is_named_optim0", [True, False])
-    @parametrize("is_named_optim1", [True, False])
-    @in_float32
-    def test_can_load_from_to_named_state_dict(self, device, dtype, optim_info, is_named_optim0, is_named_optim1):
-        for kwargs in configurations(device, dtype, optim_info):
-            problem = Problem(device, dtype, named=is_named_optim0)
-            optimizer = GossipSGD(problem.named, **kwargs)
-            run(problem, optimizer, steps=3)
-            twin = problem.twin(is_named_optim1)
-            other = GossipSGD(twin.named, **kwargs)
-            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-            run(twin, other, steps=2)
-            if is_named_optim0 or is_named_optim1:
-                assert other.state_dict()["param_groups"][0]["param_names"] == ["name0", "name1"]
-
-    @parametrize("is_named_optim", [True, False])
-    @in_float32
-    def test_save_load_equality_with_weights_only(self, device, dtype, optim_info, is_named_optim):
-        for kwargs in configurations(device, dtype, optim_info):
-            problem = Problem(device, dtype, named=is_named_optim)
-            optimizer = GossipSGD(problem.named, **kwargs)
-            run(problem, optimizer, steps=3)
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            for weights_only in (True, False):
-                file.seek(0)
-                self.assertEqual(torch.load(file, weights_only=weights_only), optimizer.state_dict())
-
-    @in_float32
-    def test_state_dict_with_cuda_params(self, device, dtype, optim_info):
-        """A checkpoint made on the CPU goes on elsewhere, and is not changed by being loaded."""
-        for given in inputs("cpu"):
-            problem = Problem("cpu", dtype)
-            optimizer = GossipSGD(problem.params, **given.kwargs)
-            run(problem, optimizer, steps=3)
-            twin = problem.twin()
-            twin.params, twin.v = [nn.Parameter(p.detach().to(device)) for p in twin.params], twin.v.to(device)
-            other = GossipSGD(twin.params, **given.kwargs)
-            saved = copy.deepcopy(optimizer.state_dict())
-            other.load_state_dict(saved)
-            self.assertEqual(saved, optimizer.state_dict())
-            run(problem, optimizer, steps=5)
-            run(twin, other, steps=5)
-            self.assertEqual([p.cpu() for p in twin.params], problem.params)
-
     # -- hooks -------------------------------------------------------------------------------------------------------
-
-    def _hooked(self, device, dtype, info, *names):
-        for kwargs in configurations(device, dtype, info):
-            optimizer = GossipSGD([torch.rand(2, 3, device=device, dtype=dtype, requires_grad=True)], **kwargs)
-            for name in names:
-                hook = add_entry if name.startswith("state_dict_pre") else take_entry
-                getattr(optimizer, f"register_{name}_hook")(hook)
-            yield optimizer.state_dict()
-
-    @in_float32
-    def test_state_dict_pre_hook(self, device, dtype, optim_info):
-        assert all(s["state"]["test"] == 1 for s in self._hooked(device, dtype, optim_info, "state_dict_pre"))
-
-    @in_float32
-    def test_state_dict_post_hook(self, device, dtype, optim_info):
-        assert all(s["found"] is None for s in self._hooked(device, dtype, optim_info, "state_dict_post"))
-
-    @in_float32
-    def test_state_dict_pre_post_hook(self, device, dtype, optim_info):
-        both = ("state_dict_pre", "state_dict_post")
-        assert all(s["found"] == 1 and "test" not in s["state"] for s in self._hooked(device, dtype, optim_info, *both))
-
-    def _loaded(self, device, dtype, info, *hooks):
-        """Optimizers that have loaded a checkpoint which a hook replaced by another, with lr = 0.003 and momentum 7."""
-
-        def replace(optimizer, state_dict):
-            other = copy.deepcopy(state_dict)
-            other["param_groups"][0]["lr"] = 0.003
-            for state in other["state"].values():
-                for value in state.values():
-                    value.fill_(7.0)
-            return other
-
-        def look(optimizer):
-            p = optimizer.param_groups[0]["params"][0]
-            optimizer.state["seen"] = [float(v.mean()) for v in optimizer.state[p].values()]
-
-        for kwargs in configurations(device, dtype, info):
-            optimizer = GossipSGD([torch.rand(2, 3, device=device, dtype=dtype, requires_grad=True)], **kwargs)
-            saved = optimizer.state_dict()
-            if "pre" in hooks:
-                optimizer.register_load_state_dict_pre_hook(replace)
-            if "post" in hooks:
-                optimizer.register_load_state_dict_post_hook(look)
-            optimizer.load_state_dict(saved)
-            yield optimizer
-
-    @in_float32
-    def test_load_state_dict_pre_hook_and_prepend(self, device, dtype, optim_info):
-        def second(optimizer, state_dict):
-            state_dict["param_groups"][0]["lr"] = 0.002
-
-        for optimizer in self._loaded(device, dtype, optim_info, "pre"):
-            assert optimizer.param_groups[0]["lr"] == 0.003
-            p = optimizer.param_groups[0]["params"][0]
-            assert all((v == 7.0).all() for v in optimizer.state[p].values())
-            saved = optimizer.state_dict()
-            optimizer.register_load_state_dict_pre_hook(second)
-            optimizer.load_state_dict(saved)
-            assert optimizer.param_groups[0]["lr"] == 0.002
-            optimizer.register_load_state_dict_pre_hook(second, prepend=True)
-            optimizer.load_state_dict(saved)
-            assert optimizer.param_groups[0]["lr"] == 0.002
-
-    @in_float32
-    def test_load_state_dict_post_hook(self, device, dtype, optim_info):
-        assert all(not any(o.state["seen"]) for o in self._loaded(device, dtype, optim_info, "post"))
-
-    @in_float32
-    def test_load_state_dict_pre_post_hook(self, device, dtype, optim_info):
-        """A post hook sees what was loaded, in its final place."""
-        for optimizer in self._loaded(device, dtype, optim_info, "pre", "post"):
-            assert all(v == 7.0 for v in optimizer.state["seen"])
 
     def _counted(self, device, dtype, info, register):
         for kwargs in configurations(device, dtype, info):
@@ -487,31 +219,6 @@ class TestTorchOptim(TestCase):
                 optimizer.step()
             assert order == [0, 1, 2, 3] * 3
 
-    @in_float32
-    def test_deepcopy_copies_all_public_attrs(self, device, dtype, optim_info):
-        """And the copy goes on as the original does."""
-        for kwargs in configurations(device, dtype, optim_info):
-            problem = Problem(device, dtype)
-            optimizer = GossipSGD(problem.params, **kwargs)
-            run(problem, optimizer, steps=3)
-            other_problem, other = copy.deepcopy((problem, optimizer))
-            public = [{k for k in vars(o) if not k.startswith("_")} for o in (optimizer, other)]
-            assert public[0] == public[1]
-            for one, o in ((problem, optimizer), (other_problem, other)):
-                run(one, o, steps=3)
-            self.assertEqual(problem.params, other_problem.params, rtol=0, atol=0)
-            self.assertEqual(optimizer.state_dict(), other.state_dict(), rtol=0, atol=0)
 
-    @in_float32
-    def test_non_empty_state(self, device, dtype, optim_info):
-        for kwargs in configurations(device, dtype, optim_info):
-            if kwargs.get("method") != "dsgd":  # which has no momentum
-                problem = Problem(device, dtype)
-                optimizer = GossipSGD(problem.params, **kwargs)
-                run(problem, optimizer, steps=1)
-                assert all(len(state) for state in optimizer.state.values())
-
-
-HERE = {name.removeprefix("test_") for name in vars(TestTorchOptim) if name.startswith("test_")}
-HERE.remove("every_generic_test_is_here_or_has_a_reason")
+HERE = names_of(TestTorchOptim)
 instantiate_device_type_tests(TestTorchOptim, globals(), only_for=("cpu", "cuda"))

@@ -16,6 +16,7 @@ import pytest
 import random_workers
 import torch
 import workers
+from layers_of_users import spaced
 from test_processes import STEPS, network_gradient
 
 from fused_dlam import consensus_growth, topology
@@ -26,13 +27,34 @@ from fused_dlam.topology import RandomTopology, circulant, od_equidyn, ou_equidy
 NAMES = ["random-match", "od-equidyn", "ou-equidyn"]
 BUILD = [random_match, od_equidyn, ou_equidyn]
 
+GRAPHS = [*NAMES, random_match(5, seed=3).every(2), ou_equidyn(5).with_global_average(4).lazy()]
+TRAINED = {
+    "ou-equidyn": {"schedule": "awc", "bucket_mb": 1e-4},  # posts the next step's receives early
+    "random-match": {"topology": partial(spaced, every=2, exact=7, name="random-match")},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    calls = {"draw": (random_workers.drawn, GRAPHS, 12), "other seeds": (random_workers.refused_seeds,)}
+    return workers.run_together(2, calls)
+
+
+@pytest.fixture(scope="module")
+def fives():
+    calls = {}
+    for name, options in TRAINED.items():
+        options = {"topology": name, **options}
+        calls[name] = (workers.train, "pc-dmsgd", options.pop("topology"), options)
+    return workers.run_together(5, calls)
+
+
 # -- the draws ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_process_draws_the_same():
-    graphs = [*NAMES, random_match(5, seed=3).every(2), ou_equidyn(5).with_global_average(4).lazy()]
-    here = random_workers.drawn(0, graphs, 12)
-    for there in run_workers(random_workers.drawn, 2, graphs, 12):
+def test_every_process_draws_the_same(pairs):
+    here = random_workers.drawn(0, GRAPHS, 12)
+    for there in pairs["draw"]:
         assert np.array_equal(here, there)
 
 
@@ -197,33 +219,27 @@ def test_a_growth_within_two_errors_of_one_is_refused(monkeypatch):
     assert stability.is_stable("dmsgd", random_match(4), 0.9)
 
 
-def test_different_seeds_are_noticed():
+def test_different_seeds_are_noticed(pairs):
     """Before anything is sent, on every rank."""
-    for text in run_workers(random_workers.refused_seeds, 2):
+    for text in pairs["other seeds"]:
         assert "random-match, seed = 1" in text
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("ou-equidyn", {"schedule": "awc", "bucket_mb": 1e-4}),  # posts the next step's receives early
-        ("random-match", {"communicate_every": 2, "global_average_every": 7}),
-    ],
-)
-def test_training_is_the_simulation(name, options):
+@pytest.mark.parametrize(("name", "options"), TRAINED.items())
+def test_training_is_the_simulation(name, options, fives):
     n = 5
-    top = topology.get(name, n).every(options.get("communicate_every", 1))
-    if "global_average_every" in options:
-        top = top.with_global_average(options["global_average_every"])
+    top = topology.get(name, n)
+    if name == "random-match":
+        top = top.every(2).with_global_average(7)
     model = workers.Tied(torch.float64)
     expected = oracle.run(
         "pc-dmsgd", top.weights, network_gradient(n), np.tile(workers.trained(model).numpy(), (n, 1)), workers.lr_at,
         0.9, 0.0, steps=STEPS, schedule=options.get("schedule", "atc"),
         correction_rate=oracle.auto_rate(0.9, top.slowest_rho),
     )  # fmt: skip
-    for rank, got in enumerate(run_workers(workers.train, n, "pc-dmsgd", name, options)):
+    for rank, got in enumerate(fives[name]):
         error = abs(got["path"][-1].double().numpy() - expected[-1, rank]).max() / abs(expected[-1]).max()
         assert error < 1e-5, (rank, error)

@@ -1,16 +1,14 @@
 """Negative controls: for each thing the gate forbids, a build that does it and must be refused for that reason."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ... import rules
-from ...rules.jit import jit
-from ..triton_kernels import BLOCK, _combine_kernel
-from .build import Case, Verdict, build, judge
+from fused_dlam import jit, rules
+from fused_dlam.kernels.gate.build import Verdict, build, judge
+from fused_dlam.kernels.gate.cases import Case
+from fused_dlam.kernels.triton_kernels import BLOCK, _combine_kernel
 
 
 @jit
@@ -30,9 +28,9 @@ def update_with_a_sum(x, g, s, pull, h):
 @triton.jit
 def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
                    H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                   UPDATE: tl.constexpr, EVICT: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+                   UPDATE: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
     _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND, S, H, BLOCK, VECTOR, EVEN, UPDATE,
-                    EVICT, GUARD)  # fmt: skip
+                    GUARD)  # fmt: skip
     tl.atomic_add(scalars_ptr, 1.0)
 
 
@@ -60,9 +58,9 @@ CONTROLS = [
 ]
 
 
-def run(control: Control, target: str) -> Verdict:
-    """Builds the changed pass and judges it by the unchanged rule's floor."""
+def run(control: Control, architecture: str) -> Verdict:
+    """Builds the changed pass and judges it by the floor of the unchanged one."""
     case = Case(rules.dmsgd, "atc", "combine", *control.types, control.d)
     changes = dict(control.changes)
-    built = build(case._replace(d=changes.pop("d", case.d)), target, **changes)
-    return judge(case, target, built, changes.get("block", BLOCK))
+    built = build(case._replace(d=changes.pop("d", case.d)), architecture, **changes)
+    return judge(case, architecture, built, changes.get("block", BLOCK))

@@ -1,8 +1,0 @@
-"""`python -m fused_dlam.kernels.gate` is `fused-dlam gate`."""
-
-import sys
-
-from .command import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The cases of the gate: every pass of a rule that an optimizer runs, by the types and the number of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ...rules.rule import Rule
+from .floor import Traffic, combine_floor, pack_floor
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+DEGREES = (1, 2, 3, 6)
+TYPES = [(message, gradient) for message in ("fp32", "bf16") for gradient in ("fp32", "bf16")]
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    rule: Rule
+    schedule: str  # "atc", "awc"
+    # "pack", "combine", "emit": combine that also writes x in the messages' type, "guarded": combine that reads a flag
+    pass_: str
+    message: str
+    gradient: str
+    d: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.rule.name, self.schedule, self.pass_, self.message, self.gradient, str(self.d))
+
+    @property
+    def floor(self) -> Traffic:
+        if self.pass_ == "pack":
+            return pack_floor(self.rule, self.gradient, self.message)
+        floor = combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
+        return floor._replace(scalars=floor.scalars + (self.pass_ == "guarded"))
+
+    def ceiling(self, architecture: str) -> int:
+        """Registers allowed for each thread: 64, 80 or 96, with which an SM's 65,536 last for 1024, 768 or 640 threads.
+
+        ptxas took at most 60 with up to 3 received messages and 66 with more, on sm_100 72 and 78. With a division it
+        took 71 (AdamW at d = 3 on sm_80).
+        """
+        if self.d * self.rule.messages > 3:
+            return 96
+        return 80 if architecture == "sm_100" or self.floor.divisions else 64
+
+
+def cases(rule: Rule, degrees: Sequence[int] = DEGREES, types: Sequence[tuple[str, str]] = TYPES) -> Iterator[Case]:
+    """Every pass of a rule, under both schedules if it has both.
+
+    Where x itself is the message and has its type, x is sent as it lies: no pass packs it or emits it.
+    """
+    if rule.average == "gradient":  # the optimizer averages gradients itself and combines with no neighbors
+        degrees = (0, *degrees)
+    for m, g in types:
+        yield Case(rule, "atc", "pack", m, g, 0)
+        for d in degrees:
+            yield Case(rule, "atc", "combine", m, g, d)
+    try:
+        awc = rule.adapt_while_communicating()
+    except ValueError:
+        return
+    for m, g in types:
+        for d in degrees:
+            if awc is not rule:
+                yield Case(awc, "awc", "combine", m, g, d)
+            if m != "fp32":
+                yield Case(awc, "awc", "emit", m, g, d)
