@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -70,6 +71,15 @@ class Arrivals:
         """Whether the next step's exchange begins at the end of this one: not in the first, which may set the order."""
         return self.mode is not False and not self.first
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Gradients that arrive within are not final."""
+        outer, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = outer
+
     def watch(self, b: Bucket) -> None:
         """Has autograd tell when a bucket's gradients have been accumulated.
 
@@ -105,6 +115,7 @@ class Arrivals:
         if self.observing and self.seen is None:
             self.seen = self.settings()
         if slot.arrived_at is not None:
+            self.engine.check_whole()
             self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
             if not self.observing:
                 raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")

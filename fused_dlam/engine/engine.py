@@ -21,7 +21,7 @@ from ..comm import other_averagers
 from ..comm.group import Alone
 from ..comm.place import Place
 from ..comm.streams import Lane
-from ..comm.transfer import connect, foreseen
+from ..comm.transfer import connect
 from ..kernels.passes import Passes, choose
 from ..layers.layer import Layer
 from ..rules.rule import Rule
@@ -31,6 +31,7 @@ from . import layout
 from .buckets import Bucket
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
 from .message import Message
+from .warm import warm
 
 
 class Engine:
@@ -102,23 +103,8 @@ class Engine:
         elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
         self.passes.append({kind: choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
         for kind in kinds:
-            self._warm(next(b for b in new if (b.x.device, b.x.dtype) == kind))
+            warm(self, next(b for b in new if (b.x.device, b.x.dtype) == kind))
         return new
-
-    def _warm(self, b: Bucket) -> None:
-        """Builds the kernels that steps will launch. Otherwise they are built in mid-training, in a hook.
-
-        Those that read whether a step is skipped are not among them: the first step of one worker with a loss scaler
-        builds them.
-        """
-        peers = [self.peers(step) for step in foreseen(self.topology)]
-        degrees = sorted({len(p.sources) for p in peers})
-        low, warm = () if b.low is None else (b.low,), self.passes_of(b).warm
-        for copies in (low, (b.messages[0], *low)) if self.message.is_x and len(b.messages) else (low,):
-            warm(b.x, b.g, b.state, b.messages, b.received, degrees, copies)
-        if EVERYBODY in peers and b.messages.dtype != b.x.dtype:  # exact steps send the full precision
-            full = (b.x,) * self.rule.messages
-            warm(b.x, b.g, b.state, full, (full,), (1,), low)
 
     @property
     def gossips(self) -> bool:
@@ -151,6 +137,7 @@ class Engine:
         Raises RuntimeError if a parameter was moved, or changed while its message was in flight; ValueError if, in the
         first step, the model was wrapped in DDP since.
         """
+        self.check_whole()
         for b in self.buckets:
             b.refresh()
         self._check_unchanged()
@@ -185,24 +172,27 @@ class Engine:
             for one in of_group.values():
                 one.set(s._replace(weights=weights, skip=skip))
 
-    def bring(self, stage: int, last: int | None = None) -> None:
-        """All buckets, or the first so many in line, as far as a stage of their flights."""
-        for b in self.buckets[:last]:
+    def bring(self, stage: int) -> None:
+        """All buckets as far as a stage of their flights."""
+        for b in self.buckets:
             self.flight(b).to(stage)
 
     def send_next(self) -> None:
-        """Sends the next bucket in line. Where gradients are averaged inside a machine, it sends the bucket before it,
-        whose average is there by now."""
+        """Sends the next bucket in line. With machines as workers it sends the bucket before it: that one's gradient
+        has been averaged by now."""
+        self.flight(self.buckets[self.sent]).to(AVERAGING)
         self.sent += 1
-        self.bring(AVERAGING, self.sent)
-        self.bring(SENT, self.sent - 1 if self.place.splits else self.sent)
+        due = self.sent - 1 if self.place.splits else self.sent
+        if due:
+            self.flight(self.buckets[due - 1]).to(SENT)
 
     def complete(self, ahead: bool = False) -> None:
         """Sends what is left, then waits for and combines every bucket. ahead: the next step's exchange begins."""
         assert self.step is not None
         while self.sent < len(self.buckets):
             self.send_next()
-        self.bring(SENT)
+        if self.place.splits:
+            self.bring(SENT)
         self._follows = ahead and self.gossips
         done, following = self.flights, {}
         for b in self.buckets:
@@ -215,20 +205,26 @@ class Engine:
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.flights, self.step, self.skip = following, None, 0.0
 
+    def end(self) -> None:
+        """Ends a step in which there is nothing to send and nothing to combine."""
+        for flight in self.flights.values():
+            flight.close()
+        self.flights, self.step, self.skip = {}, None, 0.0
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError if an earlier attempt at the present step failed, see `Flight.to`."""
+        for flight in self.flights.values():
+            if flight.failure:
+                flight.to(DONE)
+
     # -- between steps -----------------------------------------------------------------------------------------------
 
     def _check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was changed while its message was in flight."""
-        if not (self.message.is_x and self.flights and self.step is None):
-            return
-        for b in self.buckets:
-            for slot in b.slots:
-                if slot.p._version != slot.published_at:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(slot.p.shape)} was changed since the last step, while it was"
-                        " being sent (schedule='awc'). Call optimizer.synchronize() on all ranks before changing"
-                        " parameters, for instance before model.load_state_dict()."
-                    )
+        if self.message.is_x and self.flights and self.step is None:
+            for b in self.buckets:
+                for slot in b.slots:
+                    slot.check_unchanged()
 
     def settle(self) -> None:
         """Waits for what was started for the next step, without using it. All ranks must call it.
@@ -240,7 +236,11 @@ class Engine:
                 flight.wait()
 
     def forget(self) -> None:
-        """Ends what was started for the next step and drops it: that step exchanges anew. On all ranks."""
+        """Ends what was started for the next step and drops it: that step exchanges anew. On all ranks.
+
+        Raises RuntimeError if an attempt at a step failed, for nothing can be dropped then.
+        """
+        self.check_whole()
         if self.step is None:
             for b in self.buckets:
                 if b.index in self.flights:

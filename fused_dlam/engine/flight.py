@@ -8,7 +8,7 @@ DONE        the neighbors' messages are combined into the parameters
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -50,19 +50,30 @@ class Flight:
         self._prepared = False
         self._span: AbstractContextManager | None = None  # in a profiler's trace, from sent to received
         self.stage, self._way = 0, self._fly()
-        self._error: BaseException | None = None
+        self.failure = ""  # what went wrong on the way
 
     def to(self, stage: int) -> None:
+        """Raises RuntimeError if an earlier attempt at this step failed, after which peers are out of step."""
         while self.stage < stage:
-            if self._error is not None:
-                raise self._error  # the rest of the way is lost: a second try must not take it for done
+            if self.failure:
+                raise RuntimeError(
+                    f"an earlier attempt at step {self.step} failed ({self.failure}), and this rank cannot tell what"
+                    " its peers have taken from it: restart all ranks from a checkpoint"
+                )
             try:
                 self.stage = next(self._way, DONE)
             except BaseException as error:
-                self._error = error
+                if self.engine.silent:  # nothing was sent: the next attempt goes this way again
+                    self.stage, self._way = 0, self._fly()
+                else:
+                    self.failure = f"{type(error).__name__}: {error}"
                 raise
 
-    def _fly(self) -> Iterator[int]:
+    def close(self) -> None:
+        """Goes no further. A generator refers to its flight: without this both live until the garbage collector."""
+        self._way.close()
+
+    def _fly(self) -> Generator[int, None, None]:
         e, b, peers, message = self.engine, self.b, self.peers, self.engine.message
         lane = e.lanes[b.x.device]
 
@@ -182,6 +193,7 @@ class Flight:
             self.transfer.send(self.engine.place.part(self.b.messages))
         self.wait()
         self.wait_sent()
+        self.close()
 
     # -- the update --------------------------------------------------------------------------------------------------
 

@@ -45,6 +45,15 @@ class Slot:
         """The view as others are to see it in the optimizer's state: of a sharded parameter, a DTensor over it."""
         return sharded.like(self.p, self.view(flat)) if self.apart else self.view(flat)
 
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if the parameter was written since this package last wrote it."""
+        if self.p._version != self.published_at:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(self.p.shape)} was changed since the last step, while it was being sent"
+                " (schedule='awc'). Call optimizer.synchronize() on all ranks before changing parameters, for instance"
+                " before model.load_state_dict()."
+            )
+
     def version(self, grad: torch.Tensor) -> int:
         """Moves whenever a gradient is written: a DTensor counts what is done to it, its shard what FSDP adds."""
         return grad._version + sharded.local(grad)._version if self.apart else grad._version

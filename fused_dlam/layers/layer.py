@@ -25,6 +25,11 @@ class Layer:
     #: Whether it needs whole parameters, so that FSDP's shards are refused.
     whole: bool = False
 
+    def __repr__(self) -> str:
+        """By values: ranks compare it, and so does a checkpoint."""
+        values = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({values})"
+
     @property
     def settings(self) -> Mapping[str, Any]:
         """Entries of a parameter group, with defaults: what users may set group by group, and schedule."""

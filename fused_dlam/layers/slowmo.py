@@ -77,7 +77,7 @@ class SlowMo(Layer):
 
 def _inverse_lr(lr: Scalar, memory: dict[str, Any]) -> Scalar:
     """1/lr by the largest rate that this layer has seen. Rules keep their own under "lr_max"."""
-    own = {"lr_max": memory.get("slow_lr_max", 0.0)}
+    own = {"lr_max": memory.get("slow_lr_max", memory.get("lr_max", 0.0))}
     inverse = inverse_lr({"lr": lr}, own)
     memory["slow_lr_max"] = own["lr_max"]
     return inverse

@@ -83,7 +83,9 @@ def load_checkpoint(
     finds = everybodys(found, process_group)  # a rank that raised alone would leave the others waiting in DCP
     if lacking or set(finds) != {found}:
         seen = found if set(finds) == {found} else str(dict(enumerate(finds)))
-        raise ValueError(f"{path} holds {seen} (it must be a directory that all ranks can read)")
+        raise ValueError(
+            f"{path} holds {seen} (a checkpoint is a directory that all ranks can read, complete once it has .metadata)"
+        )
     workers = optimizer._engine.place.workers
     if reader.count == workers.size and not mean:
         state = _nested(reader.read(_number(optimizer)))

@@ -154,9 +154,23 @@ class Gossip(GossipOptimizer):
         if len(self.param_groups) != len(engine.passes):
             raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
         engine.refresh()
+        if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
+            loss = self._local_step(closure)
+        else:
+            loss = self._exchanging_step(closure)
+        for group in self.param_groups:
+            group["gossip_step"] += 1
+        return loss
+
+    def _exchanging_step(self, closure: Callable[[], Any] | None) -> Any:
+        engine = self._engine
         if engine.step is None:  # else the last attempt raised: it goes on from there
             engine.begin(self._step)
             engine.set_scalars([Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.passes))
+        if not engine.gossips:  # one machine: gradients are averaged inside it, and there is nobody to mix x with
+            loss = self._local_step(closure)
+            engine.end()
+            return loss
         if self._ahead:
             engine.bring(OPEN)  # a copy of x leaves before the inner optimizer steps x
         loss = self._local_step(closure)
@@ -164,8 +178,6 @@ class Gossip(GossipOptimizer):
             b.refresh()
             b.absorb(stepped=True)
         engine.complete(self._ahead)
-        for group in self.param_groups:
-            group["gossip_step"] += 1
         return loss
 
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:
@@ -190,7 +202,7 @@ class Gossip(GossipOptimizer):
         return loss
 
     def _unscale(self, grads: list[torch.Tensor]) -> bool:
-        """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see `amp`."""
+        """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see mixed_precision.py."""
         scale = getattr(self, "grad_scale", None)
         if getattr(self, "found_inf", None) is None:
             return True

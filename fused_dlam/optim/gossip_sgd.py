@@ -217,26 +217,39 @@ class GossipSGD(GossipOptimizer):
         for group in self.param_groups:
             self._certificate.recheck(group)
         self._begun = self._settings()
+        memories = [dict(group["memory"]) for group in self.param_groups]
+        # What may raise comes before anything has begun, so that step() can be called again.
+        h = [self._scalars(group, memory) for group, memory in zip(self.param_groups, memories, strict=True)]
         self._engine.begin(self._step, skip)
-        scale = self._gradient_scale()  # of the whole gradient: once, whatever the number of groups
-        self._engine.set_scalars([self._scalars(group, scale) for group in self.param_groups], self.param_groups)
+        self._remember(memories, skip)
+        if self._engine.message.leaves_early and not self._engine.flights:
+            self._set_scalars(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
+        self._set_scalars(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", *self._options.settings, *self._rule.hyper)
         return [options.snapshot(group, names) for group in self.param_groups]
 
-    def _scalars(self, group: dict[str, Any], scale: Scalar) -> Scalars:
-        rule, skip = self._rule, self._engine.skip
+    def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
+        """The rule's scalars for a group; `memory` becomes what it is after this step."""
+        rule = self._rule
         hyper = {name: group[name] for name in rule.hyper}
         weight_decay = 0.0 if finishing(self._options.layers, group) else float(group["weight_decay"])
-        memory = dict(group["memory"])
         lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self._topology.slowest_rho
-        h = rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
-        if isinstance(skip, torch.Tensor):
-            group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
-        elif not skip:  # a skipped step is not remembered
-            group["memory"] = memory
-        return Scalars(h, (), -scale if group["maximize"] else scale)
+        return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
+
+    def _remember(self, memories: list[dict[str, Any]], skip: Scalar) -> None:
+        """A skipped step is not remembered."""
+        for group, memory in zip(self.param_groups, memories, strict=True):
+            if isinstance(skip, torch.Tensor):
+                group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
+            elif not skip:
+                group["memory"] = memory
+
+    def _set_scalars(self, h: list[Any], scale: Scalar) -> None:
+        scales = [-scale if group["maximize"] else scale for group in self.param_groups]
+        scalars = [Scalars(of_group, (), s) for of_group, s in zip(h, scales, strict=True)]
+        self._engine.set_scalars(scalars, self.param_groups)
 
     def _gradient_scale(self) -> Scalar:
         """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
@@ -248,11 +261,8 @@ class GossipSGD(GossipOptimizer):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients accumulated within are not final: wrap all backward passes but the last before a step."""
-        outer, self._arrivals.held = self._arrivals.held, True
-        try:
+        with self._arrivals.hold():
             yield
-        finally:
-            self._arrivals.held = outer
 
     def _name_of(self, slot: Slot) -> str:
         for i, group in enumerate(self.param_groups):
@@ -289,7 +299,12 @@ class GossipSGD(GossipOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called on a copied or unpickled optimizer, and by torch's load_state_dict in its middle."""
+        before = [dict(group) for group in self.__dict__.get("param_groups", ())]
         super().__setstate__(state)
+        for group, old in zip(self.param_groups, before, strict=False):
+            for name, value in old.items():
+                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
+            group["memory"] = dict(group["memory"])
         if "_chosen" in state:
             rule, graph, chosen = state["_chosen"]
             self._choose(rule, graph, chosen, allow_unstable=True)

@@ -8,7 +8,7 @@ from .. import rules
 from .. import topology as topologies
 from ..layers.old_names import from_old_names, warn
 from ..rules.rule import Rule
-from ..topology import TopologyLike
+from ..topology import Topology, TopologyLike
 
 
 def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rule = "", layers: Any = ()):
@@ -19,13 +19,14 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
     own = rules.get(method).hyper if method else {}  # a rule may have a hyper-parameter of an old name
     kept = {name: options.pop(name) for name in own if name in options}
     every, global_every = options.pop("communicate_every", None), options.pop("global_average_every", None)
-    if every is not None:
-        warn(f"communicate_every={every}", f"topology=lambda n: {_text(topology)}.every({every})")
-        topology = _changed(topology, lambda graph: graph.every(every))
-    if global_every is not None:
-        new = f"topology=lambda n: {_text(topology)}.with_global_average({global_every})"
-        warn(f"global_average_every={global_every}", new)
-        topology = _changed(topology, lambda graph: graph.with_global_average(global_every))
+    old = [f"{name}={value}" for name, value in (("communicate_every", every), ("global_average_every", global_every))
+           if value is not None]  # fmt: skip
+    if old:
+        change = f".every({every})" * (every not in (None, 1)) + f".with_global_average({global_every})" * (
+            global_every is not None
+        )
+        warn(", ".join(old), _new_topology(topology, change))
+        topology = _changed(topology, every, global_every)
     if not method:  # Gossip has no rule and no layers
         return topology, method, layers
     if "nesterov" in options:
@@ -40,9 +41,19 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
     return topology, method, layers
 
 
-def _changed(topology: TopologyLike, change) -> TopologyLike:
-    return lambda n: change(topologies.get(topology, n))
+def _changed(topology: TopologyLike, every: int | None, global_every: int | None) -> TopologyLike:
+    def graph(n: int) -> Topology:
+        graph = topologies.get(topology, n).every(1 if every is None else every)
+        return graph if global_every is None else graph.with_global_average(global_every)
+
+    return graph
 
 
-def _text(topology: TopologyLike) -> str:
-    return f"fused_dlam.topology.get({topology!r}, n)" if isinstance(topology, str) else "..."
+def _new_topology(topology: TopologyLike, change: str) -> str:
+    if not change:
+        return "nothing in its place"
+    if isinstance(topology, str):
+        return f"topology=lambda n: fused_dlam.topology.get({topology!r}, n){change}"
+    return (
+        f"topology=graph{change}, graph being the {type(topology).__name__} that you pass or that your function returns"
+    )

@@ -81,6 +81,15 @@ def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
     if not 0.0 <= float(weight_decay) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    for name in ("lars", "slowmo"):  # options of former releases
+        if (
+            group.get(name) is not None
+            and name not in rule.hyper
+            and not any(name in layer.settings for layer in layers)
+        ):
+            raise ValueError(
+                f"{name}={group[name]!r} in a parameter group needs the layer: pass layers=[Lars(...)] or [SlowMo(...)]"
+            )
     rule.check_hyper({name: group[name] for name in rule.hyper})
     for layer in layers:
         layer.check(group)

@@ -24,6 +24,10 @@ PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entrie
 def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError for a checkpoint of another method or topology."""
     for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
+        if "slowmo" in theirs:  # of the releases in which layers were options
+            theirs = {"layers": theirs["slowmo"] or "", **theirs}
+        if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
+            raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
         for what in ("method", "layers", *PLACE):
             if what in theirs and what in ours and theirs[what] != ours[what]:
                 raise ValueError(
@@ -65,7 +69,6 @@ def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]])
 @contextmanager
 def loading(optimizer: Optimizer, engine: Engine) -> Iterator[None]:
     """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it."""
-    before = [dict(group) for group in optimizer.param_groups]
     final: dict[str, Any] = {}
 
     def checked(_: Any, theirs: dict[str, Any]) -> None:  # the last of the hooks, which may have made another dict
@@ -73,10 +76,6 @@ def loading(optimizer: Optimizer, engine: Engine) -> Iterator[None]:
         final.update(theirs)
 
     def restored(_: Any) -> None:  # the first of the hooks: others see what was loaded
-        for group, old in zip(optimizer.param_groups, before, strict=True):
-            for name, value in old.items():
-                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
-            group["memory"] = dict(group["memory"])
         engine.forget()
         restore(by_parameter(final, optimizer.param_groups), optimizer, engine)
 
