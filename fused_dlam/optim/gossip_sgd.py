@@ -128,6 +128,8 @@ class GossipSGD(GossipOptimizer):
         self._topology, self._options = graph, chosen
         self._certificate = Certificate(self._rule, graph, allow_unstable)
 
+    _begun: list[tuple] | None = None  # the settings with which the present step began
+
     def _start(self, place: Place) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
         o = self._options
@@ -199,7 +201,7 @@ class GossipSGD(GossipOptimizer):
         engine.refresh()
         skip = mixed_precision.unscale(self, engine, self._arrivals)
         self._arrivals.check()
-        if engine.step is None:
+        if engine.step is None or self._begun is None:  # None: the last attempt to begin was interrupted
             self._begin(skip)
         elif self._begun != self._settings():
             log.warning(
@@ -216,15 +218,16 @@ class GossipSGD(GossipOptimizer):
         """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
         for group in self.param_groups:
             self._certificate.recheck(group)
-        self._begun = self._settings()
+        self._begun, begun = None, self._settings()
         memories = [dict(group["memory"]) for group in self.param_groups]
         # What may raise comes before anything has begun, so that step() can be called again.
         h = [self._scalars(group, memory) for group, memory in zip(self.param_groups, memories, strict=True)]
         self._engine.begin(self._step, skip)
-        self._remember(memories, skip)
         if self._engine.message.leaves_early and not self._engine.flights:
             self._set_scalars(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
         self._set_scalars(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
+        self._remember(memories, skip)
+        self._begun = begun
 
     def _settings(self) -> list[tuple]:
         names = ("lr", "momentum", "weight_decay", "maximize", *self._options.settings, *self._rule.hyper)

@@ -62,6 +62,21 @@ def test_an_interrupted_step_of_one_worker_is_taken_again():
         assert torch.equal(p, q)
 
 
+def test_a_step_of_one_worker_interrupted_in_clipping_is_taken_again():
+    """With Adam, whose bias correction counts steps, and with the learning rate of the second attempt."""
+    p, q = parameter(), parameter()
+    failing, whole = (GossipSGD([x], 0.1, method="adam", max_grad_norm=0.5) for x in (p, q))
+    steps(failing, p, 2)
+    steps(whole, q, 2)
+    clip = "fused_dlam.optim.gossip_sgd.clip_coefficient"
+    with mock.patch(clip, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        steps(failing, p, 1, 2)
+    failing.param_groups[0]["lr"] = whole.param_groups[0]["lr"] = 0.02
+    steps(failing, p, 2, 2)
+    steps(whole, q, 2, 2)
+    assert torch.equal(p, q) and failing.state_dict()["param_groups"] == whole.state_dict()["param_groups"]
+
+
 def test_an_interrupted_step_of_several_workers_is_not_taken_for_done():
     """Every later step, backward pass and load says that an attempt has failed, and nothing hangs."""
     for told in run_workers(failing_workers.interrupted, 2):
