@@ -223,7 +223,7 @@ class GossipSGD(GossipOptimizer):
         # What may raise comes before anything has begun, so that step() can be called again.
         h = [self._scalars(group, memory) for group, memory in zip(self.param_groups, memories, strict=True)]
         self._engine.begin(self._step, skip)
-        if self._engine.message.leaves_early and not self._engine.flights:
+        if self._options.max_grad_norm is not None and self._engine.message.leaves_early and not self._engine.flights:
             self._set_scalars(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
         self._set_scalars(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
         self._remember(memories, skip)
