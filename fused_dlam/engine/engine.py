@@ -23,7 +23,7 @@ from ..comm.place import Place
 from ..comm.streams import Lane
 from ..comm.transfer import connect
 from ..kernels.passes import Passes, choose
-from ..layers.layer import Layer
+from ..layers.layer import Layer, finishing
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from ..topology import Peers, Topology
@@ -71,6 +71,8 @@ class Engine:
         self.layers = tuple(layers)
         self._before = [layer for layer in layers if type(layer).before is not Layer.before]
         self._after = [layer for layer in layers if type(layer).after is not Layer.after]
+        # Names of buffers that start as the parameters. The others start at zero.
+        self.starting_at_x = {"master", *(k for layer in layers for k, start in layer.state.items() if start == "x")}
         self._groups: Sequence[dict[str, Any]] = ()
         self._scales: list[Scalar] = []
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
@@ -89,9 +91,9 @@ class Engine:
         full = layout.full_from(self.bucket_mb, sends=not self.silent, early=self.message.is_x)
         new = layout.build(params, full, len(self.buckets), group, self.place.parts, gradients)
         degree = self.topology.most_messages if self.gossips else 0
+        extra = [name for layer in self.layers for name in layer.state]
         for b in new:
             b.watched = self.message.is_x
-            extra = [name for layer in self.layers for name in layer.state]
             rows = 0 if self.sends_as_it_lies(b) else self.rule.messages
             b.allocate(self.rule.state, extra, self.rule.messages, degree, rows, self.message_dtype)
             if b.x.device not in self.lanes:
@@ -167,7 +169,7 @@ class Engine:
         self._groups, self._scales = groups, [s.grad_scale for s in scalars]
         weights, skip = self.peers(self.step).weights, self.skip if isinstance(self.skip, torch.Tensor) else 0.0
         for of_group, s, group in zip(self.passes, scalars, groups or [{}] * len(self.passes), strict=True):
-            if any(layer.finishes(group) for layer in self.layers):
+            if finishing(self.layers, group):
                 s = s._replace(grad_scale=1.0)
             for one in of_group.values():
                 one.set(s._replace(weights=weights, skip=skip))
@@ -286,11 +288,6 @@ class Engine:
     def after(self, b: Bucket) -> list[tuple[Layer, dict[str, Any]]]:
         """The layers that see a bucket's parameters after the rule."""
         return [(layer, self._groups[b.group]) for layer in self._after]
-
-    @property
-    def starting_at_x(self) -> set[str]:
-        """Names of buffers that start as the parameters; the others start at zero."""
-        return {"master"} | {name for layer in self.layers for name, start in layer.state.items() if start == "x"}
 
     def buffers(self, b: Bucket) -> Mapping[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""

@@ -16,8 +16,9 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
 
     Raises ValueError or TypeError for values that the old names did not take.
     """
-    own = rules.get(method).hyper if method else {}  # a rule may have a hyper-parameter of an old name
-    kept = {name: options.pop(name) for name in own if name in options}
+    rule = rules.get(method) if method else None  # Gossip has neither rule nor layers
+    # A rule may have a hyper-parameter of an old name.
+    kept = {name: options.pop(name) for name in (rule.hyper if rule else ()) if name in options}
     every, global_every = options.pop("communicate_every", None), options.pop("global_average_every", None)
     old = [f"{name}={value}" for name, value in (("communicate_every", every), ("global_average_every", global_every))
            if value is not None]  # fmt: skip
@@ -27,10 +28,10 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
         )
         warn(", ".join(old), _new_topology(topology, change))
         topology = _changed(topology, every, global_every)
-    if not method:  # Gossip has no rule and no layers
+    if rule is None:
         return topology, method, layers
     if "nesterov" in options:
-        nesterov, name = options.pop("nesterov"), rules.get(method).name
+        nesterov, name = options.pop("nesterov"), rule.name
         warn(f"nesterov={nesterov}", f"method={'nesterov-' * bool(nesterov) + name!r}")
         if nesterov and f"nesterov-{name}" not in rules.ALL:
             known = ", ".join(other.removeprefix("nesterov-") for other in rules.ALL if other.startswith("nesterov-"))

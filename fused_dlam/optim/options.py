@@ -81,12 +81,9 @@ def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
     if not 0.0 <= float(weight_decay) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    known = {*rule.hyper, *(name for layer in layers for name in layer.settings)}
     for name in ("lars", "slowmo"):  # options of former releases
-        if (
-            group.get(name) is not None
-            and name not in rule.hyper
-            and not any(name in layer.settings for layer in layers)
-        ):
+        if group.get(name) is not None and name not in known:
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group needs the layer: pass layers=[Lars(...)] or [SlowMo(...)]"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import networkx as nx
 import numpy as np
 
-from .matrix import TOLERANCE, Circulant, Dense, Phase, circulant
+from .matrix import TOLERANCE, Circulant, Dense, Phase, merged
 
 
 def as_phases(weights) -> list[Phase]:
@@ -16,21 +16,13 @@ def as_phases(weights) -> list[Phase]:
     if isinstance(weights, Phase):
         weights = [weights]
     if isinstance(weights, (list, tuple)) and any(isinstance(w, Phase) or np.ndim(w) == 2 for w in weights):
-        return [_normalized(w) if isinstance(w, Phase) else Dense(w) for w in weights]
+        # A user's `Circulant` may have offsets beyond n, and the same one twice.
+        forms = [merged(w.n, w.weights) if isinstance(w, Circulant) else w for w in weights]
+        return [w if isinstance(w, Phase) else Dense(w) for w in forms]
     array = np.asarray(weights, dtype=np.float64)
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"weights must be one [n, n] matrix or a sequence of them, not of shape {array.shape}")
     return [Dense(W) for W in (array[None] if array.ndim == 2 else array)]
-
-
-def _normalized(phase: Phase) -> Phase:
-    """A user's `Circulant` may have offsets beyond n, and the same one twice."""
-    if not isinstance(phase, Circulant):
-        return phase
-    merged: dict[int, float] = {}
-    for k, w in phase.weights:
-        merged[k % phase.n] = merged.get(k % phase.n, 0.0) + w
-    return circulant(phase.n, merged)
 
 
 def check_rows(phase: Phase, where: str) -> None:

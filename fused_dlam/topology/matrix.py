@@ -11,7 +11,7 @@ All three have the same methods, so the other files never ask which one they hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -240,13 +240,17 @@ def circulant(n: int, offsets: Mapping[int, float] | Sequence[int]) -> Circulant
     Offsets are taken mod n. Equal ones are merged, and their weights add up.
     """
     if isinstance(offsets, Mapping):
-        merged: dict[int, float] = {}
-        for k, w in offsets.items():
-            merged[k % n] = merged.get(k % n, 0.0) + w
-    else:
-        distinct = sorted({0, *(k % n for k in offsets)})
-        merged = dict.fromkeys(distinct, 1 / len(distinct))
-    return Circulant(n, tuple(sorted(merged.items())))
+        return merged(n, offsets.items())
+    distinct = {0, *(k % n for k in offsets)}
+    return merged(n, ((k, 1 / len(distinct)) for k in distinct))
+
+
+def merged(n: int, weights: Iterable[tuple[int, float]]) -> Circulant:
+    """The circulant matrix of (offset, weight) pairs: offsets mod n, each once, with the sum of its weights."""
+    sums: dict[int, float] = {}
+    for k, w in weights:
+        sums[k % n] = sums.get(k % n, 0.0) + w
+    return Circulant(n, tuple(sorted(sums.items())))
 
 
 def average(n: int) -> Circulant:
@@ -270,10 +274,7 @@ def sparse(n: int, i, j, weights) -> Sparse:
 def blend(a: Phase, b: Phase, share: float) -> Phase:
     """(1 - share) a + share b."""
     if isinstance(a, Circulant) and isinstance(b, Circulant):
-        merged = {k: (1 - share) * w for k, w in a.weights}
-        for k, w in b.weights:
-            merged[k] = merged.get(k, 0.0) + share * w
-        return circulant(a.n, merged)
+        return merged(a.n, [*((k, (1 - share) * w) for k, w in a.weights), *((k, share * w) for k, w in b.weights)])
     if isinstance(a, Sparse) and isinstance(b, Circulant) and b.weights == ((0, 1.0),):
         return Sparse(a.sources, (1 - share) * a.others)
     return Dense((1 - share) * a.dense() + share * b.dense())
