@@ -26,6 +26,16 @@ from torch_problems import (
 from fused_dlam import GossipSGD
 
 
+def trained_and_loaded(problem, twin_is_named, kwargs, steps):
+    """The problem's optimizer after some steps, the problem's twin, and the twin's optimizer that loaded its state."""
+    optimizer = GossipSGD(problem.named, **kwargs)
+    run(problem, optimizer, steps=steps)
+    twin = problem.twin(twin_is_named)
+    other = GossipSGD(twin.named, **kwargs)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer, twin, other
+
+
 class TestTorchOptimState(TestCase):
     @parametrize("is_named_optim0", [True, False])
     @parametrize("is_named_optim1", [True, False])
@@ -33,11 +43,7 @@ class TestTorchOptimState(TestCase):
     def test_state_dict_deterministic(self, device, dtype, optim_info, is_named_optim0, is_named_optim1):
         for kwargs in configurations(device, dtype, optim_info):
             problem = Problem(device, dtype, named=is_named_optim0)
-            optimizer = GossipSGD(problem.named, **kwargs)
-            run(problem, optimizer, steps=10)
-            twin = problem.twin(is_named_optim1)
-            other = GossipSGD(twin.named, **kwargs)
-            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer, twin, other = trained_and_loaded(problem, is_named_optim1, kwargs, steps=10)
             for _ in range(5):
                 run(problem, optimizer, steps=2)
                 run(twin, other, steps=2)
@@ -72,11 +78,7 @@ class TestTorchOptimState(TestCase):
     def test_can_load_from_to_named_state_dict(self, device, dtype, optim_info, is_named_optim0, is_named_optim1):
         for kwargs in configurations(device, dtype, optim_info):
             problem = Problem(device, dtype, named=is_named_optim0)
-            optimizer = GossipSGD(problem.named, **kwargs)
-            run(problem, optimizer, steps=3)
-            twin = problem.twin(is_named_optim1)
-            other = GossipSGD(twin.named, **kwargs)
-            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            _, twin, other = trained_and_loaded(problem, is_named_optim1, kwargs, steps=3)
             run(twin, other, steps=2)
             if is_named_optim0 or is_named_optim1:
                 assert other.state_dict()["param_groups"][0]["param_names"] == ["name0", "name1"]
