@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..rules.rule import named
-from .numba_source import LINE, loop
+from .numba_source import LINE, Types, loop
 from .torch_passes import TorchPasses
 from .trace import Equations
 
@@ -51,7 +51,8 @@ class NumbaPasses(TorchPasses):
     `warm` does nothing here: a slice of a bucket uses what the bucket does, so the first steps compile everything, and
     no timeout or queue of a device runs meanwhile.
 
-    The master type is float32 or float64, gradients are of any type in `_CARRIERS`, and messages of any but float16.
+    The master type is float32 or float64. Gradients and low parameters are of any type in `_CARRIERS`, and messages of
+    any but float16.
     Other types and buffers that are not contiguous run as torch operations. There are as many threads as torch has.
     Several threads may call a pass at once, on different buffers.
     """
@@ -59,9 +60,16 @@ class NumbaPasses(TorchPasses):
     name = "numba"
 
     def _run(
-        self, d: int | None, x: Tensor, g: Tensor, state: Sequence[Tensor], rows: Sequence[Tensor], wire: torch.dtype
+        self,
+        d: int | None,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        wire: torch.dtype,
+        low: Tensor | None,
     ) -> None:
-        buffers = (x, g, *state, *rows)
+        buffers = (x, g, *state, *rows, *(() if low is None else (low,)))
         if (
             x.dtype not in (torch.float32, torch.float64)
             or wire == torch.float16
@@ -69,9 +77,10 @@ class NumbaPasses(TorchPasses):
             or any(t.dtype != x.dtype for t in state)
             or any(t.dtype != wire for t in rows)
         ):
-            return super()._run(d, x, g, state, rows, wire)
+            return super()._run(d, x, g, state, rows, wire, low)
         h, weights, scale, _ = self.scalars
-        function = _compile(self.equations, d, (x.dtype, g.dtype, wire))
+        types = Types(x.dtype, g.dtype, wire, low if low is None else low.dtype)
+        function = _compile(self.equations, d, types, self.guard)
         # Scalars travel in one array of the master type: no Python float promotes the arithmetic to float64.
         scalars = torch.tensor([*h, scale, *(weights if d else ())], dtype=x.dtype).numpy()
         _parallel(function, scalars, [t.view(_CARRIERS[t.dtype]).numpy() for t in buffers])
@@ -107,7 +116,7 @@ if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's t
 
 
 @lru_cache(maxsize=256)
-def _compile(equations: Equations, d: int | None, types: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Callable:
+def _compile(equations: Equations, d: int | None, types: Types, guard: bool = False) -> Callable:
     """The loop of `pack` (d is None) or of `combine` over d neighbors; numba compiles it when it is first called."""
     import numba
 
@@ -120,5 +129,5 @@ def _compile(equations: Equations, d: int | None, types: tuple[torch.dtype, torc
     namespace = {**vars(numba_tools), "H": named("H", equations.fields), "State": named("State", equations.state)}
     # Inlined before compilation: 0.13 to 0.35 s for a pass instead of 0.2 to 0.4 s.
     namespace.update(send=jit(equations.send, inline="always"), update=jit(equations.update, inline="always"))
-    exec(loop(equations, d, types), namespace)
+    exec(loop(equations, d, types, guard), namespace)
     return jit(namespace["run"], nogil=True)

@@ -10,6 +10,7 @@ overwrites. It reads as fast as axpy does, which bounds it where many neighbors 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -21,47 +22,70 @@ LINE = 64
 # afterwards: 64 KiB 0.52 ns per element against 0.38 with plain stores, 256 KiB 0.61 against 0.73, 16 MiB 0.76 : 0.94.
 STREAM = 1 << 18
 
+_SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  # what numba_tools.py converts, from and to
 _NUMPY = {torch.float32: "np.float32", torch.float64: "np.float64"}
 
 
-def loop(equations: Equations, d: int | None, types: tuple[torch.dtype, torch.dtype, torch.dtype]) -> str:
-    """Source of `run(c, x, g, s0, s1, ..., r0, r1, ...)`: `pack` if d is None, else `combine` over d neighbors.
+class Types(NamedTuple):
+    """Of the buffers: x and the state, the gradient, the messages, and the low parameters if there are any."""
+
+    x: torch.dtype
+    g: torch.dtype
+    wire: torch.dtype
+    low: torch.dtype | None = None
+
+
+def loop(equations: Equations, d: int | None, types: Types, guard: bool) -> str:
+    """Source of `run(c, x, g, s0, s1, ..., r0, r1, ..., low)`: `pack` if d is None, else `combine` over d neighbors.
 
     c holds the scalars: h, the gradient's scale, the weights. s are the state buffers and r the messages. The names
     H, State, send and update must be there, and those of numba_tools.py.
-
-    types: of x, of the gradient, of the messages.
     """
     _, _, state, fields, messages = equations
-    real = _NUMPY[types[0]]
+    real = _NUMPY[types.x]
 
     def read(element: str, dtype: torch.dtype) -> str:
-        name = {torch.bfloat16: "from_bfloat16", torch.float16: "from_float16"}.get(dtype, "")
-        return f"{real}({name}({element}))"
+        return f"{real}({f'from_{_SHORT[dtype]}' if dtype in _SHORT else ''}({element}))"
 
-    def write(value: str) -> str:
-        return f"to_bfloat16({value})" if types[2] == torch.bfloat16 else f"{_NUMPY[types[2]]}({value})"
+    def write(value: str, dtype: torch.dtype) -> str:
+        return f"to_{_SHORT[dtype]}({value})" if dtype in _SHORT else f"{_NUMPY[dtype]}({value})"
+
+    def finite(name: str) -> list[str]:
+        """Comparing with NaN is false, and the largest number is as wide as what it is compared with."""
+        largest = f"{real}({torch.finfo(types.x).max!r})"
+        return [f"{name} = {name} if abs({name}) <= {largest} else {real}(0.0)"] if guard else []
 
     rows = [f"r{k}" for k in range(messages if d is None else messages * d)]
-    buffers = ["x", "g", *(f"s{k}" for k in range(len(state))), *rows]
+    buffers = ["x", "g", *(f"s{k}" for k in range(len(state))), *rows, *([] if types.low is None else ["low"])]
     head = [
         f"def run(c, {', '.join(buffers)}):",
         f"    h = H({', '.join(f'c[{k}]' for k in range(len(fields)))})",
         f"    scale = c[{len(fields)}]",
     ]
     old = ", ".join(f"s{k}[i]" for k in range(len(state)))
-    load = [f"s = {f'State({old})' if state else '()'}", f"gi = {read('g[i]', types[1])} * scale"]
+    load = ["xi = x[i]"]
+    if types.low is not None:  # NaN equals nothing: x follows a low that is NaN, and one that is not where x is
+        load += [
+            f"li = {read('low[i]', types.low)}",
+            f"xi = xi if li == {read(write('xi', types.low), types.low)} else li",
+        ]
+    load += [f"s = {f'State({old})' if state else '()'}", f"gi = {read('g[i]', types.g)} * scale", *finite("gi")]
+    if d != 0:
+        load += ["y = send(xi, gi, s, h)"]
     if d is None:
-        return "\n".join(head + _pack_loop(buffers, rows, types[2].itemsize, load, write))
+        return "\n".join(head + _pack_loop(buffers, rows, types.wire, load, write))
 
-    pull = [f"{real}(0.0)"] * messages
+    pull, differences = [f"{real}(0.0)"] * messages, []
     for k in range(messages if d else 0):
-        own = read(write(f"y[{k}]"), types[2])
-        pull[k] = " + ".join(f"({read(f'r{j * messages + k}[i]', types[2])} - {own}) * w{j}" for j in range(d))
+        own = read(write(f"y[{k}]", types.wire), types.wire)
+        for j in range(d):
+            row = f"{j * messages + k}"
+            differences += [f"d{row} = {read(f'r{row}[i]', types.wire)} - {own}", *finite(f"d{row}")]
+        pull[k] = " + ".join(f"d{j * messages + k} * w{j}" for j in range(d))
     lines = [
         *load,
-        *(["y = send(x[i], gi, s, h)"] if d else []),
-        f"xi, new = update(x[i], gi, s, ({', '.join(pull)},), h)",
+        *differences,
+        f"xi, new = update(xi, gi, s, ({', '.join(pull)},), h)",
         "x[i] = xi",
         *(f"s{k}[i] = new[{k}]" for k in range(len(state))),
     ]
@@ -70,14 +94,18 @@ def loop(equations: Equations, d: int | None, types: tuple[torch.dtype, torch.dt
 
 
 def _pack_loop(
-    buffers: list[str], rows: list[str], size: int, load: list[str], write: Callable[[str], str]
+    buffers: list[str],
+    rows: list[str],
+    wire: torch.dtype,
+    load: list[str],
+    write: Callable[[str, torch.dtype], str],
 ) -> list[str]:
     """The loop of `pack`: the rows' aligned middle goes through a small array and non-temporal stores."""
-    stages = [f"t{k}" for k in range(len(rows))]
+    size, stages = wire.itemsize, [f"t{k}" for k in range(len(rows))]
 
     def body(indent: str, targets: list[str], index: str) -> list[str]:
-        stores = [f"{t}[{index}] = {write(f'y[{k}]')}" for k, t in enumerate(targets)]
-        return [indent + line for line in (*load, "y = send(x[i], gi, s, h)", *stores)]
+        stores = [f"{t}[{index}] = {write(f'y[{k}]', wire)}" for k, t in enumerate(targets)]
+        return [indent + line for line in (*load, *stores)]
 
     def cut(lo: str, hi: str) -> str:
         return f"{', '.join(buffers)} = {', '.join(f'whole_{b}[{lo}:{hi}]' for b in buffers)}"

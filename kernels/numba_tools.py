@@ -57,6 +57,20 @@ def from_float16(bits):
 
 
 @njit
+def to_float16(value):
+    """To nearest even. The last place of a number below 2^-14 is that of float32 at 0.5: adding 0.5 rounds to it."""
+    bits = as_bits(np.float32(value))
+    size = bits & np.uint32(0x7FFFFFFF)
+    small = np.uint32(as_bits(as_float(size) + np.float32(0.5)) - np.uint32(0x3F000000))
+    normal = np.uint32((size + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13))
+    normal = np.uint32(normal - np.uint32(112 << 10))
+    rounded = small if size < np.uint32(113 << 23) else normal
+    rounded = rounded if size < np.uint32(143 << 23) else np.uint32(0x7C00)  # 65520 rounds up to it by itself
+    rounded = rounded if value == value else np.uint32(0x7E00)
+    return np.uint16(rounded | ((bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+@njit
 def address(array):
     return np.int64(array.ctypes.data)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..rules.rule import Rule
 from ..rules.scalars import Scalars
 from .replay import replay
-from .trace import Equations
+from .trace import Equations, Guard
 
 if TYPE_CHECKING:
     from .passes import Received, Rows
@@ -44,28 +44,34 @@ class TorchPasses:
 
     name = "torch"
 
-    def __init__(self, rule: Rule):
-        self.rule = rule
+    def __init__(self, rule: Rule, guard: bool = False):
+        self.rule, self.guard = rule, guard
         self.equations = Equations.of(rule)
         self.scalars = Scalars((), ())
 
     def set(self, scalars: Scalars) -> None:
         self.scalars = scalars.numbers()
 
-    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows) -> None:
+    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows, low: Tensor | None = None) -> None:
         rows = tuple(messages)
-        self._check(x, g, state, rows, self.rule.messages)
-        self._run(None, x, g, state, rows, messages[0].dtype)
+        self._check(x, g, state, rows, self.rule.messages, (), low)
+        self._run(None, x, g, state, rows, messages[0].dtype, low)
 
     def combine(
-        self, x: Tensor, g: Tensor, state: Sequence[Tensor], received: Received, copies: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        received: Received,
+        copies: Sequence[Tensor] = (),
+        low: Tensor | None = None,
     ) -> None:
         d = len(self.scalars.weights)
         rows = tuple(row for r in (received[:d] if d else ()) for row in r)
-        self._check(x, g, state, rows, d * self.rule.messages, copies)
+        self._check(x, g, state, rows, d * self.rule.messages, copies, low)
         if self.scalars.skip:
             return
-        self._run(d, x, g, state, rows, rows[0].dtype if rows else x.dtype)
+        self._run(d, x, g, state, rows, rows[0].dtype if rows else x.dtype, low)
         for c in copies:
             c.copy_(x)
 
@@ -78,30 +84,50 @@ class TorchPasses:
         received: Received,
         degrees: Iterable[int],
         copies: Sequence[Tensor] = (),
-        guard: bool = False,
+        low: Tensor | None = None,
+        skips: bool = False,
     ) -> None:
         """Does nothing: torch's operations are compiled."""
 
     def _check(
-        self, x: Tensor, g: Tensor, state: Sequence[Tensor], rows: Rows, expected: int, copies: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        rows: Rows,
+        expected: int,
+        copies: Sequence[Tensor],
+        low: Tensor | None,
     ) -> None:
         need, have = (len(self.rule.state), expected), (len(state), len(rows))
         if need != have:
             raise ValueError(f"{self.rule!r} takes {need} buffers of state and rows of messages here, not {have}")
-        if x.dim() != 1 or any(t.shape != x.shape for t in (g, *state, *rows, *copies)):
-            shapes = [tuple(t.shape) for t in (x, g, *state, *rows, *copies)]
+        buffers = (x, g, *state, *rows, *copies, *(() if low is None else (low,)))
+        if x.dim() != 1 or any(t.shape != x.shape for t in buffers):
+            shapes = [tuple(t.shape) for t in buffers]
             raise ValueError(f"buffers must be flat and of one length, not {shapes}")
 
     def _run(
-        self, d: int | None, x: Tensor, g: Tensor, state: Sequence[Tensor], rows: Sequence[Tensor], wire: torch.dtype
+        self,
+        d: int | None,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        wire: torch.dtype,
+        low: Tensor | None,
     ) -> None:
         """d: None for `pack`, the number of neighbors for `combine`; rows: messages to write, or received ones."""
         h, weights, scale, _ = self.scalars
-        run, count = replay(self.equations, d, g.dtype != x.dtype, wire != x.dtype, scale != 1.0)
+        # A scale of at most 1 makes no finite gradient infinite. Guarded before it, the gradient's product with it is
+        # still one with the scalars of the equations, rounded as without a guard.
+        guard: Guard = ("before" if abs(float(scale)) <= 1.0 else "after") if self.guard else ""
+        kinds = g.dtype != x.dtype, wire != x.dtype, scale != 1.0
+        run, count = replay(self.equations, d, *kinds, guard, low is not None)
         n = max(1, min(BLOCK if x.device.type == "cpu" else DEVICE_BLOCK, x.numel()))
         key = f"{x.dtype} {x.device} {_stream(x.device)}"
         kept = vars(_scratch).get(key)
         if kept is None or len(kept) < count * n:
             kept = vars(_scratch)[key] = x.new_empty(count * n)
         narrow = x.new_empty(n if wire != x.dtype else 0, dtype=wire)
-        run(n, h, weights, scale, x, g, state, rows, kept[: count * n].view(count, n), narrow)
+        run(n, h, weights, scale, x, g, state, rows, low, kept[: count * n].view(count, n), narrow)

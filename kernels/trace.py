@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..rules.rule import Rule, named
+
+Guard = Literal["", "before", "after"]
 
 
 class Equations(NamedTuple):
@@ -101,21 +103,35 @@ class Value:
     def __neg__(self) -> Value:
         return self.times(self.lift(-1.0))
 
+    def finite(self) -> Value:
+        """Every element that is infinite or NaN replaced by 0."""
+        return self.new("finite", self)
+
     def sqrt(self) -> Value:
         return self.new("scalar", scalar=f"{self.scalar} ** 0.5") if self.op == "scalar" else self.new("sqrt", self)
 
 
 def trace(
-    equations: Equations, d: int | None, *, cast_g: bool = False, cast_wire: bool = False, scaled: bool = True
+    equations: Equations,
+    d: int | None,
+    *,
+    cast_g: bool = False,
+    cast_wire: bool = False,
+    scaled: bool = True,
+    guard: Guard = "",
+    low: bool = False,
 ) -> list[tuple[str, Value]]:
     """The new value of every buffer that a pass writes, by the buffer's name, in the order of the text.
 
-    Buffers are called x, g, s0, s1, ... for the state and r0, r1, ... for the messages.
+    Buffers are called x, g, low, s0, s1, ... for the state and r0, r1, ... for the messages.
 
     Args:
         d: None for `pack`; for `combine`, from how many neighbors messages came.
         cast_g, cast_wire: whether gradients and messages have another type than x.
         scaled: whether the gradient's scale is another number than 1.
+        guard: what is not finite becomes 0 in the difference to each message, and in the gradient before or after it is
+            scaled. Empty: nowhere.
+        low: whether there is a buffer of 16-bit parameters, which x follows where they were written.
     """
     send, update, state, fields, messages = equations
     root = Value({}, "root")
@@ -128,8 +144,14 @@ def trace(
         return root.new("copy", leaf) if cast else leaf
 
     x, g = buffer("x"), buffer("g", cast_g)
+    if low:
+        x = root.new("follow", x, buffer("low"))
+    if guard == "before":
+        g = g.finite()
     if scaled:
         g = g * scalar("scale")
+    if guard == "after":
+        g = g.finite()
     s = named("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
     h = named("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
     own = [root.lift(y) for y in send(x, g, s, h)]
@@ -140,7 +162,10 @@ def trace(
         # sum_k w_k (r_k - q). q is the own message as it was sent: rounded to the type of the messages.
         q = root.new("round", y) if cast_wire else y
         for j in range(d):
-            part = scalar(f"w[{j}]") * (buffer(f"r{j * messages + k}", cast_wire) - q)
+            r = buffer(f"r{j * messages + k}", cast_wire)
+            # A message that is a product was rounded when it was sent: it is no part of the subtraction.
+            d_jk = r.new("add", r, q, scalar="-1") if q.op == "scale" else r - q
+            part = scalar(f"w[{j}]") * (d_jk.finite() if guard else d_jk)
             pull[k] = pull[k] + part if j else part
     new_x, new_s = update(x, g, s, tuple(pull), h)
     return [("x", root.lift(new_x)), *((f"s{k}", root.lift(v)) for k, v in enumerate(new_s))]

@@ -5,6 +5,9 @@ the state in place. Nothing else goes through memory: the kernel recomputes the 
 stores the pull, and the compiler removes loads of buffers that a rule's equations do not use. Words of 4 bytes per
 parameter in pack and combine: DecentLaM 3 and 5 + d, PC-DmSGD 4 and 7 + d. `gate/` counts them.
 
+With GUARD, what is not finite in the gradient or in a message counts for nothing: three instructions for each, in
+registers. low_ptrs is empty, or holds the 16-bit parameters whose master is x: x follows where somebody wrote them.
+
 Letters: x parameter, g gradient, s state buffers, y messages, r received messages, h scalars, d neighbors.
 
 No parameter has a default. Triton 3.6, the oldest supported, wraps numbers that are defaults of nested functions and
@@ -70,12 +73,23 @@ def _store(ptr, offsets, value, n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-            VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _finite(value, GUARD: tl.constexpr):
+    """value, or 0 where it is infinite or NaN. 3.4028234663852886e38 is the largest float32. NaN compares false."""
+    if GUARD:
+        value = tl.where(tl.abs(value) <= 3.4028234663852886e38, value, 0.0)
+    return value
+
+
+@triton.jit
+def _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+            VECTOR: tl.constexpr, EVEN: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
     """This program's offsets, and x, g, s, h as an equation takes them."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     x = _load(x_ptr, offsets, n, EVEN)
-    g = _load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr)
+    for k in tl.static_range(len(low_ptrs)):
+        low = _load(low_ptrs[k], offsets, n, EVEN)
+        x = tl.where(low == x.to(low_ptrs[k].dtype.element_ty).to(tl.float32), x, low)
+    g = _finite(_load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr), GUARD)
     s = ()
     for k in tl.static_range(len(S.names)):
         s = s + (_load(s_ptrs[k], offsets, n, EVEN),)  # type: ignore[assignment]
@@ -86,29 +100,30 @@ def _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constex
 
 
 @triton.jit
-def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
-                 H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
+                 H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+                 GUARD: tl.constexpr):  # fmt: skip
     """y = SEND(x, g, s, h)"""
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
     y = SEND(x, g, s, h)
     for k in tl.static_range(len(y_ptrs)):
         _store(y_ptrs[k], offsets, y[k], n, EVEN)
 
 
 @triton.jit
-def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
-                    H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                    UPDATE: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
+                    S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+                    UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
     """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
 
     r_ptrs are the messages of the first neighbor, of the second, and so on. The new x is written to copy_ptrs too, in
-    the type of each. GUARD is the place of a flag among the scalars, 0 for none: a flag that is not 0 leaves everything
+    the type of each. SKIP is the place of a flag among the scalars, 0 for none: a flag that is not 0 leaves everything
     as it is.
     """
-    if GUARD:
-        if tl.load(scalars_ptr + GUARD) != 0.0:
+    if SKIP:
+        if tl.load(scalars_ptr + SKIP) != 0.0:
             return
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
     y = SEND(x, g, s, h)
     w = ()
     for k in tl.static_range(len(r_ptrs) // len(y)):
@@ -120,9 +135,9 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, SEN
             r = _load(r_ptrs[k * len(y) + m], offsets, n, EVEN)
             q = y[m].to(r_ptrs[0].dtype.element_ty).to(tl.float32)  # my message as it was sent
             if k == 0:
-                total = w[k] * (r - q)
+                total = w[k] * _finite(r - q, GUARD)
             else:
-                total += w[k] * (r - q)
+                total += w[k] * _finite(r - q, GUARD)
         pull = pull + (total,)  # type: ignore[assignment]
     x, s = UPDATE(x, g, s, pull, h)
     _store(x_ptr, offsets, x, n, EVEN)

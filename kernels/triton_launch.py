@@ -42,6 +42,7 @@ class Buffers(NamedTuple):
     state: tuple[torch.Tensor, ...]
     parts: tuple[torch.Tensor, ...]
     copies: tuple[torch.Tensor, ...]
+    low: tuple[torch.Tensor, ...]  # one or none
     messages: int
 
     @property
@@ -75,7 +76,7 @@ class Launcher:
     """One kernel with its constants. `check` gets the buffers of every new form, and raises if they do not fit.
 
     A kernel's arguments are x, g, the tuple of state, the tuple of messages, the tuple of copies if it has `copy_ptrs`,
-    the scalars, the length and the constants.
+    the tuple of low parameters, the scalars, the length and the constants.
     """
 
     def __init__(self, kernel: Any, constants: dict, block: int, options: dict, check: Callable[[Buffers], None]):
@@ -85,55 +86,55 @@ class Launcher:
         self._copies = "copy_ptrs" in kernel.arg_names
         self._forms: dict[tuple, Form] = {}
 
-    def __call__(self, b: Buffers, values: torch.Tensor, guard: int = 0) -> None:
+    def __call__(self, b: Buffers, values: torch.Tensor, skip: int = 0) -> None:
         """Launches on the current device and stream."""
         if INTERPRETED:  # takes tensors, not addresses
             self.check(b)
             if b.x.numel():
-                self.kernel[self._grid(b)](*self._arguments(b, values, guard), **self.options)
+                self.kernel[self._grid(b)](*self._arguments(b, values, skip), **self.options)
             return
-        tensors = (b.x, b.g, *b.state, *b.parts, *b.copies)
+        tensors = (b.x, b.g, *b.state, *b.parts, *b.copies, *b.low)
         addresses = tuple(map(_address, tensors))
         odd = reduce(or_, addresses) & 15
         key = (
-            guard, b.messages, len(b.state), len(b.parts), odd and tuple([a & 15 for a in addresses]),
+            skip, b.messages, len(b.state), len(b.parts), len(b.low), odd and tuple([a & 15 for a in addresses]),
             *map(_dtype, tensors), *map(_shape, tensors), *map(_stride, tensors), *map(_is_cuda, tensors),
         )  # fmt: skip
         form = self._forms.get(key)
         if form is None:
-            form = self._prepare(b, values, guard)
+            form = self._prepare(b, values, skip)
             if len(self._forms) >= FORMS:
                 self._forms.clear()
             self._forms[key] = form
-        middle = 2 + len(b.state)
+        middle, end = 2 + len(b.state), len(addresses) - len(b.low)
         messages = tuple([addresses[i] + offset for i, offset in form.rows])
-        copies = (addresses[middle + len(b.parts) :],) if self._copies else ()
-        form.run(addresses[0], addresses[1], addresses[2:middle], messages, *copies, *form.rest)
+        copies = (addresses[middle + len(b.parts) : end],) if self._copies else ()
+        form.run(addresses[0], addresses[1], addresses[2:middle], messages, *copies, addresses[end:], *form.rest)
 
-    def warm(self, b: Buffers, values: torch.Tensor, guard: int = 0) -> None:
+    def warm(self, b: Buffers, values: torch.Tensor, skip: int = 0) -> None:
         """Compiles and loads what a launch over such buffers needs, and launches nothing."""
         if not INTERPRETED:
-            self._prepare(b, values, guard)
+            self._prepare(b, values, skip)
 
-    def _prepare(self, b: Buffers, values: torch.Tensor, guard: int) -> Form:
+    def _prepare(self, b: Buffers, values: torch.Tensor, skip: int) -> Form:
         self.check(b)
         first = 2 + len(b.state)
         rows: list[tuple[int, int]] = []
         for i, part in enumerate(b.parts):
             rows += [(first + i, row.data_ptr() - part.data_ptr()) for row in rows_of(part)]
-        arguments = self._arguments(b, values, guard)
+        arguments = self._arguments(b, values, skip)
         run = _nothing
         if b.x.numel():
             # Indexing loads the machine code. Under Triton 3.6 it also compiles a launcher in C (0.1 s per signature).
             run = self.kernel.warmup(*arguments, grid=self._grid(b), **self.options)[self._grid(b)]
         return Form(run, rows, (values.data_ptr(), *arguments[-1 - len(self._order) :]))
 
-    def _arguments(self, b: Buffers, values: torch.Tensor, guard: int) -> tuple:
+    def _arguments(self, b: Buffers, values: torch.Tensor, skip: int) -> tuple:
         n = b.x.numel()
-        late = {"EVEN": n % self.block == 0, "GUARD": guard}
+        late = {"EVEN": n % self.block == 0, "SKIP": skip}
         constants = (late[name] if name in late else self.constants[name] for name in self._order)
         copies = (b.copies,) if self._copies else ()
-        return (b.x, b.g, b.state, tuple(b.rows), *copies, values, n, *constants)
+        return (b.x, b.g, b.state, tuple(b.rows), *copies, b.low, values, n, *constants)
 
     def _grid(self, b: Buffers) -> tuple[int, int, int]:
         return (-(-b.x.numel() // self.block), 1, 1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CAPACITY = 256
 SKIP = CAPACITY - 1  # the place of the flag of a step that nobody takes
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what gradients, messages and copies may be
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what gradients, messages, copies and low may be
 # Slices of a bucket start at multiples of this many elements and are multiples of it: 16 bytes for every type.
 SLICE = 16
 
@@ -54,8 +54,9 @@ def missing(device: torch.device) -> str | None:
 class TritonPasses:
     """The passes, see `Passes`, as one launch of a Triton kernel each.
 
-    x and state are float32. Gradients, messages and copies are float32, bfloat16 or float16. Any length and alignment
-    works; buffers padded to a multiple of BLOCK elements and aligned to 16 bytes run at the memory's speed.
+    x and state are float32. Gradients, messages, copies and low parameters are float32, bfloat16 or float16. Any length
+    and alignment works; buffers padded to a multiple of BLOCK elements and aligned to 16 bytes run at the memory's
+    speed.
 
     The kernels read all scalars, weights included, from one device tensor at a fixed address. Other values need no
     compilation and no host synchronization, and a captured CUDA graph takes them at its next replay: call `set` outside
@@ -72,6 +73,7 @@ class TritonPasses:
         device: torch.device | str = "cuda",
         block: int = BLOCK,
         warps: int = WARPS,
+        guard: bool = False,
     ):
         self.rule, self.device, self.block = rule, torch.device(device), block
         self.scalars = Scalars((), ())
@@ -80,7 +82,7 @@ class TritonPasses:
         self._current: tuple[float, ...] = ()
         self._streams: set = set()  # those that have waited for the current values
         options = {**OPTIONS, "num_warps": warps}
-        constants = {"SEND": _equation(rule.send), "S": Fields(rule.state), "H": Fields(rule.H._fields)}
+        constants = {"SEND": _equation(rule.send), "S": Fields(rule.state), "H": Fields(rule.H._fields), "GUARD": guard}
         self._packing = Launcher(_pack_kernel, constants, block, options, self._check)
         constants.update(UPDATE=_equation(rule.update))
         self._combining = Launcher(_combine_kernel, constants, block, options, self._check)
@@ -117,20 +119,28 @@ class TritonPasses:
             self._values[i].copy_(value, non_blocking=True)
 
     @property
-    def _guarded(self) -> bool:
+    def _flagged(self) -> bool:
         return isinstance(self.scalars.skip, Tensor)
 
-    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows) -> None:
-        self._launch(self._packing, Buffers(x, g, tuple(state), parts(messages), (), self.rule.messages))
+    def pack(self, x: Tensor, g: Tensor, state: Sequence[Tensor], messages: Rows, low: Tensor | None = None) -> None:
+        lows = () if low is None else (low,)
+        self._launch(self._packing, Buffers(x, g, tuple(state), parts(messages), (), lows, self.rule.messages))
 
     def combine(
-        self, x: Tensor, g: Tensor, state: Sequence[Tensor], received: Received, copies: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        g: Tensor,
+        state: Sequence[Tensor],
+        received: Received,
+        copies: Sequence[Tensor] = (),
+        low: Tensor | None = None,
     ) -> None:
-        if not self._guarded and self.scalars.skip:
+        if not self._flagged and self.scalars.skip:
             return
         d = len(self.scalars.weights)
-        b = Buffers(x, g, tuple(state), parts(received[:d]) if d else (), tuple(copies), d * self.rule.messages)
-        self._launch(self._combining, b, SKIP if self._guarded else 0)
+        heard, lows = parts(received[:d]) if d else (), () if low is None else (low,)
+        b = Buffers(x, g, tuple(state), heard, tuple(copies), lows, d * self.rule.messages)
+        self._launch(self._combining, b, SKIP if self._flagged else 0)
 
     def warm(
         self,
@@ -141,7 +151,8 @@ class TritonPasses:
         received: Received,
         degrees: Iterable[int],
         copies: Sequence[Tensor] = (),
-        guard: bool = False,
+        low: Tensor | None = None,
+        skips: bool = False,
     ) -> None:
         """Builds kernels, which else takes 0.1 to 0.2 s each at their first launch.
 
@@ -153,30 +164,31 @@ class TritonPasses:
         # Triton tells apart multiples of a block, slices that end within one, and the whole.
         for m in {n, *(length for length in (self.block, SLICE) if length < n)}:
             local = x[:m], g[:m], tuple(t[:m] for t in state)
+            lows = () if low is None else (low[:m],)
             with torch.cuda.device(self._index) if self._index is not None else contextlib.nullcontext():
                 sent = tuple(t[..., :m] for t in parts(messages) if t.numel())
                 if sent:
-                    self._packing.warm(Buffers(*local, sent, (), k), self._values)
+                    self._packing.warm(Buffers(*local, sent, (), lows, k), self._values)
                 for d in degrees:
                     heard = tuple(row[:m] for row in islice(cycle(rows), d * k))
-                    b = Buffers(*local, heard, tuple(t[:m] for t in copies), d * k)
-                    self._combining.warm(b, self._values, SKIP if guard else 0)
+                    b = Buffers(*local, heard, tuple(t[:m] for t in copies), lows, d * k)
+                    self._combining.warm(b, self._values, SKIP if skips else 0)
 
-    def _launch(self, launcher: Launcher, b: Buffers, guard: int = 0) -> None:
+    def _launch(self, launcher: Launcher, b: Buffers, skip: int = 0) -> None:
         """Launches on the kernels' device, after the values of `set` are in place."""
         if not self._current:
             raise RuntimeError("call set before pack and combine")
         if self._index is None:
-            launcher(b, self._values, guard)
+            launcher(b, self._values, skip)
             return
         stream = torch.cuda.current_stream(self._index)
         if stream not in self._streams:
             self._join(stream)
         if torch.cuda.current_device() == self._index:  # the context manager costs more than this question
-            launcher(b, self._values, guard)
+            launcher(b, self._values, skip)
         else:
             with torch.cuda.device(self._index):
-                launcher(b, self._values, guard)
+                launcher(b, self._values, skip)
 
     def _join(self, stream: torch.cuda.Stream) -> None:
         with torch.cuda.device(self._index):
@@ -189,7 +201,7 @@ class TritonPasses:
             if t.dtype != torch.float32:
                 raise TypeError(f"the Triton kernels keep x and state in float32, got {t.dtype}: use fused=False")
         rows = b.rows
-        for t in (b.g, *rows, *b.copies):
+        for t in (b.g, *rows, *b.copies, *b.low):
             if t.dtype not in NARROW:
                 raise TypeError(f"the Triton kernels take no gradients or messages in {t.dtype}: use fused=False")
         if len(b.state) != len(self.rule.state) or len(rows) != b.messages:
@@ -198,7 +210,7 @@ class TritonPasses:
                 f" {len(b.state)} and {len(rows)}"
             )
         n = b.x.numel()
-        for t in (b.x, b.g, *b.state, *rows, *b.copies):
+        for t in (b.x, b.g, *b.state, *rows, *b.copies, *b.low):
             if t.shape != (n,) or not t.is_contiguous():
                 raise ValueError(f"buffers must be flat, contiguous and of length {n}, got {tuple(t.shape)}")
             if t.device.type != self._values.device.type:

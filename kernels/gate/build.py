@@ -34,14 +34,17 @@ def build(
     vector: int = VECTOR,
     even: bool = True,
     aligned: tuple[bool, bool] = (True, True),
+    guard: bool = True,
     **options: Any,
 ) -> Any:
-    """The case compiled as `TritonPasses` launches it. Only the negative controls, in tests/, pass more arguments.
+    """The case compiled as `TritonPasses` launches it where there are several workers.
+
+    Only the negative controls, in tests/, pass more arguments.
 
     aligned: whether pointers, and whether the length, are known to be multiples of 16.
     """
     rule, d = case.rule, case.d
-    kernel = kernel or (_pack_kernel if case.pass_ == "pack" else _combine_kernel)
+    kernel = kernel or (_pack_kernel if case.packs else _combine_kernel)
     message = f"*{case.message}"
     types = {
         "x_ptr": "*fp32",
@@ -49,14 +52,16 @@ def build(
         "s_ptrs": ("*fp32",) * len(rule.state),
         "y_ptrs": (message,) * rule.messages,
         "r_ptrs": (message,) * (d * rule.messages),
-        "copy_ptrs": (message,) * (case.pass_ == "emit"),
+        "copy_ptrs": (message,) * (case.pass_ in ("emit", "follow")),
+        "low_ptrs": (message,) * case.follows,
         "scalars_ptr": "*fp32",
         "n": "i32",
     }
     constants = {
         "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
         "BLOCK": block, "VECTOR": vector, "EVEN": even,
-        "GUARD": SKIP if case.pass_ == "guarded" else 0,
+        "GUARD": guard,
+        "SKIP": SKIP if case.pass_ == "skips" else 0,
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {}

@@ -18,7 +18,8 @@ class Case(NamedTuple):
 
     rule: Rule
     schedule: str  # "atc", "awc"
-    # "pack", "combine", "emit": combine that also writes x in the messages' type, "guarded": combine that reads a flag
+    # "pack", "combine"; "emit": combine that also writes x in the messages' type; "follow", "packlow": combine and pack
+    # that also read x in that type, which combine writes; "skips": combine that reads a flag.
     pass_: str
     message: str
     gradient: str
@@ -29,11 +30,22 @@ class Case(NamedTuple):
         return (self.rule.name, self.schedule, self.pass_, self.message, self.gradient, str(self.d))
 
     @property
+    def packs(self) -> bool:
+        return self.pass_ in ("pack", "packlow")
+
+    @property
+    def follows(self) -> bool:
+        """Whether it reads parameters of the messages' type, in whose place x is the master."""
+        return self.pass_ in ("follow", "packlow")
+
+    @property
     def floor(self) -> Traffic:
-        if self.pass_ == "pack":
-            return pack_floor(self.rule, self.gradient, self.message)
-        floor = combine_floor(self.rule, self.gradient, self.message, self.d, emit=self.pass_ == "emit")
-        return floor._replace(scalars=floor.scalars + (self.pass_ == "guarded"))
+        if self.packs:
+            floor = pack_floor(self.rule, self.gradient, self.message, self.follows)
+        else:
+            emits = self.pass_ in ("emit", "follow")
+            floor = combine_floor(self.rule, self.gradient, self.message, self.d, emits, self.follows)
+        return floor._replace(scalars=floor.scalars + (self.pass_ == "skips"))
 
     def ceiling(self, architecture: str) -> int:
         """Registers allowed for each thread: 64, 80 or 96, with which an SM's 65,536 last for 1024, 768 or 640 threads.

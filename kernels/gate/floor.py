@@ -29,19 +29,20 @@ class Traffic(NamedTuple):
         return sum(SIZE[t] * n for t, n in (*self.loads.items(), *self.stores.items()))
 
 
-def pack_floor(rule: Rule, gradient: str, message: str) -> Traffic:
-    return _traffic(rule, None, gradient, message, stores=Counter({message: rule.messages}))
+def pack_floor(rule: Rule, gradient: str, message: str, low: bool = False) -> Traffic:
+    """low: x follows parameters in the messages' type."""
+    return _traffic(rule, None, gradient, message, Counter({message: rule.messages}), low)
 
 
-def combine_floor(rule: Rule, gradient: str, message: str, d: int, emit: bool = False) -> Traffic:
+def combine_floor(rule: Rule, gradient: str, message: str, d: int, emit: bool = False, low: bool = False) -> Traffic:
     """x and every state buffer are written; `emit` also writes x in the messages' type."""
     stores = Counter({"fp32": 1 + len(rule.state)}) + Counter({message: int(emit)})
-    return _traffic(rule, d, gradient, message, stores)
+    return _traffic(rule, d, gradient, message, stores, low)
 
 
-def _traffic(rule: Rule, d: int | None, gradient: str, message: str, stores: Counter) -> Traffic:
+def _traffic(rule: Rule, d: int | None, gradient: str, message: str, stores: Counter, low: bool) -> Traffic:
     try:
-        results = trace(Equations.of(rule), d)
+        results = trace(Equations.of(rule), d, guard="after", low=low)
     except TypeError as error:
         raise TypeError(
             f"the equations of {rule.name!r} may use + - * / and .sqrt() and nothing else: {error}"
@@ -57,7 +58,7 @@ def _traffic(rule: Rule, d: int | None, gradient: str, message: str, stores: Cou
     scalars: set[str] = set()
     for node in nodes:
         if node.op == "buffer":
-            loads[{"g": gradient, "r": message}.get(node.scalar[0], "fp32")] += 1
+            loads[{"g": gradient, "r": message, "l": message}.get(node.scalar[0], "fp32")] += 1
         else:
             scalars.update(re.findall(r"[hw]\[\d+\]|scale", node.scalar))
     return Traffic(loads, stores, len(scalars), sum(node.op in ("div", "part", "inverse") for node in nodes))

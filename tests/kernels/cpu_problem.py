@@ -91,17 +91,21 @@ def run(backend, p):
     return messages, x, state
 
 
-def text(p, dtype, messages=None):
+def text(p, dtype, messages=None, guard=False):
     """The same by the rule's text, operation by operation, in the given type; `messages`: take these as sent."""
+
+    def finite(value):
+        return torch.where(value.abs() <= torch.finfo(p.x.dtype).max, value, 0.0) if guard else value
+
     h, weights, scale, _ = p.scalars
     x, state = p.x.to(dtype), p.rule.State(*(t.to(dtype) for t in p.state))
-    g = p.g.to(dtype) if scale == 1.0 else p.g.to(dtype) * scale
+    g = finite(p.g.to(dtype) if scale == 1.0 else p.g.to(dtype) * scale)
     with sqrt_rounded_once():
         own = p.rule.send.fn(x, g, state, h)
     sent = torch.stack(own).to(p.messages.dtype) if messages is None else messages
     pull = [0.0] * p.rule.messages
     for k in range(p.rule.messages if weights else 0):
-        parts = [(r[k].to(dtype) - sent[k].to(dtype)) * w for r, w in zip(p.received, weights, strict=True)]
+        parts = [finite(r[k].to(dtype) - sent[k].to(dtype)) * w for r, w in zip(p.received, weights, strict=True)]
         pull[k] = sum(parts[1:], parts[0])
     with sqrt_rounded_once():
         new_x, new_state = p.rule.update.fn(x, g, state, tuple(pull), h)

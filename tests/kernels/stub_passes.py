@@ -21,35 +21,35 @@ def buffers(n, count, dtype=torch.float32, odd=False):
 class Passes:
     """A rule's passes over buffers of one kind, each launch checked."""
 
-    def __init__(self, stub, rule, n, message=torch.float32, gradient=torch.float32, odd=False):
+    def __init__(self, stub, rule, n, message=torch.float32, gradient=torch.float32, odd=False, guard=False):
         self.stub, self.rule, self.n = stub, rule, n
         self.x, *state, self.copy = buffers(n, len(rule.state) + 2, odd=odd)
         self.state, (self.g,) = tuple(state), buffers(n, 1, gradient, odd)
         self.rows = buffers(n, 5 * rule.messages, message, odd)
-        self.passes = TritonPasses(rule, "cpu")
+        self.passes = TritonPasses(rule, "cpu", guard=guard)
         self.set(5)
 
     def set(self, d, lr=0.1, **more):
         self.passes.set(Scalars(self.rule.scalars(lr, 0.9, 0.0, 0.5), WEIGHTS[:d], **more))
 
-    def launched(self, run, rows, copies=()):
+    def launched(self, run, rows, copies=(), low=None):
         """Runs a pass, which must launch once, over as many blocks as it takes, with the buffers' addresses."""
-        tensors = (self.x, self.g, *self.state, *rows, *copies, self.passes._values)
+        tensors = (self.x, self.g, *self.state, *rows, *copies, *(() if low is None else (low,)), self.passes._values)
         before = self.stub.launches
         given = self.stub.addresses(run, len(tensors))
         assert self.stub.launches == before + 1
         assert self.stub.grid == -(-self.n // kernels.BLOCK)
         assert given == [t.data_ptr() for t in tensors]
 
-    def pack(self, messages=None):
+    def pack(self, messages=None, low=None):
         rows = self.rows[: self.rule.messages]
         messages = rows if messages is None else messages
-        self.launched(lambda: self.passes.pack(self.x, self.g, self.state, messages), rows)
+        self.launched(lambda: self.passes.pack(self.x, self.g, self.state, messages, low), rows, (), low)
 
-    def combine(self, d, received=None, copies=(), **more):
+    def combine(self, d, received=None, copies=(), low=None, **more):
         self.set(d, **more)
         k = self.rule.messages
         rows = self.rows[: d * k]
         received = tuple(rows[i * k : i * k + k] for i in range(d)) if received is None else received
-        run = lambda: self.passes.combine(self.x, self.g, self.state, received, copies)  # noqa: E731
-        self.launched(run, rows, copies)
+        run = lambda: self.passes.combine(self.x, self.g, self.state, received, copies, low)  # noqa: E731
+        self.launched(run, rows, copies, low)

@@ -12,12 +12,14 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cpu_problem import B, F, both, needs_numba, problem, quotient, run
+from cpu_problem import B, F, H, both, needs_numba, problem, quotient, run
+from guard_problem import step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_dlam import rules
 from fused_dlam.kernels import numba_passes, torch_passes
 from fused_dlam.kernels.numba_passes import NumbaPasses
+from fused_dlam.kernels.numba_source import Types
 from fused_dlam.kernels.torch_passes import TorchPasses
 from fused_dlam.kernels.trace import Equations
 
@@ -106,10 +108,11 @@ FMA = re.compile(r"\bv?fn?m(add|sub)|\bfml[as]\b")
 def test_compiled_loops_are_vectorized_and_not_contracted():
     import numba
 
-    for wire in (F, B):
+    for wire, guard, low in ((F, False, None), (B, False, None), (F, True, None), (B, True, B), (B, True, H)):
         for d in (None, 3):
-            function = numba_passes._compile(Equations.of(rules.pc_dmsgd), d, (F, F, wire))
-            run(NumbaPasses, problem(rules.pc_dmsgd, 10, d or 3, (F, F, wire)))
+            function = numba_passes._compile(Equations.of(rules.pc_dmsgd), d, Types(F, F, wire, low), guard)
+            p = problem(rules.pc_dmsgd, 10, d or 3, (F, F, wire))
+            step(NumbaPasses, p, guard, None if low is None else p.x.to(low))
             (assembly,) = function.inspect_asm().values()
             assert not FMA.search(assembly)
             if re.search(r"\bv?mulss\b", assembly):  # x86: beside the scalar loop for the rest there is a packed one
@@ -118,6 +121,6 @@ def test_compiled_loops_are_vectorized_and_not_contracted():
     loose = numba.njit(function.py_func, fastmath={"contract"})
     buffers = [np.ones(100, np.float32) for _ in range(7)]
     rounded = [b.astype(np.uint16) if k > 3 else b for k, b in enumerate(buffers)]
-    loose(np.ones(12, np.float32), *rounded)
+    loose(np.ones(12, np.float32), *rounded, rounded[-1])
     if any(line.startswith("flags") and " fma " in line for line in open("/proc/cpuinfo")):
         assert FMA.search(next(iter(loose.inspect_asm().values())))

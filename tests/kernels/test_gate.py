@@ -2,8 +2,9 @@
 
 Promises: every built-in rule is at its floor on sm_90, and its rows are those of the kept table (the subset for each
 commit); a rule of ten lines outside the package is gated with no other code, and one that misses its floor fails; every
-negative control is refused; x's copy in another type costs its bytes and no more, rounded to nearest even, and the flag
-of skipped steps one scalar.
+negative control is refused; x's copy in another type costs its bytes and no more, rounded to nearest even, as do low
+parameters that are read, and the flag of skipped steps one scalar; the guard against what is not finite costs no memory
+traffic and no barrier.
 """
 
 import os
@@ -183,5 +184,29 @@ def test_a_copy_costs_its_bytes_and_is_rounded_to_nearest_even(message):
 @pytest.mark.parametrize("rule", [rules.dsgd, rules.pc_dmsgd, rules.adamw], ids=lambda rule: rule.name)
 def test_the_flag_of_skipped_steps_costs_one_scalar(rule):
     for gradient in ("fp32", "bf16"):
-        case = Case(rule, "atc", "guarded", "fp32", gradient, 0)
+        case = Case(rule, "atc", "skips", "fp32", gradient, 0)
         assert judge(case, "sm_90", build(case, "sm_90")).failures == []
+
+
+@pytest.mark.parametrize("types", [("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp16")])
+@pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd], ids=lambda rule: rule.name)
+def test_the_guard_costs_no_traffic(rule, types):
+    for pass_, d in (("pack", 0), ("combine", 1), ("combine", 3)):
+        case = Case(rule, "atc", pass_, *types, d)
+        without, guarded = (judge(case, "sm_90", build(case, "sm_90", guard=guard)) for guard in (False, True))
+        assert without.failures == guarded.failures == []
+        assert (without.code.loads, without.code.stores) == (guarded.code.loads, guarded.code.stores)
+
+
+@pytest.mark.parametrize("low", ["bf16", "fp16"])
+@pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd, rules.dsgd], ids=lambda rule: rule.name)
+def test_low_parameters_cost_their_bytes(rule, low):
+    for pass_, plain, d in (
+        ("packlow", "pack", 0),
+        ("follow", "emit", 0),
+        ("follow", "emit", 1),
+        ("follow", "emit", 3),
+    ):
+        case = Case(rule, "atc", pass_, low, "fp32", d)
+        assert judge(case, "sm_90", build(case, "sm_90")).failures == []
+        assert case.floor.bytes == case._replace(pass_=plain).floor.bytes + 2

@@ -62,12 +62,12 @@ def launches(monkeypatch, tmp_path):
         yield stand_ins
 
 
-def step(rule, n, d, message=torch.float32, lr=0.1, passes=None, copies=(), skip=0.0):
-    passes = passes or triton_passes.TritonPasses(rule, "cpu")
+def step(rule, n, d, message=torch.float32, lr=0.1, passes=None, copies=(), skip=0.0, low=None):
+    passes = passes or triton_passes.TritonPasses(rule, "cpu", guard=True)
     passes.set(Scalars(rule.scalars(lr, 0.9, 0.0), (0.5 / (d + lr),) * d, skip=skip))
     x, g, *state = (aligned(n) for _ in range(2 + len(rule.state)))
-    passes.pack(x, g, state, aligned(rule.messages * n, message).view(-1, n))
-    passes.combine(x, g, state, aligned(d * rule.messages * n, message).view(d, rule.messages, n), copies)
+    passes.pack(x, g, state, aligned(rule.messages * n, message).view(-1, n), low)
+    passes.combine(x, g, state, aligned(d * rule.messages * n, message).view(d, rule.messages, n), copies, low)
     return passes
 
 
@@ -87,15 +87,26 @@ def test_the_gate_compiles_what_runs(launches):
             assert instructions(kernel.compiled[-1]) == instructions(gated)
 
 
-def test_the_gate_compiles_what_runs_with_copies_and_a_flag(launches):
+def test_the_gate_compiles_what_runs_with_copies_a_flag_and_low_parameters(launches):
     rule = rules.decentlam.adapt_while_communicating()
-    for d, pass_, copies, skip in (
-        (2, "emit", (aligned(4096, torch.bfloat16),), 0.0),
-        (0, "guarded", (), torch.tensor(0.0)),
+    half = aligned(4096, torch.bfloat16)
+    for d, passes, more in (
+        (2, ("pack", "emit"), {"copies": (half,)}),
+        (0, ("pack", "skips"), {"skip": torch.tensor(0.0)}),
+        (1, ("packlow", "follow"), {"copies": (half,), "low": half}),
     ):
-        step(rule, 4096, d, torch.bfloat16, copies=copies, skip=skip)
-        gated = build(Case(rule, "awc", pass_, "bf16", "fp32", d), "sm_90")
-        assert instructions(launches[1].compiled[-1]) == instructions(gated)
+        step(rule, 4096, d, torch.bfloat16, **more)
+        for pass_, kernel in zip(passes, launches, strict=True):
+            gated = build(Case(rule, "awc", pass_, "bf16", "fp32", d), "sm_90")
+            assert instructions(kernel.compiled[-1]) == instructions(gated)
+
+
+def test_a_guard_is_a_kernel_of_its_own(launches):
+    for guard in (False, True):
+        step(rules.dsgd, 1024, 1, passes=triton_passes.TritonPasses(rules.dsgd, "cpu", guard=guard))
+    for kernel in launches:
+        without, guarded = kernel.compiled
+        assert instructions(without) != instructions(guarded)
 
 
 def instructions(kernel):

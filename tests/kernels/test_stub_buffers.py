@@ -16,7 +16,7 @@ from fused_dlam import rules
 
 stub_process.skip_unless_possible()
 
-from stub_passes import Passes  # noqa: E402
+from stub_passes import Passes, buffers  # noqa: E402
 
 
 def stub_addresses(stub):
@@ -34,6 +34,20 @@ def stub_addresses(stub):
 
 def test_rows_anywhere_arrive(found):
     assert found["addresses"] == 3 * 3 * 2 * 4
+
+
+def stub_low(stub):
+    """A low parameter comes after the copies, or alone; the same buffers as copies are another launch."""
+    p, low, other = Passes(stub, rules.dsgd, 1040), *buffers(1040, 2, torch.bfloat16)
+    for d in (0, 1, 1):
+        for copies, read in (((low,), None), ((), low), ((low,), low), ((p.copy, low), low), ((low, other), None)):
+            p.pack(low=read)
+            p.combine(d, copies=copies, low=read)
+    return True
+
+
+def test_low_parameters_arrive(found):
+    assert found["low"] is True
 
 
 def stub_wrong(stub):

@@ -36,7 +36,7 @@ def stub_rates(stub, constant):
 
 
 @triton.jit
-def _kernel_with_a_rate(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, scalars_ptr, n, BLOCK: tl.constexpr,
+def _kernel_with_a_rate(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, BLOCK: tl.constexpr,
                         LR: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x_ptr + offsets, tl.load(x_ptr + offsets) - LR * tl.load(g_ptr + offsets))
@@ -50,28 +50,29 @@ def test_control_a_rate_as_a_constant_is_found(found):
     assert found["constant rates"] >= 1 + len(set(RATES))
 
 
-def stub_warm(stub, guard):
+def stub_warm(stub, skips, follows):
     """(launches while warming, builds after it for buffers and degrees that it was told of, and for others)."""
-    p = Passes(stub, rules.da_dmsgd, 8192, torch.bfloat16)
-    copies, skip = buffers(p.n, 2, torch.bfloat16), {"skip": torch.tensor(0.0)} if guard else {}
-    launched = stub.launches
-    p.passes.warm(p.x, p.g, p.state, p.rows[:2], (p.rows[:2],), (0, 1, 3), copies, guard=guard)
+    p = Passes(stub, rules.da_dmsgd, 8192, torch.bfloat16, guard=True)
+    copies, skip = buffers(p.n, 2, torch.bfloat16), {"skip": torch.tensor(0.0)} if skips else {}
+    low, launched = copies[0] if follows else None, stub.launches
+    p.passes.warm(p.x, p.g, p.state, p.rows[:2], (p.rows[:2],), (0, 1, 3), copies, low, skips)
     launched, before = stub.launches - launched, stub.builds
     for lo, hi in ((0, 8192), (0, 1024), (2048, 4096), (16, 32), (32, 1072), (4096, 4112)):
-        q = Passes(stub, p.rule, hi - lo, torch.bfloat16)
+        q = Passes(stub, p.rule, hi - lo, torch.bfloat16, guard=True)
         q.x, q.g, q.state = p.x[lo:hi], p.g[lo:hi], tuple(t[lo:hi] for t in p.state)
         q.rows = tuple(row[lo:hi] for row in p.rows)
-        q.pack()
+        part = None if low is None else low[lo:hi]
+        q.pack(low=part)
         for d in (0, 1, 3):
-            q.combine(d, copies=tuple(t[lo:hi] for t in copies), **skip)
+            q.combine(d, copies=tuple(t[lo:hi] for t in copies), low=part, **skip)
     after = stub.builds
-    p.combine(2, copies=copies, **skip)
+    p.combine(2, copies=copies, low=low, **skip)
     return launched, after - before, stub.builds - after
 
 
-@pytest.mark.parametrize("guard", [False, True])
-def test_after_warm_nothing_is_built(found, guard):
-    launched, built, other = found["guarded warm" if guard else "warm"]
+@pytest.mark.parametrize("what", ["warm", "warm, skips", "warm, low"])
+def test_after_warm_nothing_is_built(found, what):
+    launched, built, other = found[what]
     assert launched == 0 and built == 0
     assert other > 0, "d = 2 was not asked for: builds are seen"
 
@@ -82,8 +83,9 @@ def _load_with_a_default(ptr, offsets, EVICT: tl.constexpr = ""):
 
 
 @triton.jit
-def _kernel_with_a_default(x_ptr, g_ptr, s_ptrs, y_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
-                           H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+def _kernel_with_a_default(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
+                           S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+                           EVEN: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptrs[0] + offsets, _load_with_a_default(x_ptr, offsets))
 

@@ -34,9 +34,9 @@ ROUNDING = 2.0**-24  # of float32, relative
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_of_its_own():
-    """All that is marked `interpreted`, here and in test_mean.py."""
+    """All that is marked `interpreted`, here and in the files beside this one."""
     pytest.importorskip("triton")
-    files = [__file__, Path(__file__).with_name("test_mean.py")]
+    files = [Path(__file__).with_name(name) for name in (Path(__file__).name, "test_mean.py", "test_triton_guard.py")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
