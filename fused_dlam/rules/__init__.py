@@ -11,7 +11,7 @@ from .corrected import d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tr
 from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
 from .pc_dmsgd import auto_correction_rate, pc_dmsgd
-from .rule import Hyper, Rule
+from .rule import Hyper, Rule, did_you_mean
 
 __all__ = ["ALL", "Hyper", "Rule", "auto_correction_rate", "get", "inverse_lr"]
 
@@ -33,5 +33,6 @@ def get(method: str | Rule) -> Rule:
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a Rule, not {type(method).__name__}")
     if method not in ALL:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(ALL)} (or pass a fused_dlam.Rule)")
+        known = f"known: {', '.join(ALL)} (or pass a fused_dlam.Rule)"
+        raise ValueError(f"unknown method {method!r}; {known}{did_you_mean(method.replace('_', '-'), ALL)}")
     return ALL[method]

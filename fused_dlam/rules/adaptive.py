@@ -55,7 +55,9 @@ def derive_adam(h: dict, memory: dict) -> dict:
         lr m^ / (sqrt(v^) + eps) = step_size m / (sqrt(v) + scaled_eps)
 
     with r = sqrt(1 - beta_2^t), step_size = lr r / (1 - beta_1^t) and scaled_eps = eps r. This saves an operation per
-    element. keep = 1 - lr lambda is AdamW's decoupled decay; Adam's is coupled, lambda x in the gradient.
+    element. t counts the group's steps; torch counts each parameter's, so a parameter whose first gradient comes late
+    gets these scalars for its own t (`Rule.scalars_at`). keep = 1 - lr lambda is AdamW's decoupled decay; Adam's is
+    coupled, lambda x in the gradient.
     """
     t = memory["adam_steps"] = memory.get("adam_steps", 0) + 1
     beta1, beta2 = h["momentum"], h["beta2"]
@@ -72,5 +74,5 @@ def derive_adam(h: dict, memory: dict) -> dict:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPER = {"beta2": Hyper(0.999, at_least=0, below=1), "eps": Hyper(1e-8, above=0, below=inf)}
 
-adam = Rule("adam", send_adam, update_adam, MOMENTS, hyper=HYPER, derive=derive_adam)
-adamw = Rule("adamw", send_adamw, update_adamw, MOMENTS, hyper=HYPER, derive=derive_adam)
+adam = Rule("adam", send_adam, update_adam, MOMENTS, hyper=HYPER, derive=derive_adam, counts="adam_steps")
+adamw = Rule("adamw", send_adamw, update_adamw, MOMENTS, hyper=HYPER, derive=derive_adam, counts="adam_steps")

@@ -6,10 +6,11 @@ else about a method (kernels, CPU passes, simulator, certificate, gate) is deriv
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, isnan
 from numbers import Real
@@ -118,9 +119,12 @@ class Rule:
             `update`; then send must return the gradient.
         centered: state buffers whose mean over the workers is zero by definition, like an integral of pulls. A
             checkpoint for another number of workers starts them from zero.
+        counts: the entry of `memory` in which `derive` counts steps, if it does. A parameter whose gradients came
+            later than its group's then has bias corrections of its own: see `scalars_at`.
 
     Raises TypeError if an equation is not decorated with `jit`. Raises ValueError if the results of an equation have
-    the wrong form, or if a hyper-parameter has a name that a parameter group needs for something else.
+    the wrong form, if a hyper-parameter has a name that a parameter group needs for something else, or if `derive` does
+    not count in `counts`.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Rule:
         derive: Callable[[dict, dict], dict] | None = None,
         average: str = "neighbors",
         centered: tuple[str, ...] = (),
+        counts: str | None = None,
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -148,13 +153,19 @@ class Rule:
         if taken:
             raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
         self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
-        self.derive = derive
+        self.derive, self.counts = derive, counts
         self._try()
 
     def _try(self) -> None:
         """Evaluates both equations on single numbers: tells the number of messages, and finds mistakes of form."""
         self.State = named("State", self.state)
-        values = self._values(lr=1.0, momentum=0.5, weight_decay=0.0, rho=0.5, hyper={}, memory={})
+        memory: dict[str, Any] = {}
+        values = self._values(lr=1.0, momentum=0.5, weight_decay=0.0, rho=0.5, hyper={}, memory=memory)
+        if self.counts is not None and memory.get(self.counts) != 1:
+            raise ValueError(
+                f"rule {self.name!r}: counts={self.counts!r}, but derive leaves memory = {memory} after one step: it"
+                f" must count steps in memory[{self.counts!r}]"
+            )
         self.H = named("H", tuple(values))
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         h, s = self.H(**values), self.State(*(zero for _ in self.state))
@@ -198,17 +209,34 @@ class Rule:
         """h for one step. `memory` is updated in place: call this once per step."""
         return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, {} if memory is None else memory))
 
+    def scalars_at(
+        self, count: Scalar, lr: Scalar, momentum: float, weight_decay: float, rho: float = 0.0, hyper=None, memory=None
+    ) -> Any:
+        """h for a parameter that has taken `count` steps before this one; `memory` is left as it is.
+
+        Only for rules with `counts`. The rest of `memory` counts as it is given: as it was before this step.
+        """
+        if self.counts is None:
+            raise ValueError(f"rule {self.name!r} counts no steps")
+        return self.scalars(lr, momentum, weight_decay, rho, hyper, {**(memory or {}), self.counts: count})
+
     def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""
         values = {name: "auto" if callable(h.default) else h.default for name, h in self.hyper.items()}
         return values | {name: hyper[name] for name in values if hyper.get(name) is not None}
 
-    def check_hyper(self, values: Mapping[str, Any]) -> None:
-        """Raises TypeError for a hyper-parameter this method does not have, ValueError for a value out of bounds."""
+    def check_hyper(self, values: Mapping[str, Any], options: Iterable[str] = ()) -> None:
+        """Raises TypeError for a hyper-parameter this method does not have, ValueError for a value out of bounds.
+
+        options: what else the caller would have taken by name, and may have been meant.
+        """
         for name in values:
             if name not in self.hyper:
-                known = ", ".join((*COMMON, *self.hyper))
-                raise TypeError(f"method {self.name!r} has no hyper-parameter {name!r}; it has {known}")
+                known = (*COMMON, *self.hyper)
+                meant = did_you_mean(name, (*known, *options))
+                raise TypeError(
+                    f"method {self.name!r} has no hyper-parameter {name!r}; it has {', '.join(known)}{meant}"
+                )
         for name, value in values.items():
             if not self.hyper[name].allows(value):
                 raise ValueError(f"Invalid {name}: {value!r}, must be {self.hyper[name].bounds}")
@@ -234,7 +262,14 @@ class Rule:
             derive=self.derive,
             average=self.average,
             centered=self.centered,
+            counts=self.counts,
         )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message, ". Did you mean 'momentum'?", for a name that is almost a known one; else nothing."""
+    near = difflib.get_close_matches(name.lower(), list(known), 1, 0.7)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def _find(module: str, name: str) -> Rule:

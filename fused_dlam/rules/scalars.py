@@ -6,11 +6,28 @@ The host must not read a learning rate that lives on a GPU: reading waits for ev
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 Scalar = float | torch.Tensor
+
+# Below the smallest normal float32 a number may have no reciprocal in float32, and the passes could not take the ratio.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def number(name: str, value: Any) -> float:
+    """What a user gave as a number. Raises TypeError for text, truth values and what else is none."""
+    if not isinstance(value, (bool, np.bool_, str, bytes)):
+        try:
+            return float(value)
+        except OverflowError:  # an int beyond all floats: no bounds hold it
+            return math.inf if value > 0 else -math.inf
+        except (TypeError, ValueError):
+            pass
+    raise TypeError(f"{name} must be a number, not {value!r}")
 
 
 def on_host(value: torch.Tensor) -> bool:
@@ -36,10 +53,10 @@ def smallest(a: Scalar, b: Scalar) -> Scalar:
 
 
 def ratio(a: Scalar, b: Scalar, where: Scalar) -> Scalar:
-    """a / b where `where` is above 0, else 0."""
+    """a / b where `where`, which is no larger than b, is above 0, else 0. A denormal learning rate counts as 0."""
     if isinstance(where, torch.Tensor):
-        return torch.where(where > 0, a / b, 0.0)
-    return a / b if where > 0 else 0.0
+        return torch.where(where >= SMALLEST, a / b, 0.0)
+    return a / b if where >= SMALLEST else 0.0
 
 
 class Scalars(NamedTuple):

@@ -14,6 +14,7 @@ from ..layers.layer import Layer, checked, finishing
 from ..layers.old_names import from_old_names
 from ..rules.jit import Array
 from ..rules.rule import Rule
+from ..rules.scalars import number
 from ..topology.topology import Topology
 
 
@@ -51,6 +52,8 @@ class Simulation:
         self.rule.check_hyper(hyper)
         self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
         self.topology = topologies.get(topology, len(x))
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            number(name, value)
         self.momentum, self.weight_decay, self.hyper = momentum, weight_decay, hyper
         self.layers = checked(layers)
         self.settings = {name: value for layer in self.layers for name, value in layer.settings.items()}
@@ -103,12 +106,17 @@ def simulate(
         topology: a `Topology`, or a name (then x0 must be [n, d]).
         grad: `grad(step, x) -> [n, d]`, row i the gradient of worker i's loss at x[i].
         x0: the start, [n, d], or [d] for equal workers.
+        steps: how many, 0 or more.
         lr: a number or a function of the step.
         schedule: "atc" (adapt then combine) or "awc" (adapt while communicating).
         options: layers and hyper-parameters, as for `Simulation`.
 
     No certificate is asked for: unstable choices run, and overflow.
     """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, not {steps!r}")
+    if not callable(lr):
+        number("lr", lr)
     x = np.array(x0, dtype=np.float64)
     if x.ndim == 1:
         if not isinstance(topology, Topology):

@@ -13,6 +13,7 @@ import numpy as np
 from .. import rules
 from ..rules.jit import Array
 from ..rules.rule import Rule, send_parameter
+from ..rules.scalars import number
 from ..topology import spectrum
 from ..topology.topology import Topology
 
@@ -50,7 +51,9 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
         raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
     if schedule == "awc":
         rule = rule.adapt_while_communicating()
-    rule.check_hyper(hyper)
+    rule.check_hyper(hyper, ("schedule", "topology"))
+    if not 0 <= number("momentum", momentum) < 1:
+        raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
     if rule.average == "gradient" or topology.n == 1:
         return 0.0, 0.0
     h = rule.scalars(1.0, momentum, 0.0, topology.slowest_rho, hyper)

@@ -5,6 +5,7 @@ To add one, write a function of n that returns a `Topology` and enter it in FAMI
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 
 from .base_graph import base_k
@@ -28,7 +29,7 @@ from .graphs import (
     symmetric_exponential,
     torus,
 )  # fmt: skip
-from .matrix import Circulant, Peers, Phase, Sparse, circulant, identity, sparse
+from .matrix import Circulant, Peers, Phase, Sparse, check_workers, circulant, identity, sparse
 from .topology import Topology
 
 __all__ = [
@@ -58,9 +59,12 @@ def get(topology: TopologyLike, n: int) -> Topology:
     Raises ValueError for an unknown name or another number of workers, TypeError for anything that is no topology.
     What the function itself raises passes through.
     """
+    n = check_workers(n)
     if isinstance(topology, str):
         if topology not in FAMILY:
-            raise ValueError(f"unknown topology {topology!r}; known: {', '.join(FAMILY)} (or pass a Topology)")
+            near = difflib.get_close_matches(topology.lower().replace("_", "-"), list(FAMILY), 1, 0.7)
+            meant = f". Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown topology {topology!r}; known: {', '.join(FAMILY)} (or pass a Topology){meant}")
         return FAMILY[topology](n)
     if isinstance(topology, Topology):
         made = topology

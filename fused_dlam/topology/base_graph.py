@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Sequence
 from functools import cache
 
-from .matrix import check_workers, sparse
+from .matrix import check_count, check_workers, sparse
 from .topology import Topology
 
 Workers = Sequence[int]
@@ -28,9 +28,7 @@ Step = dict[tuple[int, int], float]  # W[i, j] = W[j, i] for pairs i, j. A worke
 
 def base_k(n: int, k: int = 1) -> Topology:
     """An exact average within a period, for any n, with at most k neighbors per step. Symmetric."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"the number of neighbors k must be an integer >= 1, not {k!r}")
-    check_workers(n)
+    n, k = check_workers(n), check_count("the number of neighbors k", k)
     graphs = (base(range(n), d, k) for d in range(1, n + 1) if n % d == 0 and factors(d, k) is not None)
     shortest = min(graphs, key=len)
     phases = []

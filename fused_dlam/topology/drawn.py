@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from .checks import check_rows, connects
-from .matrix import TOLERANCE, Phase, Sparse
+from .matrix import TOLERANCE, Phase, Sparse, check_count, check_workers
 from .topology import Topology, messages
 
 LARGEST_SEED = 2**64 - 1
@@ -51,6 +51,9 @@ class RandomTopology(Topology):
     """
 
     def __init__(self, draw: Callable[[int], Phase], n: int, degree: int, name: str = "random", *, _first: int = FIRST):
+        if not callable(draw):
+            raise TypeError(f"draw must be a function of the step, not {type(draw).__name__}")
+        n, degree = check_workers(n), check_count("the degree", degree, at_least=0)
         self.draw, self.n, self.name, self.period = draw, n, name, None
         self.most_messages, self.is_doubly_stochastic = degree, True  # `phase` refuses any matrix that disagrees
         self._first = _first

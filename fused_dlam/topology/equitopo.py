@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 
 from .drawn import RandomTopology, check_seed, generator
-from .matrix import Circulant, Sparse, check_workers, circulant
+from .matrix import Circulant, Sparse, check_count, check_workers, circulant
 from .topology import Topology
 
 
@@ -51,7 +51,8 @@ def od_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
         eta: the share of the exchange, in (0, 1]. 1/2 contracts fastest. The paper's code has 1, which nearly rotates
             the workers' values.
     """
-    draw = partial(_rotation, check_workers(n), check_seed(seed), _share(eta))
+    n, seed = check_workers(n), check_seed(seed)
+    draw = partial(_rotation, n, seed, _share(eta))
     return RandomTopology(draw, n, min(1, n - 1), _name("od-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
 
 
@@ -62,15 +63,14 @@ def ou_equidyn(n: int, eta: float = 0.5, seed: int = 0) -> RandomTopology:
         eta: the share of the exchange, in (0, 1]. 1/2 contracts fastest. The paper's code has 1, at which pairs nearly
             swap their values.
     """
-    draw = partial(_pairs, check_workers(n), check_seed(seed), _share(eta))
+    n, seed = check_workers(n), check_seed(seed)
+    draw = partial(_pairs, n, seed, _share(eta))
     return RandomTopology(draw, n, min(1, n - 1), _name("ou-equidyn", eta=(eta, 0.5), seed=(seed, 0)))
 
 
 def _static(n: int, offsets: int | None, seed: int, mirror: bool) -> Circulant:
     n, seed = check_workers(n), check_seed(seed)
-    M = max(1, math.ceil(math.log2(n))) if offsets is None else offsets
-    if isinstance(M, bool) or not isinstance(M, (int, np.integer)) or M < 1:
-        raise ValueError(f"the number of offsets must be an integer >= 1, not {M!r}")
+    M = max(1, math.ceil(math.log2(n))) if offsets is None else check_count("the number of offsets", offsets)
     drawn = [0] if n == 1 else generator(seed, 0).randint(1, n, size=M).tolist()
     if math.gcd(n, *drawn) > 1:
         return _static(n, offsets, seed + 1, mirror)
@@ -114,7 +114,7 @@ def _first_of_pairs(n: int, a: int) -> np.ndarray:
 
 
 def _share(eta: float) -> float:
-    if not 0 < eta <= 1:
+    if isinstance(eta, (bool, str)) or not 0 < eta <= 1:
         raise ValueError(f"eta must be in (0, 1], not {eta!r}")
     return float(eta)
 

@@ -10,12 +10,13 @@ import networkx as nx
 import numpy as np
 
 from .drawn import RandomTopology, check_seed, generator
-from .matrix import Sparse, average, check_workers, circulant, identity
+from .matrix import Sparse, average, check_count, check_workers, circulant, identity
 from .topology import Topology
 
 
 def metropolis_hastings(graph: nx.Graph) -> np.ndarray:
     """Symmetric weights for an undirected graph: 1/(1 + the larger degree) per edge. A worker keeps the rest."""
+    _check_graph(graph)
     n = graph.number_of_nodes()
     index = {node: i for i, node in enumerate(graph)}
     degree = {node: len(set(graph[node]) - {node}) for node in graph}
@@ -34,6 +35,7 @@ def from_networkx(graph: nx.Graph, name: str = "networkx") -> Topology:
     self-loop keeps the rest for itself. If they have none, an undirected graph gets Metropolis-Hastings weights. In a
     directed graph each worker gives equal weights to itself and to everybody it hears from.
     """
+    _check_graph(graph)
     if graph.number_of_nodes() == 0:
         raise ValueError("the graph has no nodes")
     weighted = [data for _, _, data in graph.edges(data=True) if "weight" in data]
@@ -65,13 +67,15 @@ def ring(n: int) -> Topology:
 
 def grid(n: int) -> Topology:
     """A grid, as square as n allows (a line if n is prime). Metropolis-Hastings weights."""
-    rows = _rows(check_workers(n))
+    n = check_workers(n)
+    rows = _rows(n)
     return Topology(metropolis_hastings(nx.grid_2d_graph(rows, n // rows)), "grid")
 
 
 def torus(n: int) -> Topology:
     """The grid with opposite borders joined. Metropolis-Hastings weights."""
-    rows = _rows(check_workers(n))
+    n = check_workers(n)
+    rows = _rows(n)
     graph = nx.Graph()
     graph.add_nodes_from(range(n))
     for i, j in itertools.product(range(rows), range(n // rows)):
@@ -87,7 +91,7 @@ def star(n: int) -> Topology:
 
 def hypercube(n: int) -> Topology:
     """Worker i hears from i xor 2^t for all t, equal weights. n must be a power of two."""
-    bits = _bits(n, "hypercube")
+    n, bits = _bits(n, "hypercube")
     W = np.eye(n)
     for t in range(bits):
         W[np.arange(n), np.arange(n) ^ (1 << t)] = 1
@@ -105,13 +109,15 @@ def exponential(n: int, base: int = 2) -> Topology:
     Args:
         base: the offsets are its powers below n.
     """
-    powers = _powers(check_workers(n), base)
+    n = check_workers(n)
+    powers = _powers(n, base)
     return Topology(circulant(n, powers), "exponential" if base == 2 else f"exponential, base = {base}")
 
 
 def symmetric_exponential(n: int) -> Topology:
     """Worker i hears from i +- 1, i +- 2, i +- 4, ... (mod n), equal weights. Symmetric."""
-    powers = _powers(check_workers(n))
+    n = check_workers(n)
+    powers = _powers(n)
     return Topology(circulant(n, (*powers, *(-k for k in powers))), "symmetric-exponential")
 
 
@@ -123,12 +129,13 @@ def one_peer_exponential(n: int) -> Topology:
 
     This is Ying et al. 2021. If n is a power of two, the product over a period is an exact average. Directed.
     """
-    return Topology([circulant(n, (k,)) for k in _powers(check_workers(n)) or (0,)], "one-peer-exponential")
+    n = check_workers(n)
+    return Topology([circulant(n, (k,)) for k in _powers(n) or (0,)], "one-peer-exponential")
 
 
 def one_peer_hypercube(n: int) -> Topology:
     """Worker i exchanges with i xor 2^(k mod log2 n) at step k. n must be a power of two."""
-    bits = _bits(n, "one-peer-hypercube")
+    n, bits = _bits(n, "one-peer-hypercube")
     return Topology([_one_peer(np.arange(n) ^ 1 << t) for t in range(bits)] or identity(n), "one-peer-hypercube")
 
 
@@ -138,7 +145,8 @@ def one_peer_ring(n: int) -> Topology:
     For odd n each step leaves another worker out. The period, in which every edge of the ring has its turn, is 2 for
     even n and n for odd n.
     """
-    period = 1 if check_workers(n) <= 2 else 2 if n % 2 == 0 else n
+    n = check_workers(n)
+    period = 1 if n <= 2 else 2 if n % 2 == 0 else n
     firsts = np.arange(0, n - 1, 2)
     return Topology([_paired(n, (firsts + t) % n, (firsts + t + 1) % n) for t in range(period)], "one-peer-ring")
 
@@ -154,10 +162,12 @@ def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology
         machine_size: m, a divisor of n other than 2. By default the one nearest to the square root of n. With m = 1 or
             m = n this is the one-peer exponential graph. With m = 2 the two would never hear each other: ValueError.
     """
-    sizes = [m for m in range(1, check_workers(n) + 1) if n % m == 0 and m != 2]
+    n = check_workers(n)
+    sizes = [m for m in range(1, n + 1) if n % m == 0 and m != 2]
     m = min(sizes, key=lambda m: abs(m - math.sqrt(n))) if machine_size is None else machine_size
-    if m not in sizes:
+    if isinstance(m, bool) or m not in sizes:
         raise ValueError(f"machine_size must be a divisor of the {n} workers other than 2, not {m!r}")
+    m = int(m)
     machines, inside = n // m, np.arange(n) % m
     outer = _powers(machines) or (0,)
     inner = _powers(m - 1 if machines > 1 else m) or (0,)
@@ -178,7 +188,8 @@ def random_match(n: int, seed: int = 0) -> RandomTopology:
 
     All pairings are equally likely. For odd n each leaves one worker out.
     """
-    draw = partial(_random_pairs, check_workers(n), check_seed(seed))
+    n, seed = check_workers(n), check_seed(seed)
+    draw = partial(_random_pairs, n, seed)
     return RandomTopology(draw, n, min(1, n - 1), f"random-match, seed = {seed}" if seed else "random-match")
 
 
@@ -192,8 +203,7 @@ def _random_pairs(n: int, seed: int, step: int) -> Sparse:
 
 def _powers(n: int, base: int = 2) -> tuple[int, ...]:
     """1, base, base^2, ... below n."""
-    if isinstance(base, bool) or not isinstance(base, int) or base < 2:
-        raise ValueError(f"the base must be an integer >= 2, not {base!r}")
+    base = check_count("the base", base, at_least=2)
     return tuple(itertools.takewhile(lambda power: power < n, (base**t for t in itertools.count())))
 
 
@@ -209,11 +219,17 @@ def _paired(n: int, i: np.ndarray, j: np.ndarray) -> Sparse:
     return _one_peer(partner)
 
 
-def _bits(n: int, name: str) -> int:
-    """log2 n. Raises ValueError unless n is a power of two."""
-    if check_workers(n) & (n - 1):
+def _bits(n: int, name: str) -> tuple[int, int]:
+    """n and log2 n. Raises ValueError unless n is a power of two."""
+    n = check_workers(n)
+    if n & (n - 1):
         raise ValueError(f"{name} needs a power of two, not {n} workers; 'one-peer-exponential' takes any number")
-    return n.bit_length() - 1
+    return n, n.bit_length() - 1
+
+
+def _check_graph(graph: nx.Graph) -> None:
+    if not isinstance(graph, nx.Graph):
+        raise TypeError(f"a networkx.Graph or DiGraph is needed, not {type(graph).__name__}")
 
 
 def _rows(n: int) -> int:

@@ -221,9 +221,14 @@ Phase = Circulant | Sparse | Dense
 
 def check_workers(n: int) -> int:
     """n as an int. Raises ValueError unless it is an integer >= 1."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"the number of workers must be an integer >= 1, not {n!r}")
-    return int(n)
+    return check_count("the number of workers", n)
+
+
+def check_count(what: str, count: int, at_least: int = 1) -> int:
+    """count as an int. Raises ValueError unless it is an integer of at least that much."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < at_least:
+        raise ValueError(f"{what} must be an integer >= {at_least}, not {count!r}")
+    return int(count)
 
 
 def identity(n: int) -> Circulant:

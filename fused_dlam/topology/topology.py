@@ -149,18 +149,18 @@ class Topology:
 
     def every(self, k: int) -> Topology:
         """One exchange in every k steps: k - 1 local steps before each."""
-        if k < 1:
-            raise ValueError(f"communicate every k >= 1 steps, not {k}")
+        k = _check_every("communicate every k >= 1 steps", k)
         if k == 1:
             return self
+        _check_length(k * len(self.phases))
         at = partial(_seldom, self, k, identity(self.n))
         return self._derived(at, k * len(self.phases), f"{self.name}, every {k}")
 
     def with_global_average(self, every: int) -> Topology:
         """An exact average over all workers every so many steps, in place of the exchange (Gossip-PGA)."""
-        if every < 1:
-            raise ValueError(f"average globally every H >= 1 steps, not {every}")
+        every = _check_every("average globally every H >= 1 steps", every)
         steps = math.lcm(self.period, every) if self.period else max(len(self.phases), every)
+        _check_length(steps)
         at = partial(_averaged, self, every, average(self.n))
         return self._derived(at, steps, f"{self.name}, global average every {every}")
 
@@ -176,6 +176,20 @@ class Topology:
 def messages(phase: Phase) -> int:
     """The most messages that one worker receives. A matrix that averages exactly counts as one, by all-reduce."""
     return 1 if phase.averages() else phase.degrees()[0]
+
+
+LONGEST = 1 << 20  # steps: the matrices of a period are listed
+
+
+def _check_every(what: str, every: int) -> int:
+    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
+        raise ValueError(f"{what}, not {every!r} (an integer is needed)")
+    return int(every)
+
+
+def _check_length(steps: int) -> None:
+    if steps > LONGEST:
+        raise ValueError(f"a topology repeats after {LONGEST:,} steps at the latest, and this one would later")
 
 
 # -- the matrices of derived topologies. Functions of the module, so that processes can be sent them -------------------

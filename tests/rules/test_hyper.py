@@ -65,6 +65,15 @@ def test_names_that_a_method_has_not():
         TypeError, match="method 'dmsgd' has no hyper-parameter 'correction_gain'; it has lr, momentum, w"
     ):
         rules.dmsgd.check_hyper({"correction_gain": 3})
+    for wrong, meant in (
+        ("weight_decy", "weight_decay"),
+        ("Momentun", "momentum"),
+        ("corection_gain", "correction_gain"),
+    ):
+        with pytest.raises(TypeError, match=f"has no hyper-parameter '{wrong}'; it has .*. Did you mean '{meant}'?"):
+            rules.pc_dmsgd.check_hyper({wrong: 1})
+    with pytest.raises(TypeError, match="Did you mean 'topology'?"):
+        rules.pc_dmsgd.check_hyper({"topolgy": "ring"}, options=("topology", "schedule"))
     with pytest.raises(TypeError, match="it has lr, momentum, weight_decay, correction_rate, correction_gain"):
         rules.pc_dmsgd.check_hyper({"correction_rate": 2.0, "gain": 3})  # the name is told before the value
 
@@ -142,6 +151,6 @@ def test_awc_keeps_all_that_a_rule_has():
             awc = rule.adapt_while_communicating()
         except ValueError:
             continue
-        for what in ("name", "update", "state", "hyper", "derive", "average", "centered"):
+        for what in ("name", "update", "state", "hyper", "derive", "average", "centered", "counts"):
             assert getattr(awc, what) == getattr(rule, what), (rule, what)
         assert awc.H._fields == rule.H._fields and awc.adapt_while_communicating() is awc

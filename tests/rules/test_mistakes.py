@@ -16,6 +16,9 @@ def simulate_two_steps(method="dmsgd", top="ring", grad=lambda k, x: x, x0=None,
 def test_unknown_names_are_told():
     with pytest.raises(ValueError, match="unknown method 'lion'; known: psgd, .*pc-dmsgd"):
         simulate_two_steps("lion")
+    for wrong, meant in (("pc_dmsgd", "pc-dmsgd"), ("DecentLaM", "decentlam"), ("adamW", "adamw")):
+        with pytest.raises(ValueError, match=f"unknown method '{wrong}'; known: .*. Did you mean '{meant}'?"):
+            simulate_two_steps(wrong)
     with pytest.raises(TypeError, match="method must be a name or a Rule"):
         simulate_two_steps(3)
     with pytest.raises(TypeError, match="'dmsgd' has no hyper-parameter 'mu'; it has lr, momentum, weight_decay"):

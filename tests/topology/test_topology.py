@@ -113,8 +113,12 @@ def test_every_k(top):
     for step in range(2 * (seldom.period or 9)):
         expected = top.weights(step // 3) if step % 3 == 2 else np.eye(top.n)
         np.testing.assert_array_equal(seldom.weights(step), expected)
-    with pytest.raises(ValueError, match="every k >= 1 steps, not 0"):
-        top.every(0)
+    for wrong in (0, 1.5, math.nan, True, "2", None):
+        with pytest.raises(ValueError, match=f"every k >= 1 steps, not {wrong!r}"):
+            top.every(wrong)
+    with pytest.raises(ValueError, match="repeats after 1,048,576 steps at the latest"):
+        top.every(10**400)
+    assert top.every(np.int64(3)).name == seldom.name
 
 
 @pytest.mark.parametrize("top", [topology.one_peer_exponential(6), topology.star(5), random_match(5)], ids=repr)
@@ -127,8 +131,12 @@ def test_global_averages(top):
         np.testing.assert_allclose(mixed.weights(step), expected, rtol=0, atol=1e-15)
         assert mixed.averages_exactly(step) == (step % 4 == 3)
     assert mixed.rho == 0.0
-    with pytest.raises(ValueError, match="every H >= 1 steps, not 0"):
-        top.with_global_average(0)
+    for wrong in (0, 1.5, math.nan, True, "2", None):
+        with pytest.raises(ValueError, match=f"every H >= 1 steps, not {wrong!r}"):
+            top.with_global_average(wrong)
+    for long in (10**400, 10**5000):  # an int of more than 4,300 digits has no text
+        with pytest.raises(ValueError, match="repeats after 1,048,576 steps at the latest"):
+            top.with_global_average(long)
 
 
 def test_what_is_derived_from_a_graph_that_never_repeats():
