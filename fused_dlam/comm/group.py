@@ -6,6 +6,7 @@ the sends and receives of a pair match in the order in which they are posted.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -15,10 +16,12 @@ import torch
 import torch.distributed as dist
 
 from . import process_group as process_groups
+from . import roll_call
+from .leaving import Holdings, provide, wait_to_leave
 from .process_group import CPU
 from .streams import Courier
 from .transfer import Mean
-from .watch import Watch, Watched
+from .watch import ClosedError, Watched, forget, watch_over
 
 
 class Group:
@@ -28,11 +31,18 @@ class Group:
         process_group: the ranks; a rank's number in it is its number here. A new process group over the same ranks is
             made for this object alone, so that nothing the user does in his own gets in between. All its ranks must
             call this.
-        timeout: seconds after which a wait fails with `ExchangeError`. Every tenth of it a warning is logged.
+        timeout: seconds after which a wait fails with `ExchangeError`. A few warnings are logged before that.
         ranks: the ranks by their global numbers, in place of all of `process_group`'s.
         device: where the tensors are. Everything this does on a device is done there.
         parts: where `ranks` is given and all ranks of the job build a group now: the ranks of each of them.
+        name: of what is built here, from a roll call that all ranks have answered; without it one is held here.
+        what: is built, for messages.
+
+    It ends with `close()`, or when it is collected: connections, threads and files are given back.
     """
+
+    holdings: Holdings | None = None
+    generation = ""  # under which its ranks leave notes when they give up
 
     def __init__(
         self,
@@ -41,8 +51,10 @@ class Group:
         ranks: list[int] | None = None,
         device: torch.device = CPU,
         parts: Sequence[Sequence[int]] = (),
+        name: str = "",
+        what: str = "process group",
     ):
-        if timeout <= 0:
+        if not timeout > 0:
             raise ValueError(f"timeout must be positive seconds, not {timeout}")
         self.timeout, self.device = timeout, device
         self.ranks = ranks or dist.get_process_group_ranks(process_group or dist.group.WORLD)
@@ -51,11 +63,50 @@ class Group:
         self.rank = self.ranks.index(dist.get_rank())
         self.bytes_sent = 0.0  # payload of this rank: messages to neighbors, and what a ring all-reduce sends
         self.messages_sent = 0  # to neighbors
-        self.watch = Watch(self.timeout)
-        with self.watched("building the process group", None), self.placed():
-            self.process_group = process_groups.build(self.ranks, self.backend, timeout, parts or [self.ranks])
+        facts = {"timeout": f"{timeout:g}", "device": device.type}
+        held = name or roll_call.call(self.ranks, what, facts, timeout)
+        self.generation = held
+        with self.watched(f"building the {what}", None), self.placed():
+            built = process_groups.build(self.ranks, self.backend, timeout, parts or [self.ranks], held)
+            self.holdings = Holdings(built, self.backend, timeout)
+            provide(self, self.holdings)
             # The first operation of a NCCL group must be one that all its ranks take part in.
-            dist.all_reduce(torch.zeros(1, device=self.wire), group=self.process_group)
+            dist.all_reduce(torch.zeros(1, device=self.wire), group=built)
+        if not name:
+            roll_call.clear(self.ranks)
+        watch_over(self)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """torch's own. Raises RuntimeError after `close()`."""
+        if self.holdings is None or self.holdings.process_group is None:
+            raise ClosedError("this group was closed, and exchanges nothing any more: build a new optimizer")
+        return self.holdings.process_group
+
+    @property
+    def broken(self) -> bool:
+        """Whether an exchange failed: this rank and its peers are out of step for good."""
+        return self.holdings is not None and self.holdings.broken
+
+    @broken.setter
+    def broken(self, value: bool) -> None:
+        if self.holdings is not None:
+            self.holdings.broken = value
+            Holdings.failed |= value
+
+    def close(self) -> None:
+        """Gives back connections, threads and files, once what was sent has been taken. Over NCCL all ranks must call.
+
+        Harmless when repeated, and after the user has destroyed all process groups.
+        """
+        if self.holdings is None or self.holdings.process_group is None:
+            return
+        if "courier" in vars(self):
+            self.courier.finish(self.timeout)
+        wait_to_leave(self.holdings)
+        forget(self)
+        self.holdings.give_back()
+        gc.collect()  # gloo closes its connections when the last reference goes, which may sit in a cycle
 
     @property
     def stages(self) -> bool:
@@ -80,6 +131,16 @@ class Group:
         """A context that names what went wrong in it, and whose long duration is logged."""
         return Watched(self, what, step, peer)
 
+    def posted(self, work: object) -> None:
+        """Something is under way that peers need from here, though this rank may be through."""
+        if self.holdings is not None:
+            self.holdings.posted[id(work)] = work
+
+    def taken(self, work: object) -> None:
+        """It was waited for."""
+        if self.holdings is not None:
+            self.holdings.posted.pop(id(work), None)
+
     def count(self, tensor: torch.Tensor, receivers: int) -> None:
         """Counts a message that this rank sends."""
         self.messages_sent += receivers
@@ -93,16 +154,27 @@ class Group:
 
     def start_mean(self, tensor: torch.Tensor, step: int | None) -> Mean:
         """Starts replacing a tensor by the mean over the ranks, in place."""
+        has_mean(tensor)
         return Mean(self, tensor, step)
 
     def mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
-        """The mean over the ranks, in place, the same bits on all of them. Returns when it is there."""
+        """The mean over the ranks, in place, the same bits on all of them. Returns when it is there.
+
+        Raises TypeError for integers and float8, of which there is none, before anything is sent.
+        """
+        has_mean(tensor)
         if self.backend == "nccl" and not tensor.is_cuda:  # a step counter that an optimizer keeps on the host, say
             device = tensor.to(self.device)
             Mean(self, device, step).wait_received()
             tensor.copy_(device)
         else:
             Mean(self, tensor, step).wait_received()
+
+    def finite_mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
+        """The mean, in place; where it is not finite every rank keeps its own value: a NaN does not spread."""
+        own = tensor.clone()
+        self.mean(tensor, step)
+        torch.where(torch.isfinite(tensor), tensor, own, out=tensor)
 
     def largest(self, value: torch.Tensor, what: str, step: int | None = None) -> torch.Tensor:
         """The element-wise maximum over the ranks, where the transport has it. Part of a step, it counts as payload."""
@@ -121,17 +193,18 @@ class Group:
             if carried is not tensor:
                 tensor.copy_(carried)
 
-    def agree(self, facts: dict[str, str]) -> None:
+    def agree(self, facts: dict[str, str], cure: str = "Build the same model and optimizer on every rank.") -> None:
         """Raises the same ValueError on every rank if the ranks' facts differ, naming the first that does."""
         gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
         with self.watched("comparing the workers' settings", None), self.placed():
             dist.all_gather_object(gathered, facts, group=self.process_group)
-        for rank, other in enumerate(gathered):
+        ranks = sorted(self.ranks)  # as in torch's group
+        for rank, other in zip(ranks, gathered, strict=True):
             for name in gathered[0]:
                 if other.get(name) != gathered[0][name]:
                     raise ValueError(
-                        f"the workers do not agree on {name}: rank 0 has {_shorten(gathered[0][name])}, rank {rank} has"
-                        f" {_shorten(other.get(name))}. Build the same model and optimizer on every rank."
+                        f"the workers do not agree on {name}: rank {ranks[0]} has {_shorten(gathered[0][name])}, rank"
+                        f" {rank} has {_shorten(other.get(name))}. {cure}"
                     )
 
 
@@ -143,8 +216,12 @@ class Alone(Group):
         me = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self.ranks, self.size, self.rank = [me], 1, 0
         self.bytes_sent, self.messages_sent = 0.0, 0
+        self.early = not (dist.is_available() and dist.is_initialized())  # built before there was a process group
 
     def mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
+        pass
+
+    def finite_mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
         pass
 
     def largest(self, value: torch.Tensor, what: str, step: int | None = None) -> torch.Tensor:
@@ -153,8 +230,16 @@ class Alone(Group):
     def broadcast(self, tensor: torch.Tensor) -> None:
         pass
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def agree(self, facts: dict[str, Any], cure: str = "") -> None:
         pass
+
+
+def has_mean(tensor: torch.Tensor) -> None:
+    """Raises TypeError for a type that cannot be averaged."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.element_size() == 1:
+        raise TypeError(
+            f"{tensor.dtype} cannot be averaged over the workers: convert it to a wider floating-point type"
+        )
 
 
 def _shorten(value: object, limit: int = 120) -> str:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from . import other_averagers, sharded
+from . import other_averagers, roll_call, sharded
 from .group import Alone, Group
 from .streams import host_like, to_host
 from .watch import log
@@ -90,6 +90,29 @@ class Place:
         """The maximum over all ranks of all workers."""
         return self.workers.largest(self.inside.largest(value, what, step), what, step)
 
+    def close(self) -> None:
+        """Gives back connections, threads and files. All ranks must call it where it runs over NCCL."""
+        self.workers.close()
+        self.inside.close()
+
+
+def built_too_early(place: Place) -> bool:
+    """Whether a worker that is alone was built before the process group in which it is not."""
+    early = place.alone and getattr(place.workers, "early", False)
+    return early and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def needs_process_group(group: dist.ProcessGroup | None) -> None:
+    """Raises RuntimeError where a launcher has started several processes, and none knows of the others."""
+    if group is not None or (dist.is_available() and dist.is_initialized()):
+        return
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdigit() and int(size) > 1:
+        raise RuntimeError(
+            f"WORLD_SIZE is {size}, but there is no process group: this rank would train alone. Call"
+            " torch.distributed.init_process_group(...) before; to train alone on purpose, unset WORLD_SIZE"
+        )
+
 
 def alone(device: torch.device) -> Place:
     """One worker, one rank."""
@@ -108,49 +131,71 @@ class Layout(NamedTuple):
         """The ranks of this machine."""
         return _mine(self.machines)
 
-    @property
-    def numbers(self) -> list[list[int]]:
-        """The ranks that gossip with each other: those with one number in their machines."""
-        return [list(ranks) for ranks in zip(*self.machines, strict=True)]
+    def numbers(self, sharded: bool) -> list[list[int]]:
+        """The ranks that gossip with each other: those with one number in their machines.
 
-    @property
-    def across(self) -> list[int]:
-        """The ranks with this one's number."""
-        return _mine(self.numbers)
+        Torch orders the ranks of a group by themselves, and what is gathered inside a machine comes in that order. FSDP
+        numbers a machine's shards as the `DeviceMesh` has its ranks.
+        """
+        rows = self.machines if sharded else [sorted(row) for row in self.machines]
+        return [list(ranks) for ranks in zip(*rows, strict=True)]
 
-    def connect(self, params: Sequence[torch.Tensor], timeout: float, warn: bool) -> Place:
+    def connect(self, params: Sequence[torch.Tensor], timeout: float, warn: bool, what: str = "optimizer") -> Place:
         """Builds the groups. All ranks must call it.
 
-        Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip.
+        Args:
+            what: they build, for messages.
+
+        Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip, and on all ranks
+        if they do not build the same; ExchangeError if one has not come within `timeout` seconds.
         """
+        if not timeout > 0:
+            raise ValueError(f"timeout must be positive seconds, not {timeout}")
         other_averagers.refuse_flat(params)
         shards, device = sharded.ranks_of(params), sharded.local(params[0]).device
-        local = self.local if len(self.local) > 1 else []
+        local = sorted(self.local) if len(self.local) > 1 else []
         if not local and self.size == 1 and len(shards) < 2:
             return alone(device)
         me = dist.get_rank()
-        workers = self.across or dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
+        numbers = self.numbers(len(shards) > 1)
+        across = _mine(numbers)
+        everybody = dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
+        workers = across or everybody
         ddp = other_averagers.ddp_ranks(params)
         other_averagers.refuse_ddp(ddp, workers, me)
         sharded.check(shards, workers, me)
-        if shards and local and shards != local:
+        if shards and local and sorted(shards) != local:
             raise ValueError(f"hierarchical has ranks {local} in this machine, but FSDP shards over {shards}")
+        members = [rank for row in self.machines for rank in row] or everybody
+        facts: dict[str, object] = {"hierarchical": self.machines or False, "timeout": f"{timeout:g}"}
+        facts |= {"device": device.type, "FSDP": len(shards) > 1, "DDP": bool(ddp)}
+        name = roll_call.call(members, what, facts, timeout) if len(members) > 1 else ""
         inside: Group = Alone(device)
         splits = bool(local) and len(shards) < 2
         if len(shards) > 1:
-            inside = Group(None, timeout, shards, device, self.machines if shards == local else ())
+            known = sorted(shards) == local
+            parts = self.machines if known else ()
+            inside = Group(None, timeout, shards, device, parts, f"{name} inside" if known else "", what)
         elif local:
-            inside = Group(None, timeout, local, device, self.machines)
+            inside = Group(None, timeout, local, device, self.machines, f"{name} inside", what)
         between: Group = Alone(device)
         if self.size > 1:
-            between = Group(self.process_group, timeout, self.across or None, device, self.numbers)
+            between = Group(self.process_group, timeout, across or None, device, numbers, f"{name} between", what)
             if warn:
                 advise(self.size)
+        for group in (inside, between):
+            group.generation = name  # whoever gives up in one is waited for in the other
+        if name:
+            roll_call.clear(members)
         return Place(between, inside, splits, splits and ddp != local)
 
 
 def layout(process_group: dist.ProcessGroup | None, hierarchical: Any) -> Layout:
-    """Finds the workers. Raises ValueError if this rank is none of them, or machines are not of one size."""
+    """Finds the workers. Raises ValueError if this rank is none of them, or machines are not of one size.
+
+    Raises RuntimeError where there is no process group, but a launcher says that there are more ranks.
+    """
+    needs_process_group(process_group)
     size = dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
     if size < 1:
         raise ValueError("this rank is not in the given process group")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-import weakref
-from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -17,9 +15,6 @@ import torch.distributed.distributed_c10d as c10d
 
 CPU = torch.device("cpu")
 BACKENDS = ("nccl", "gloo", "fake")
-# What this process has built in the lifetime of a default group, by the ranks of all that were built at once: in a job
-# that starts anew with a fresh process in the place of a dead one, all count from one.
-_built: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter] = weakref.WeakKeyDictionary()
 _naming = threading.Lock()
 
 
@@ -40,17 +35,19 @@ def transport(group: dist.ProcessGroup | None, device: torch.device) -> str:
     return found
 
 
-def build(ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+def build(
+    ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Sequence[int]], name: str
+) -> dist.ProcessGroup:
     """A new group over `ranks`, of which this rank is one; all of them call this.
 
     torch names a group by how many there are, or have been, in the process that asks. Ranks that have belonged to
     different numbers of groups then look for each other under different names until the timeout, and a number may come
-    again once a group was destroyed. So this package names its groups, by their ranks and how many it has built over
-    them.
+    again once a group was destroyed. So this package names its groups itself.
 
     Args:
         parts: the ranks of every group that the ranks of the job build at this moment, `ranks` among them, where all
             take part. NCCL splits an eager communicator (`init_process_group(device_id=...)`) with the help of all.
+        name: what these ranks, or all of `parts`, call what they build now, and nothing else (roll_call.py).
 
     Raises ValueError where that help cannot be had.
     """
@@ -66,16 +63,12 @@ def build(ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Se
         # Sends wait for no queued backward kernel, as in FSDP2.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     mine = None
-    built = _built.setdefault(dist.group.WORLD, Counter())  # type: ignore[arg-type]
-    at_once = tuple(tuple(sorted(part)) for part in (parts if everybody else (ranks,)))
-    for members in at_once:
-        number = hashlib.sha1(str((at_once, members)).encode()).hexdigest()
-        made = _named(
-            f"fused_dlam_{number}_{built[at_once]}", list(members), backend, timeout, options, local=not everybody
-        )
-        if members == tuple(sorted(ranks)):
+    for part in parts if everybody else (ranks,):
+        members = sorted(part)
+        number = hashlib.sha1(str((name, members)).encode()).hexdigest()
+        made = _named(f"fused_dlam_{number}", members, backend, timeout, options, local=not everybody)
+        if members == sorted(ranks):
             mine = made
-    built[at_once] += 1  # not if that failed, as it may have on this rank alone
     assert mine is not None
     return mine
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -89,17 +90,36 @@ class Errand:
 
 
 class Courier:
-    """One thread that posts sends in the order it is given them, as every rank must."""
+    """One thread that posts sends in the order it is given them, as every rank must. It ends with its courier."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Errand] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True, name="fused_dlam-courier").start()
+        self._queue: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+        work = threading.Thread(target=_work, args=(self._queue,), daemon=True, name="fused_dlam-courier")
+        work.start()
+        self.end = weakref.finalize(self, self._queue.put, None)  # SimpleQueue.put may be called by a collection
+        self.end.atexit = False
 
     def run(self, job: Callable[[], object]) -> Errand:
         errand = Errand(job)
         self._queue.put(errand)
         return errand
 
-    def _work(self) -> None:
-        while True:
-            self._queue.get().run()
+    def finish(self, timeout: float) -> None:
+        """Waits until everything was posted, and ends."""
+        try:
+            self.run(lambda: None).wait(timeout)
+        except RuntimeError:  # the device does not come to an end: nothing more can be waited for
+            pass
+        self.end()
+
+
+def _work(errands: queue.SimpleQueue) -> None:
+    """The thread knows the queue alone: a thread that knew the courier, or its last errand, would keep both alive."""
+    while _run(errands.get()):
+        pass
+
+
+def _run(errand: Errand | None) -> bool:
+    if errand is not None:
+        errand.run()
+    return errand is not None

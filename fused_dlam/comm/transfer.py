@@ -5,7 +5,7 @@ streams.py tells who waits for whom where the tensors are on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,9 @@ class Transfer:
     sends. Neither rows nor message may be touched before `wait_received` and `wait_sent`: nothing is copied. `tag` (a
     bucket's number) keeps messages of one pair apart on gloo, which would take any message for any other, of whatever
     length; NCCL has no tags.
+
+    What cannot be posted raises when it is waited for: the receives of the next step are posted in advance, perhaps to
+    a peer that has ended its training like this rank, and the next step never comes.
     """
 
     def __init__(
@@ -39,29 +42,41 @@ class Transfer:
         self._rows = list(rows)
         self._staged = group.stages and self.on_device(rows)
         self._host_rows = [host_like(row) for row in self._rows] if self._staged else self._rows
-        self._receives: list[tuple[int | None, dist.Work]] = []
-        self._sends: list[tuple[int | None, dist.Work]] = []
+        self._to_copy = set(range(len(self._rows))) if self._staged else set()  # to the device, once they are there
+        self._receives: list[tuple[int | None, dist.Work | _Unposted]] = []
+        self._sends: list[tuple[int | None, dist.Work | _Unposted]] = []
         self._posting: Errand | None = None
         if group.backend != "nccl":
-            for row, j in zip(self._host_rows, peers.sources, strict=True):
-                with group.watched("posting a receive from", step, j):
-                    self._receives.append((j, _work(dist.irecv(row, group.ranks[j], group.process_group, tag))))
+            self._receive(range(len(self._rows)))
 
     @staticmethod
     def on_device(tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the host has to copy before it can send."""
         return any(t.is_cuda for t in tensors)
 
+    @property
+    def readable(self) -> list[torch.Tensor] | None:
+        """The received rows where the host reads them without waiting for a device, once `wait_delivered` returned.
+
+        None over NCCL, which delivers to the device alone.
+        """
+        return None if self.group.backend == "nccl" else self._host_rows
+
     def send(self, message: torch.Tensor) -> None:
-        """Starts sending `message` to the destinations."""
+        """Starts sending `message` to the destinations. Once it was sent (`wait_sent`), another one may follow.
+
+        Over NCCL an exchange is a whole: sending again also receives again, on all ranks.
+        """
         group, peers, ranks = self.group, self.peers, self.group.ranks
         if group.backend == "nccl":
             # Unbatched P2P of a pair serializes and can deadlock on NCCL; a batch completes as a whole.
             ops = [dist.P2POp(dist.irecv, r, ranks[j], group.process_group)
                    for r, j in zip(self._rows, peers.sources, strict=True)]  # fmt: skip
             ops += [dist.P2POp(dist.isend, message, ranks[j], group.process_group) for j in peers.destinations]
-            with group.watched("exchanging with neighbors", self.step):
+            try:
                 self._receives = [(None, work) for work in (dist.batch_isend_irecv(ops) if ops else [])]
+            except RuntimeError as error:
+                self._receives = [(None, _Unposted(error))]
         elif not (self._staged or (group.stages and self.on_device([message]))):
             self._post(message)
         else:
@@ -71,24 +86,55 @@ class Transfer:
             self._posting = group.courier.run(lambda: self._post(host, copied))
         group.count(message, len(peers.destinations))
 
+    def receive_again(self, sources: Sequence[int]) -> None:
+        """Posts receives anew for these sources, into the same rows, for `wait_received` to wait for. Gloo only."""
+        if self.group.backend == "nccl":
+            raise RuntimeError("over NCCL an exchange is a whole: nothing is received by itself")
+        again = [self.peers.sources.index(j) for j in sources]
+        for k in again:
+            if self._staged and k not in self._to_copy:
+                # A copy of the old one may still be queued on the device: see streams.py.
+                self._host_rows[k] = host_like(self._rows[k])
+                self._to_copy.add(k)
+        self._receive(again)
+
+    def _receive(self, rows: Iterable[int]) -> None:
+        group, transport = self.group, self.group.process_group
+        for k in rows:
+            j = self.peers.sources[k]
+            work: dist.Work | _Unposted
+            try:
+                work = _work(dist.irecv(self._host_rows[k], group.ranks[j], transport, self._tag))
+            except RuntimeError as error:
+                work = _Unposted(error)
+            self._receives.append((j, work))
+
     def _post(self, message: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
+        group, transport = self.group, self.group.process_group
         if copied is not None:
             copied.synchronize()
         for j in self.peers.destinations:
-            with self.group.watched("sending to", self.step, j):
-                work = dist.isend(message, self.group.ranks[j], self.group.process_group, self._tag)
-                self._sends.append((j, _work(work)))
+            work: dist.Work | _Unposted
+            try:
+                work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
+            except RuntimeError as error:
+                work = _Unposted(error)
+            group.posted(work)
+            self._sends.append((j, work))
 
-    def wait_received(self) -> None:
-        """Until the neighbors' messages are in `received` (on CUDA: as seen by the current stream)."""
+    def wait_delivered(self) -> None:
+        """Until the transport has the neighbors' messages; where they pass through the host, they are there alone."""
         for j, work in self._receives:
             with self.group.watched("waiting for a message from", self.step, j):
                 work.wait()
-        if self._staged:
-            for row, host in zip(self._rows, self._host_rows, strict=False):  # none, the second time
-                row.copy_(host, non_blocking=True)
-            self._host_rows = []
         self._receives = []
+
+    def wait_received(self) -> None:
+        """Until the neighbors' messages are in `received` (on CUDA: as seen by the current stream)."""
+        self.wait_delivered()
+        for k in sorted(self._to_copy):
+            self._rows[k].copy_(self._host_rows[k], non_blocking=True)
+        self._to_copy = set()
 
     def wait_sent(self) -> None:
         """Until the message has been read by the transport."""
@@ -99,6 +145,7 @@ class Transfer:
         for j, work in self._sends:
             with self.group.watched("waiting to finish sending to", self.step, j):
                 work.wait()
+            self.group.taken(work)
         self._sends = []
 
 
@@ -121,6 +168,7 @@ class Mean:
             self._host = to_host(tensor)
         with group.watched("all-reduce", step):
             self._work: dist.Work | None = _work(dist.all_reduce(self._host, op, group.process_group, async_op=True))
+        group.posted(self._work)
         group.count_ring(tensor)
 
     @property
@@ -132,6 +180,7 @@ class Mean:
         if self._work is not None:
             with self.group.watched("all-reduce", self.step):
                 self._work.wait()
+            self.group.taken(self._work)
             self._work = None
             if self._over > 1:
                 self._host.div_(self._over)
@@ -165,6 +214,16 @@ def connect(group: Group, topology: Topology, device: torch.device) -> None:
 def foreseen(topology: Topology) -> range:
     """Steps for which to prepare at construction: a period, or the first of one that is long or never ends."""
     return range(min(topology.period or 32, 32))
+
+
+class _Unposted:
+    """In the place of the work that the transport did not take: it is told of where that would be waited for."""
+
+    def __init__(self, error: RuntimeError):
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
 
 
 def _work(work: dist.Work | None) -> dist.Work:

@@ -1,80 +1,98 @@
-"""Every wait has a deadline and a name: what an error says of it, and what is logged while it lasts."""
+"""Every wait has a name, and one that takes long is told of while it lasts."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
+
+from .errors import ClosedError, ExchangeError, call_of, current_call, failure
 
 if TYPE_CHECKING:
     from .group import Group
 
+__all__ = ["ClosedError", "ExchangeError", "Watched", "log", "watch_over"]
+
 log = logging.getLogger("fused_dlam")
-
-
-class ExchangeError(RuntimeError):
-    """A peer did not answer: it died, was cut off, or takes part in another exchange.
-
-    Over gloo the wait that runs out of time raises it. Over NCCL, on which this has not run yet, a wait only orders
-    streams, and what becomes of a dead peer is torch's choice, by its documentation: by default its watchdog ends this
-    process once `timeout` has passed, and nothing is raised. With TORCH_NCCL_BLOCKING_WAIT=1 every wait is one of the
-    host and raises this error, at the price of the overlap; with TORCH_NCCL_ASYNC_ERROR_HANDLING=2 the process lives on
-    and the next exchange raises it, while this rank may have combined what never came: go back to a checkpoint.
-    """
 
 
 class Watched:
     """One wait. A class, and no text before it is needed: four of these per message cost 10 us as generators."""
 
-    __slots__ = ("group", "outer", "peer", "since", "step", "thread", "what")
+    __slots__ = ("group", "outer", "peer", "since", "step", "thread", "what", "when")
 
     def __init__(self, group: Group, what: str, step: int | None, peer: int | None):
         self.group, self.what, self.step, self.peer = group, what, step, peer
 
     def __str__(self) -> str:
+        return self.text(current_call())
+
+    def text(self, call: str) -> str:
+        group = self.group
         at = "" if self.step is None else f" at step {self.step}"
-        return f"rank {self.group.rank}{at}: {self.what}" + ("" if self.peer is None else f" rank {self.peer}")
+        whom = "" if self.peer is None else f" rank {group.ranks[self.peer]}"
+        return f"rank {group.ranks[group.rank]} in {call}{at}: {self.what}{whom}"
 
     def __enter__(self) -> None:
         self.since, self.thread = time.monotonic(), threading.get_ident()
-        current = self.group.watch.current
-        self.outer = current.get(self.thread)
-        current[self.thread] = self
+        self.when = self.since + self.group.timeout / 10
+        self.outer = _current.get(self.thread)
+        _current[self.thread] = self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        current = self.group.watch.current
         if self.outer is None:
-            current.pop(self.thread, None)
+            _current.pop(self.thread, None)
         else:
-            current[self.thread] = self.outer
-        if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError):
-            raise ExchangeError(
-                f"{self} failed ({str(error).splitlines()[0][:160]}). That rank, or one it waits for, died, was cut"
-                f" off, or calls other exchanges than this one: look at its log first. Every rank must call step()"
-                f" equally often; a wait may take {self.group.timeout:g} s (timeout=). "
-                + (LOST if self.group.backend == "nccl" else INTACT)
-            ) from error
+            _current[self.thread] = self.outer
+        if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError | ClosedError):
+            raise failure(self, error) from error
 
 
-INTACT = "Some buckets may have taken this step here, none is damaged: restart from a checkpoint, or without that rank."
-LOST = "What never came may have been combined on the GPU by now: restart from a checkpoint."
+# The main thread, a hook's and the courier's wait at the same time, each in what is outermost for it alone. One thread
+# looks at all of them, for all groups, while there are any.
+_current: dict[int, Watched] = {}
+_groups: weakref.WeakSet[Group] = weakref.WeakSet()
+_lock, _wake = threading.Lock(), threading.Event()
+_thread: threading.Thread | None = None
 
 
-class Watch:
-    """Logs a warning while a wait takes long, from a daemon thread that never interferes.
+def watch_over(group: Group) -> None:
+    """Logs a warning when a wait of the group's takes long, as long as the group lives."""
+    global _thread
+    _groups.add(group)
+    with _lock:
+        if _thread is None or not _thread.is_alive():  # a forked process has none
+            _thread = threading.Thread(target=_look, daemon=True, name="fused_dlam-watch")
+            _thread.start()
+    _wake.set()
 
-    The main thread, a hook's and the courier's wait at the same time, each in what is outermost for it alone.
-    """
 
-    def __init__(self, timeout: float):
-        self.every = max(timeout / 10, 0.05)
-        self.current: dict[int, Watched] = {}  # by thread
-        threading.Thread(target=self._run, daemon=True, name="fused_dlam-watch").start()
+def forget(group: Group) -> None:
+    """The group waits for nothing any more."""
+    _groups.discard(group)
+    _wake.set()
 
-    def _run(self) -> None:
-        while True:
-            time.sleep(self.every)
-            for one in list(self.current.values()):
-                if time.monotonic() - one.since > self.every:
-                    log.warning("%s: still waiting after %.0f s", one, time.monotonic() - one.since)
+
+def _look() -> None:
+    global _thread
+    while True:
+        with _lock:
+            every = min((group.timeout for group in _groups), default=None)
+            if every is None:
+                _thread = None
+                return
+        _wake.wait(min(max(every / 20, 0.05), 5.0))
+        _wake.clear()
+        remind()
+
+
+def remind(now: float | None = None) -> None:
+    """Tells of what has waited for a tenth of its timeout, and then each time that has doubled: four times at most."""
+    now = time.monotonic() if now is None else now
+    for wait in list(_current.values()):
+        if now > wait.when:
+            waited = now - wait.since
+            wait.when = wait.since + 2 * max(waited, wait.group.timeout / 10)
+            log.warning("%s: still waiting after %.3g s", wait.text(call_of(wait.thread)), waited)

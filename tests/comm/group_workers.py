@@ -10,7 +10,7 @@ import workers
 
 import fused_dlam
 from fused_dlam import neighbor_allreduce
-from fused_dlam.comm import process_group as groups
+from fused_dlam.comm import roll_call
 
 
 def train(rank, steps=6, **options):
@@ -74,7 +74,7 @@ def again(rank, folder):
     first, n = train(rank), dist.get_world_size()
     dist.destroy_process_group()
     if rank == 1:
-        groups._built.clear()
+        roll_call._completed.clear()
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/again", n), rank=rank, world_size=n)
     out = first, train(rank)
     dist.barrier()

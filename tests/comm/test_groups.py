@@ -4,11 +4,8 @@
   train without that history; also after a group was destroyed, in a group of some ranks, and with machines;
 - the backend is the one that serves the parameters' device, whatever the group is called;
 - a mean of float16 values is exact where their sum would overflow;
-- hooks of two threads send every bucket once, in order;
-- a wait that is over is never reported, whichever thread's it was.
+- hooks of two threads send every bucket once, in order.
 """
-
-import threading
 
 import group_workers
 import pytest
@@ -18,10 +15,7 @@ from workers import Tied, run_together
 
 from fused_dlam import GossipSGD
 from fused_dlam.comm import process_group as groups
-from fused_dlam.comm import transfer
-from fused_dlam.comm import watch as watching
 from fused_dlam.tools.launch import run_workers
-from fused_dlam.topology.topology import Peers
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +98,7 @@ def test_eager_nccl_needs_all_ranks(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(type(dist.group), "WORLD", property(lambda _: World))
     with pytest.raises(ValueError, match="leave device_id out, or pass hierarchical=mesh"):
-        groups.build([0, 1], "nccl", 10.0, [[0, 1]])
+        groups.build([0, 1], "nccl", 10.0, [[0, 1]], "name")
 
 
 def test_means_of_float16_do_not_overflow(triples):
@@ -116,36 +110,6 @@ def test_means_of_float16_do_not_overflow(triples):
 def test_two_threads_send_every_bucket_once(pairs):
     for rounds in pairs["two threads"]:
         assert len(rounds) == 20 and all(rounds)
-
-
-def test_waits_of_two_threads_are_told_apart(caplog):
-    """Main in, courier in, main out, courier out: nothing waits any more, and nothing is reported later."""
-
-    class End:
-        rank, timeout, backend = 0, 2.0, "gloo"
-        watch = watching.Watch(2.0)
-
-    main, courier = (watching.Watched(End, what, 5, 1) for what in ("waiting for a message from", "sending to"))
-    entered, leave, left = threading.Event(), threading.Event(), threading.Event()
-
-    def other():
-        with courier:
-            entered.set()
-            leave.wait()
-        left.set()
-
-    thread = threading.Thread(target=other)
-    with main:
-        thread.start()
-        entered.wait()
-        assert len(End.watch.current) == 2
-        with watching.Watched(End, "inner", 5, 1):
-            assert len(End.watch.current) == 2
-        assert main in End.watch.current.values()
-    leave.set()
-    left.wait()
-    thread.join()
-    assert not End.watch.current
 
 
 def test_a_captured_backward_pass_counts():
@@ -169,32 +133,3 @@ def test_a_captured_backward_pass_counts():
         optimizer.step()
         moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-6)
-
-
-def test_a_dead_peer_over_nccl_is_an_exchange_error(monkeypatch):
-    """Where torch raises (TORCH_NCCL_BLOCKING_WAIT=1, or a communicator that was aborted) it is named, and not called
-    harmless: by then the GPU may have combined what never came."""
-
-    class Lost:
-        def wait(self):
-            raise dist.DistBackendError("NCCL communicator was aborted on rank 1.")
-
-    class End:
-        rank, timeout, backend, process_group, ranks, stages = 1, 5.0, "nccl", None, [0, 1], False
-        watch, messages_sent, bytes_sent = watching.Watch(5.0), 0, 0.0
-
-        def count(self, message, receivers):
-            pass
-
-        def watched(self, what, step, peer=None):
-            return watching.Watched(self, what, step, peer)
-
-    monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
-    monkeypatch.setattr(dist, "batch_isend_irecv", lambda ops: [Lost()])
-    flight = transfer.Transfer(End(), [torch.zeros(3)], Peers((0,), (0.5,), (0,)), step=7)
-    flight.send(torch.zeros(3))
-    with pytest.raises(
-        watching.ExchangeError, match="rank 1 at step 7: .*communicator was aborted.* from a checkpoint"
-    ) as e:
-        flight.wait_received()
-    assert "intact" not in str(e.value)

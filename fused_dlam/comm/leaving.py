@@ -1,0 +1,136 @@
+"""Groups come to an end: closed, collected, or with the process. What they hold is given back, what they sent arrives.
+
+A message that was sent is still here until its receiver takes it: gloo moves nothing before the receive is posted. A
+rank that is ahead of the others by a step would take its last message along when it leaves, so it stays until that has
+been taken, or the receiver has gone, `timeout` at most. A rank that ends by an error does not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+if TYPE_CHECKING:
+    from .group import Group
+
+
+class Holdings:
+    """What a group must give back. It outlives the group, and does not know it."""
+
+    failed = False  # whether an exchange of any group failed in this process
+
+    def __init__(self, process_group: dist.ProcessGroup, backend: str, timeout: float):
+        self.process_group: dist.ProcessGroup | None = process_group
+        self.backend, self.timeout, self.process = backend, timeout, os.getpid()
+        self.posted: dict[int, Any] = {}  # sends, and means, that nobody has waited for
+        self.broken = False
+
+    def finish(self) -> None:
+        """Waits for what was posted. What fails now is the peer's affair: nothing here needs it."""
+        while self.posted and not self.broken:
+            _, work = self.posted.popitem()
+            try:
+                work.wait()
+            except Exception:  # noqa: BLE001
+                pass
+
+    def pending(self) -> bool:
+        real = any(isinstance(work, dist.Work) for work in list(self.posted.values()))
+        return self.backend == "gloo" and not self.broken and real and self.process == os.getpid()
+
+    def give_back(self) -> None:
+        """Closes the connections, which gloo does once nothing refers to the process group any more."""
+        group, self.process_group = self.process_group, None
+        self.posted.clear()
+        if group is None or self.process != os.getpid():  # a forked process has copies of its parent's
+            return
+        try:
+            if group in c10d._world.pg_map:  # the user may have destroyed all, and begun anew
+                dist.destroy_process_group(group)
+        except Exception:  # noqa: BLE001 -- half destroyed by the user, or by the end of the interpreter
+            pass
+
+    def finish_and_give_back(self) -> None:
+        self.finish()
+        self.give_back()
+
+
+_living: weakref.WeakSet[Group] = weakref.WeakSet()
+_closing: set[threading.Thread] = set()
+SOON = 2.0  # seconds that a process stays which ends by an error
+_hooked = 0  # the process whose end is provided for
+
+
+def provide(group: Group, holdings: Holdings) -> None:
+    """From here on a group's end gives back its holdings; over NCCL, where that is collective, only its `close()`."""
+    global _hooked
+    _living.add(group)
+    if holdings.backend == "gloo":
+        weakref.finalize(group, _collected, holdings).atexit = False
+    if _hooked != os.getpid():
+        _hooked = os.getpid()
+        # Unlike atexit's, these run in children of multiprocessing as well.
+        multiprocessing.util.Finalize(None, _at_exit, exitpriority=0)
+
+
+def _collected(holdings: Holdings) -> None:
+    if holdings.process_group is None or sys.is_finalizing():
+        return
+    if not (holdings.pending() and _in_background(holdings)):
+        holdings.give_back()
+
+
+def _in_background(holdings: Holdings) -> bool:
+    def run() -> None:
+        try:
+            holdings.finish_and_give_back()
+        finally:
+            _closing.discard(threading.current_thread())
+
+    thread = threading.Thread(target=run, daemon=True, name="fused_dlam-closing")
+    _closing.add(thread)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is ending
+        _closing.discard(thread)
+        return False
+    return True
+
+
+def wait_to_leave(holdings: Holdings) -> None:
+    """Waits for what was posted, in another thread, so that Ctrl-C ends the wait."""
+    if not holdings.pending():
+        return
+    thread = threading.Thread(target=holdings.finish, daemon=True, name="fused_dlam-closing")
+    thread.start()
+    thread.join(holdings.timeout)
+
+
+def _at_exit(*ignored: Any) -> None:
+    """Before the process ends: everything that was sent has been taken, or will not be."""
+    for group in list(_living):
+        if "courier" in vars(group) and not group.broken:
+            group.courier.finish(group.timeout)
+    waiting = [group.holdings for group in list(_living) if group.holdings and group.holdings.pending()]
+    threads = list(_closing)
+    for holdings in waiting:
+        thread = threading.Thread(target=holdings.finish, daemon=True, name="fused_dlam-closing")
+        try:
+            thread.start()
+        except RuntimeError:
+            continue
+        threads.append(thread)
+    patience = max((holdings.timeout for holdings in waiting), default=60.0)
+    if Holdings.failed or hasattr(sys, "last_type"):  # an exchange failed, or an exception went through
+        patience = min(patience, SOON)
+    end = time.monotonic() + patience
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))

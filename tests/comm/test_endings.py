@@ -1,0 +1,60 @@
+"""Promises about the end of groups, with real processes over gloo:
+
+- training ends with exit code 0 on every rank, whichever is late in the last steps, for 2 to 5 workers, atc and awc,
+  with process groups destroyed or not; a message that was sent arrives, though its sender has let everything go;
+- optimizers in a row take no more threads and files than the first few, deleted or closed;
+- a closed group says so; after an exchange that failed the same ranks build anew in the same processes.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ending_workers
+import pytest
+from workers import run_together
+
+import fused_dlam
+
+ROOT = Path(fused_dlam.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    calls = {f"row {closes}": (ending_workers.in_a_row, closes) for closes in (False, True)}
+    calls |= {"closed": (ending_workers.closed,), "left": (ending_workers.left_behind,)}
+    return run_together(2, calls)
+
+
+@pytest.mark.parametrize("sizes", [("2", "3"), ("4",), ("5",)], ids="-".join)
+def test_training_ends_well_whoever_is_late(sizes, tmp_path):
+    script = [sys.executable, str(Path(__file__).with_name("exit_race.py")), str(tmp_path), "0.3", *sizes]
+    run = subprocess.run(script, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT)})
+    cases = run.stdout.splitlines()
+    assert len(cases) == sum(2 * int(n) for n in sizes), run.stderr
+    codes = [code for case in cases for code in case.split("[")[1].strip("]").split(", ")]
+    assert set(codes) == {"0"}, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_nothing_piles_up(closes, pairs):
+    for early, late in pairs[f"row {closes}"]:
+        assert all(b <= a for a, b in zip(early, late, strict=True)), (early, late)
+
+
+def test_a_closed_group_says_so(pairs):
+    for told, threads in pairs["closed"]:
+        assert [kind for kind, _ in told] == ["ClosedError"] * 3 and all("was closed" in text for _, text in told)
+        assert threads == []
+
+
+def test_what_was_sent_arrives_though_the_sender_has_gone(pairs):
+    assert pairs["left"] == [None, True]
+
+
+def test_the_same_ranks_build_anew_after_an_error():
+    for rank, (*errors, last) in enumerate(run_together(3, {"anew": (ending_workers.anew,)})["anew"]):
+        texts = [e for e in errors if isinstance(e, str)]
+        assert [e for e in errors if not isinstance(e, str)] == [1.0, 1.0] and last == 1.0
+        assert len(texts) == (1 if rank == 2 else 2), errors
+        assert "neighbor_allreduce()" in texts[-1]
