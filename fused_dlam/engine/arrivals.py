@@ -3,9 +3,14 @@
 Autograd runs hooks on one thread per device, and accumulates a gradient on the stream of the forward pass that made it.
 So a lock keeps two threads from sending one bucket twice, and a bucket waits for every stream that wrote into it.
 
-A message must not leave before its gradient is final. With `overlap="auto"` the first step sends in step() and watches
-what the training script does in between: clipping, a loss scaler, accumulation. The gradients' version counters tell.
-The ranks then agree, once: if nothing touched the gradients, sending moves into the backward pass from then on.
+A message that leaves in the backward pass is a guess: that nothing the script does until step() changes it. The guess
+is checked in step(), and the step's last bucket, which never leaves before, says whether it held (`Engine.complete`).
+If not, this rank sends anew, and sends in step() for a while. So a wrong guess costs time, never a wrong number.
+
+    version counters, None, a second arrival, hyper-parameters    in every step
+    the values themselves (fingerprint.py)                        on CPUs in every step; on GPUs, where it is a kernel
+                                                                  more, in steps 0 to 2, 4, 8, 16, ..., which guess
+                                                                  nothing
 """
 
 from __future__ import annotations
@@ -21,12 +26,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..comm.watch import log
 from .buckets import Bucket
 from .engine import Engine
+from .observed import Observed, Verdicts
 from .slot import Slot
 
 HOW = (
     "overlap=False sends in step(), max_grad_norm= in the optimizer clips by the exact norm, no_sync() holds back all"
     " but the last backward pass of an accumulation, schedule='awc' hides the exchange without regard to gradients"
 )
+LOOKS = 2  # steps that are watched before messages leave early again
+PATIENCE = 8  # steps sent in step() after the first wrong guess; twice as many after each further one
 
 _hooks = WeakTensorKeyDictionary()  # parameter -> hook of the optimizer that owns it now
 
@@ -54,22 +62,42 @@ class Arrivals:
         self.engine, self.begin, self.settings, self.name_of = engine, begin, settings, name_of
         self.mode = mode
         # A clipped gradient is final only when all are there, and x itself is sent whatever the gradients do.
-        early = engine.place.workers.size > 1 and not engine.message.is_x and not clips
-        self.observing = early and mode == "auto"
-        self.sending = early and mode is True
-        self.first = early and mode is not False  # after the first step the ranks agree how to go on
+        self.early = engine.place.workers.size > 1 and not engine.message.is_x and not clips and mode is not False
+        engine.guesses = self.early
+        self.first = self.early  # after the first step the ranks agree on an order
         self.held = False  # inside no_sync()
-        self.late: str | None = None  # why gradients were not final when they arrived
+        self.ordered = False  # nothing leaves before step(), see `hold_back`
+        self.late = ""  # why what arrived is not what step() sends
+        self.patience = PATIENCE
+        self.told = False
         self.seen: object = None  # the settings when the first gradient arrived
         self.order: list[int] = []  # buckets in the order in which they were complete
+        self.observed: dict[int, Observed] = {}  # by bucket, when it was complete
         self.waiting: dict[int, int] = {}
+        self.verdicts = Verdicts()
         self._lock = threading.RLock()
+        self.wait = 0  # steps to be sent in step() first
         self.reset()
+
+    @property
+    def sending(self) -> bool:
+        """Whether messages leave in this step's backward pass."""
+        return self.early and self.wait == 0 and not self.ordered
+
+    @property
+    def looking(self) -> bool:
+        """Whether this step is watched."""
+        return self.early and self.wait <= LOOKS
 
     @property
     def ahead(self) -> bool:
         """Whether the next step's exchange begins at the end of this one: not in the first, which may set the order."""
         return self.mode is not False and not self.first
+
+    @property
+    def values(self) -> bool:
+        """Whether values are compared, not version counters alone."""
+        return not self.sending or not self.engine.on_gpu
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -80,19 +108,28 @@ class Arrivals:
         finally:
             self.held = outer
 
+    def leave(self) -> None:
+        """Hears of no gradient any more."""
+        for b in self.engine.buckets:
+            for slot in b.slots:
+                if slot.hook is not None and _hooks.get(slot.p) is slot.hook:
+                    _hooks.pop(slot.p).remove()
+
     def watch(self, b: Bucket) -> None:
         """Has autograd tell when a bucket's gradients have been accumulated.
 
         A parameter outlives its optimizers, so a hook does not keep its optimizer alive. An optimizer that loses a
         parameter to another one hears no more of it, or both would collect its gradients in turn.
         """
-        b.hooked = sum(slot.p.requires_grad for slot in b.slots)
+        b.expected = set(range(len(b.slots)))
+        self.waiting[b.index] = len(b.expected)
         for slot in b.slots:
-            if slot.p.requires_grad:
-                former = _hooks.pop(slot.p, None)
-                if former is not None:
-                    former.remove()
-                _hooks[slot.p] = slot.p.register_post_accumulate_grad_hook(self._hook(b, slot))
+            former = _hooks.pop(slot.p, None)
+            if former is not None:
+                former.remove()
+            slot.hook = _hooks[slot.p] = slot.p.register_post_accumulate_grad_hook(self._hook(b, slot))
+        if self.mode != True:  # noqa: E712 -- "auto"
+            self.wait = max(self.wait, 3 if self.engine.on_gpu else 1)
 
     def _hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
 
@@ -102,31 +139,33 @@ class Arrivals:
             self, b = owner(), bucket()
             if self is not None and b is not None:
                 with self._lock:
-                    self._arrived(b, b.slots[k])
+                    self._arrived(b, k)
 
         return hooked
 
-    def _arrived(self, b: Bucket, slot: Slot) -> None:
+    def _arrived(self, b: Bucket, k: int) -> None:
+        slot = b.slots[k]
         if b.x.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._captured(b, slot)
         b.arrived(slot)
-        if self.held or not (self.observing or self.sending):
+        if self.held or not self.looking:
             return
-        if self.observing and self.seen is None:
+        if self.seen is None:
             self.seen = self.settings()
         if slot.arrived_at is not None:
-            self.engine.check_whole()
             self.late = f"the gradient of {self.name_of(slot)} was accumulated in more than one backward pass"
-            if not self.observing:
-                raise RuntimeError(f"{self.late}, but its message leaves after the first. {HOW}.")
-            slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-            return
-        slot.arrived_at = slot.grad._version  # type: ignore[union-attr]
-        self.waiting[b.index] -= 1
-        if self.waiting[b.index] == 0:
+        elif slot.p.grad is not None and slot.p.grad.requires_grad:
+            self.late = f"the gradient of {self.name_of(slot)} has a graph of its own (create_graph=True)"
+        elif k in b.expected:
+            self.waiting[b.index] -= 1
+        first, slot.arrived_at = slot.arrived_at is None, slot.grad._version  # type: ignore[union-attr]
+        if first and self.waiting[b.index] == 0 and b.index not in self.observed:
             self.order.append(b.index)
             if self.sending:
                 self._send_complete_ones()
+            else:
+                b.gather()
+                self.observed[b.index] = Observed(b, self.values)
 
     def _captured(self, b: Bucket, slot: Slot) -> None:
         """This backward pass is recorded. When it is replayed no hook runs.
@@ -134,83 +173,97 @@ class Arrivals:
         The copy into the view is part of the graph, and the message leaves in step().
         """
         b.collect([slot])
-        slot.graphed = True
-        if self.observing:
-            self.late = f"the gradient of {self.name_of(slot)} comes from a CUDA graph"
+        self.late = f"the gradient of {self.name_of(slot)} comes from a CUDA graph"
 
     def _send_complete_ones(self) -> None:
-        """In the one order of all ranks: a bucket waits for those before it."""
+        """In the one order of all ranks: a bucket waits for those before it. The last one waits for step()."""
         engine = self.engine
-        if engine.step is None:
-            self.begin()
-        while engine.sent < len(engine.buckets) and self.waiting[engine.buckets[engine.sent].index] <= 0:
+        while engine.sent < len(engine.buckets) - 1 and self.waiting[engine.buckets[engine.sent].index] <= 0:
+            if engine.step is None:
+                self.begin()
+            b = engine.buckets[engine.sent]
             with torch.no_grad():
-                engine.buckets[engine.sent].gather()  # all that will arrive: others of its parameters may be unused
+                b.gather()  # all that will arrive: others of its parameters may be unused
+                self.observed[b.index] = Observed(b, self.values)
                 engine.send_next()
 
-    def check(self) -> None:
-        """At the start of step(): whether any gradient changed since it arrived.
+    def verify(self) -> str:
+        """At the start of step(): why the guess did not hold, or would not have, "" if it did.
 
-        Raises RuntimeError, naming the parameter, if its message leaves in the backward pass.
+        Raises RuntimeError if it did not and messages have left that cannot be recalled.
         """
-        if self.observing and self.seen not in (None, self.settings()):
-            self.late = "a hyper-parameter was set between the backward pass and step()"
-        for b in self.engine.buckets if self.observing or self.sending else ():
-            for slot in b.slots:
-                if slot.arrived_at is None or slot.grad is None:
-                    continue  # no gradient has arrived in this step
-                if slot.grad._version != slot.arrived_at:
-                    self.late = f"the gradient of {self.name_of(slot)} changed between the backward pass and step()"
-                    if not self.observing:
-                        raise RuntimeError(f"{self.late}, but its message leaves in the backward pass. {HOW}.")
+        why = self.late
+        if self.looking and not why and self.seen not in (None, self.settings()):
+            why = "a hyper-parameter was set between the backward pass and step()"
+        for b in self.engine.buckets:
+            if not why and b.index in self.observed:
+                seen = self.observed[b.index]
+                why = seen.gradient_changed(b, self.name_of) or seen.changed(b, self.name_of, self.verdicts)
+                why = f"{why} between the backward pass and step()" if why else ""
+        why = why or self.verdicts.found(self.engine)
+        if why and self.engine.sent and not self.engine.recallable:
+            raise RuntimeError(f"{why}, but its message left in the backward pass. {HOW}.")
+        self.late = why
+        return why
 
     def hold_back(self, why: str) -> None:
-        """Called at the start of step() for a reason that a backward pass cannot know: messages must leave in step().
+        """Called at the start of step() for a reason that a backward pass cannot know.
 
-        Raises RuntimeError, on all ranks, if they leave in the backward pass already.
+        All-reduces match in their order. Those of gradients that left early here would come before a scaler's, and
+        after it on a rank that guessed nothing. So where gradients are averaged none leaves early from here on.
         """
-        if self.sending:
-            raise RuntimeError(
-                f"{why}, but messages leave in the backward pass. Build with overlap='auto' and do so from the first"
-                " step on, or with overlap=False or schedule='awc'."
-            )
-        if self.observing:
+        if self.early:
             self.late = why
+            self.ordered = self.ordered or self.engine.averager.size > 1
 
     def finish(self) -> None:
         """At the end of step()."""
-        watched = self.observing or self.sending
         if self.first:
             self._agree()
-            self.first = self.observing = False
-        if watched:
-            self.reset()
-        else:
+            self.first = False
+        if self.early:
+            self._decide()
             for b in self.engine.buckets:
-                b.streams.clear()
+                arrived = {k for k, slot in enumerate(b.slots) if slot.arrived_at is not None}
+                # Where nothing can be recalled a bucket waits for all its parameters: others may arrive next time.
+                if self.order and self.looking and self.engine.recallable:
+                    b.expected = arrived
+        self.reset()
+
+    def _decide(self) -> None:
+        """Whether the next steps guess."""
+        if self.late:
+            if not self.told:
+                self.told = True
+                log.warning(
+                    "rank %d at step %d: messages are sent in step(), not during the backward pass, for %s. The result"
+                    " is the same. %s.",
+                    self.engine.me, self.engine.steps - 1, self.late, HOW,
+                )  # fmt: skip
+            if self.mode == "auto":
+                self.wait, self.patience = self.patience, min(2 * self.patience, 1 << 10)
+            return
+        if self.wait:
+            self.wait -= 1
+            return
+        following = self.engine.steps
+        if self.engine.on_gpu and self.mode == "auto" and following & (following - 1) == 0:
+            self.wait = 1
 
     def reset(self) -> None:
-        self.order, self.seen = [], None
+        self.order, self.seen, self.late = [], None, ""
+        self.observed.clear()
         for b in self.engine.buckets:
             b.streams.clear()
-            self.waiting[b.index] = sum(slot.p.requires_grad for slot in b.slots)
+            self.waiting[b.index] = len(b.expected)
             for slot in b.slots:
                 slot.arrived_at = None
 
     def _agree(self) -> None:
-        """All ranks hold back if one rank has late gradients. If not, rank 0's order of arrival becomes the order.
-
-        In that order a parameter that is never used holds back its own bucket alone.
-        """
+        """Rank 0's order of arrival becomes the order: in it a parameter that is never used holds back its own bucket
+        alone."""
         engine, workers = self.engine, self.engine.place.workers
         rest = [b.index for b in engine.buckets if b.index not in self.order]
-        late = torch.tensor([float(self.late is not None)])
-        late = workers.largest(late, "agreeing on the order of buckets").cpu()
         order = torch.tensor(self.order + rest, device=workers.wire)
         workers.broadcast(order)
-        if late.item() > 0:
-            if self.late is not None:
-                log.warning("messages are sent in step(), not during the backward pass, for %s. %s.", self.late, HOW)
-            return
-        self.sending = True
         engine.reorder(order.tolist())

@@ -10,6 +10,9 @@ the last is there: ResNet-50 has 161. After `zero_grad(set_to_none=False)` nothi
 
 Two kinds of parameters are not views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
 memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back.
+
+Between the backward pass and step() a gradient is the script's: nothing here writes it. Where it is averaged or scaled
+by a layer before the rule sees it, that happens in a buffer beside it.
 """
 
 from __future__ import annotations
@@ -17,55 +20,72 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from typing import TypeVar
 
 import torch
 
 from ..comm import sharded
+from ..rules.scalars import Scalar
+from .header import SIZE
+from .per_slot import PerSlot
 from .slot import Slot
 
 # Elements; a slot starts on a 16-byte boundary in every floating type, and a run of slots has a length that Triton
 # knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
 ALIGN = 16
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
-PIECE = 1 << 26  # elements for which values per slot are written out at once: 256 MiB, and as much for their index
 GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
+Key = TypeVar("Key")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class Bucket:
+class Bucket(PerSlot):
     """Parameters of one dtype and device and their flat buffers, all of one length N.
 
     x holds master values: the parameters themselves, or float32 copies of 16-bit ones (then `low` holds the
-    parameters). `state` are the method's buffers, `messages` [messages, N] what is sent, `received` [d, messages, N].
-    `gradients=False` leaves gradients where they are; x stands in for g, which nothing reads then.
+    parameters). `grads` are the gradients, g what the rule sees of them. `state` are the method's buffers, `messages`
+    [messages, N] what is sent, `received` [d, messages, N].
+
+    Args:
+        gradients: False leaves gradients where they are; x stands in for g, which nothing reads then.
+        beside: g is a buffer of its own, for gradients that are averaged or scaled first.
     """
 
     def __init__(
-        self, params: Sequence[torch.Tensor], index: int, group: int = 0, shards: int = 1, gradients: bool = True
+        self,
+        params: Sequence[torch.Tensor],
+        index: int,
+        group: int = 0,
+        shards: int = 1,
+        gradients: bool = True,
+        beside: bool = False,
     ):
         self.index, self.group = index, group
-        self.slots: list[Slot] = []
+        self.slots = []
         end = 0
         for p in params:
             self.slots.append(Slot(p, end))
             end = -(-(end + self.slots[-1].numel) // ALIGN) * ALIGN
         self.flags = slice(end, end + len(self.slots))  # in the padding: which parameters got a gradient
+        self.recalled = slice(self.flags.stop, self.flags.stop + 1)  # and whether other buckets are averaged again
+        self.header = slice(self.recalled.stop, self.recalled.stop + SIZE)  # see header.py
         unit = math.lcm(PADDING, shards)
-        self.N = -(-self.flags.stop // unit) * unit
+        self.N = -(-self.header.stop // unit) * unit
         first = params[0]
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
         self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
-        self.g = torch.zeros(self.N, dtype=dtype, device=first.device) if gradients else self.x
+        kind = grad_type(first)
+        self.grads = torch.zeros(self.N, dtype=kind, device=first.device) if gradients else self.x
+        self.g = torch.zeros_like(self.grads) if gradients and beside else self.grads
         self.state: tuple[torch.Tensor, ...] = ()
         self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
+        self.expected: set[int] = set()  # slots whose gradients arrived in the last step that was watched
         self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
         self.gathers = self.x.is_cuda  # gradients that autograd makes anew are copied together
         self._fresh: list[Slot] = []  # whose gradients have arrived, but not in their views
         self._waiting = 0  # their bytes
-        self.hooked = 0  # slots whose gradients autograd announces
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
             self._adopt(slot, gradients)
@@ -98,7 +118,7 @@ class Bucket:
         if not slot.apart:
             if self.low is not None:
                 slot.view(self.low).copy_(slot.data)
-            slot.data = slot.view(self.x if self.low is None else self.low)
+            slot.data = slot.storage(self.x if self.low is None else self.low)
         slot.address = slot.data.data_ptr()
         had = p.grad
         if not slot.apart:
@@ -107,14 +127,19 @@ class Bucket:
             return
         # `.data` gives the view a version counter of its own: writing the flat buffer does not move it, autograd and
         # the user do. So the counter tells whether this parameter got a gradient.
-        slot.grad = slot.view(self.g).data
+        slot.grad = slot.view(self.grads).data
         slot.installed = sharded.like(p, slot.grad) if slot.apart else slot.grad
         if had is not None:
-            p.grad = had.to(p.dtype) if had.layout == torch.strided else had
+            p.grad = had.to(getattr(p, "grad_dtype", None) or p.dtype) if had.layout == torch.strided else had
             self.collect([slot])
 
     def arrived(self, slot: Slot) -> None:
-        """Autograd has accumulated a gradient: if it is not the view, it moves there, now or with others'."""
+        """Autograd has accumulated a gradient: if it is not the view, it moves there, now or with others'.
+
+        One that has a graph of its own stays where it is until step(): the script means to differentiate it.
+        """
+        if slot.p.grad is not None and slot.p.grad.requires_grad:
+            return
         if not self.gathers:
             return self.collect([slot])
         if self.x.is_cuda:
@@ -125,7 +150,7 @@ class Bucket:
                 self._fresh.append(slot)
                 self._waiting += slot.numel * self.g.element_size()
             slot.fresh = weakref.ref(slot.p.grad), slot.p.grad._version
-            if len(self._fresh) >= self.hooked or self._waiting >= GATHER:
+            if len(self._fresh) >= len(self.slots) or self._waiting >= GATHER:
                 self.gather()
 
     def gather(self) -> None:
@@ -148,7 +173,10 @@ class Bucket:
         self._fresh, self._waiting = [], 0
 
     def collect(self, slots: Iterable[Slot]) -> None:
-        """Copies gradients that are not the views into the views, in one operation, and puts the views back."""
+        """Copies gradients that are not the views into the views, in one operation, and puts the views back.
+
+        A gradient with a graph keeps its place.
+        """
         fresh = []
         for slot in slots:
             grad, arrived, slot.fresh = slot.p.grad, slot.fresh, None
@@ -165,14 +193,15 @@ class Bucket:
             return
         torch._foreach_copy_([view for _, view, _, _ in fresh], [sharded.local(g.detach()) for _, _, g, _ in fresh])
         for slot, view, _, untouched in fresh:
-            slot.p.grad = slot.installed
+            if not slot.p.grad.requires_grad:  # type: ignore[union-attr]
+                slot.p.grad = slot.installed
             if untouched and slot.arrived_at is not None:
                 slot.arrived_at = view._version
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Forgets the gradients, or zeros them with one write and keeps the views installed."""
         if not set_to_none:
-            self.g.zero_()
+            self.grads.zero_()
         self._forget_fresh()
         for slot in self.slots:
             slot.fresh = None
@@ -180,7 +209,6 @@ class Bucket:
                 slot.p.grad = None
             else:
                 slot.p.grad = slot.installed
-                slot.zeroed_at = slot.version(slot.installed)  # type: ignore[arg-type]
 
     def refresh(self) -> None:
         """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
@@ -199,14 +227,11 @@ class Bucket:
         self.collect([slot for slot in self.slots if slot.p.grad is not slot.installed])
 
     def active(self) -> list[bool]:
-        """For each slot, whether its parameter got a gradient since the last zero_grad."""
-        return [
-            slot.p.grad is not None and (slot.graphed or slot.version(slot.p.grad) != slot.zeroed_at)
-            for slot in self.slots
-        ]
+        """For each slot, whether its parameter has a gradient. As in torch zeros are one, and None is none."""
+        return [slot.p.grad is not None for slot in self.slots]
 
-    def runs(self, active: list[bool]) -> Iterator[tuple[slice, bool]]:
-        """Maximal runs of the buffer as (span, active), together all of it. In the steady state that is one run."""
+    def runs(self, active: list[Key]) -> Iterator[tuple[slice, Key]]:
+        """Maximal runs of slots that are alike, as (span, what they are), together all of it. Mostly that is one."""
         start, current = 0, active[0]
         for slot, now in zip(self.slots, active, strict=True):
             if now != current and slot.numel:
@@ -214,44 +239,23 @@ class Bucket:
                 start, current = slot.offset, now
         yield slice(start, self.N), current
 
-    def mask(self, per_slot: Sequence[bool]) -> torch.Tensor:
-        """A truth value for each slot, where the buffers are. From pinned memory, or a GPU would be waited for."""
-        host = torch.tensor(per_slot)
-        return host.pin_memory().to(self.x.device, non_blocking=True) if self.x.is_cuda else host
-
-    @cached_property
-    def matrices(self) -> torch.Tensor:
-        """[slots], true for parameters of more than one dimension."""
-        return self.mask([slot.p.ndim > 1 for slot in self.slots])
-
-    @cached_property
-    def _extents(self) -> torch.Tensor:
-        """Elements of each slot, and between it and the next."""
-        ends = [*(slot.offset for slot in self.slots[1:]), self.N]
-        pairs = [(slot.numel, end - slot.offset - slot.numel) for slot, end in zip(self.slots, ends, strict=True)]
-        kind = torch.int32 if self.N < 1 << 31 else torch.int64  # also of an index for every element
-        return torch.tensor(pairs, dtype=kind).flatten().to(self.x.device)
-
-    def spread(self, per_slot: torch.Tensor, between: float) -> Iterator[tuple[slice, torch.Tensor]]:
-        """A value for each slot written out for each of its elements, `between` in the padding: run by run of slots.
-
-        A run is as long as its slots need to be, from PIECE elements on: a model in one bucket is not written out at
-        once.
-        """
-        both = torch.stack((per_slot, torch.full_like(per_slot, between)), dim=1).flatten()
-        first = start = 0
-        for k in range(len(self.slots)):
-            end = self.slots[k + 1].offset if k + 1 < len(self.slots) else self.N
-            if end - start >= PIECE or end == self.N:
-                some, span = slice(2 * first, 2 * k + 2), slice(start, end)
-                yield span, torch.repeat_interleave(both[some], self._extents[some], output_size=end - start)
-                first, start = k + 1, end
-
-    def raise_flags(self, active: list[bool]) -> None:
-        """Before the gradient buffer is averaged: zeros what has no gradient and notes what has."""
+    def set_aside(self, active: list[bool], factor: Scalar, finite: bool) -> None:
+        """g from the gradients: zeros what has no gradient, and with `finite` what is not finite in those that are."""
+        if self.g is not self.grads:
+            if finite:
+                torch.nan_to_num(self.grads, nan=0.0, posinf=0.0, neginf=0.0, out=self.g)
+            else:
+                self.g.copy_(self.grads)
+            if isinstance(factor, torch.Tensor) or factor != 1.0:
+                self.g.mul_(factor)
         for slot, now in zip(self.slots, active, strict=True):
             if not now:
                 self.g[slot.span].zero_()
+
+    def raise_flags(self, active: list[bool], recalled: bool) -> None:
+        """Before g is averaged: notes what has a gradient, and whether other buckets are averaged anew."""
+        if recalled:  # else it is zero, as all of the gradients' padding
+            self.g[self.recalled].fill_(1)
         if all(active):
             self.g[self.flags].fill_(1)
         else:
@@ -261,7 +265,7 @@ class Bucket:
         """After it was averaged: for each slot, whether its parameter got a gradient on any rank."""
         if not all(active):  # else all are known to be set, and a GPU need not be waited for
             active = (self.g[self.flags] > 0).tolist()
-        self.g[self.flags] = 0
+        self.g[self.flags.start : self.recalled.stop] = 0
         return active
 
     def publish(self, low: bool = True) -> None:
@@ -279,19 +283,35 @@ class Bucket:
             for slot in self.slots:
                 slot.published_at = slot.p._version
 
-    def absorb(self, stepped: bool = False) -> None:
+    def absorb(self, span: slice = slice(None), stepped: bool = False) -> None:
         """Takes over what others wrote into parameters that are copies of x.
 
-        A wider x keeps its further digits where nothing was written. Where a parameter was set, by `load_state_dict`
-        for instance, x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by
-        as much: what averaging adds up below the last digit of 16 bits must not be lost at every step.
+        A wider x keeps its further digits where nothing was written. Where a parameter was set, however that was done,
+        x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
+        averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
-        for slot in self.copies:
-            if stepped or slot.p._version != slot.published_at:
-                x, p = slot.view(self.x), slot.data
-                if p.dtype == x.dtype:
-                    x.copy_(p)
-                elif stepped:
-                    x.add_(p.to(x.dtype) - x.to(p.dtype))
-                else:
-                    x.copy_(torch.where(p == x.to(p.dtype), x, p.to(x.dtype)))
+        if self.low is not None:
+            x, low = self.x[span], self.low[span]
+            here = x.to(low.dtype)
+            if stepped:
+                x.add_(low.to(x.dtype) - here)
+            else:
+                x.copy_(torch.where(written(low, here), low.to(x.dtype), x))
+        if span == slice(None):
+            self.absorb_shards()
+
+    def absorb_shards(self) -> None:
+        """The part of `absorb` that passes do not do themselves."""
+        shards, views = self._shards
+        if shards:
+            torch._foreach_copy_(views, shards)
+
+
+def written(low: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """Where `low` holds another value than `here`. One NaN is like another."""
+    return (low != here) & ~(low.isnan() & here.isnan())
+
+
+def grad_type(p: torch.Tensor) -> torch.dtype:
+    """The real type of a parameter's gradient: its own, or what `p.grad_dtype` says."""
+    return (getattr(p, "grad_dtype", None) or p.dtype).to_real()

@@ -21,7 +21,9 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
         for span, active in b.runs(engine.flight(b).active())
         if active
     ]
-    first = engine.buckets[0].x.device
+    if not squares:
+        return 1.0
+    first = squares[0].device
     square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
     norm = scalar(engine.place.sum_over_shards(square).sqrt())
     return smallest(1.0, limit / (norm * unscale + 1e-6))

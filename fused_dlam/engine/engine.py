@@ -3,7 +3,8 @@
     begin(step)      flights are of this step from now on
     set_scalars()    its scalars, and the weights of its neighbors
     send_next()      the next bucket in line is sent                  (in the backward pass when overlapped)
-    complete(ahead)  the rest is sent; then bucket by bucket: wait -> combine -> parameters
+    complete(ahead)  the rest is sent, and what left too early once more; then bucket by bucket:
+                     wait -> combine -> parameters
                      ahead: the next step's receives are posted, or x itself is sent, right after that
 
 What is sent, to whom and in which order depends on the layout and the step alone, never on what one rank happens to
@@ -21,15 +22,16 @@ from ..comm import other_averagers
 from ..comm.group import Alone
 from ..comm.place import Place
 from ..comm.streams import Lane
-from ..comm.transfer import connect
-from ..kernels.passes import Passes, choose
-from ..layers.layer import Layer, finishing
+from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from ..topology import Peers, Topology
 from . import layout
 from .buckets import Bucket
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
+from .header import digest
+from .hearing import Hearing
+from .local import Local
 from .message import Message
 from .warm import warm
 
@@ -58,23 +60,26 @@ class Engine:
         bucket_mb: float | None = None,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology, place, message
-        self.fused, self.message_dtype, self.bucket_mb = fused, message_dtype, bucket_mb
+        self.message_dtype, self.bucket_mb = message_dtype, bucket_mb
         # The ranks over which gradients are averaged first: all workers, a machine's, or this one alone.
         if message is Message.GRADIENT:
             self.averager = place.workers
         else:
             self.averager = place.inside if place.averages else Alone()
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
-        # Per group, for it has scalars of its own: passes by device and type of the master values.
-        self.passes: list[dict[tuple[torch.device, torch.dtype], Passes]] = []
         self.lanes: dict[torch.device, Lane] = {}
         self.layers = tuple(layers)
-        self._before = [layer for layer in layers if type(layer).before is not Layer.before]
-        self._after = [layer for layer in layers if type(layer).after is not Layer.after]
         # Names of buffers that start as the parameters. The others start at zero.
         self.starting_at_x = {"master", *(k for layer in layers for k, start in layer.state.items() if start == "x")}
-        self._groups: Sequence[dict[str, Any]] = ()
-        self._scales: list[Scalar] = []
+        self.guard = not place.alone  # what is not finite stays where it is; one worker is as torch has it
+        self.guesses = False  # whether messages may leave before step(), see arrivals.py
+        self.recalls = False  # whether those that did are sent anew
+        self.factor: Scalar = 1.0  # of the gradients, before they are averaged
+        self.settings: tuple[tuple, tuple] = ((), ())  # learning rates and the rest, for the header
+        self.flags = 0
+        self.steps = 0  # of the last step that has begun, plus one
+        self.hearing = Hearing(self)
+        self.local = Local(rule, self.layers, fused, self.guard, message.only_averages)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
         self.step: int | None = None  # the step that has begun
         self.skip: Scalar = 0.0
@@ -85,28 +90,34 @@ class Engine:
     # -- layout ------------------------------------------------------------------------------------------------------
 
     def add_group(self, params: Iterable[torch.Tensor]) -> list[Bucket]:
-        """Moves the parameters into flat buffers. Same parameters in the same order on every rank."""
-        group = len(self.passes)
-        gradients = not self.message.only_averages or self.averager.size > 1
-        full = layout.full_from(self.bucket_mb, sends=not self.silent, early=self.message.is_x)
-        new = layout.build(params, full, len(self.buckets), group, self.place.parts, gradients)
-        degree = self.topology.most_messages if self.gossips else 0
-        extra = [name for layer in self.layers for name in layer.state]
-        for b in new:
-            b.watched = self.message.is_x
-            rows = 0 if self.sends_as_it_lies(b) else self.rule.messages
-            b.allocate(self.rule.state, extra, self.rule.messages, degree, rows, self.message_dtype)
-            if b.x.device not in self.lanes:
-                self.lanes[b.x.device] = Lane(b.x.device, sends=not self.silent)
-                if degree:
-                    connect(self.place.workers, self.topology, b.x.device)
+        """Moves a parameter group into flat buffers. Same parameters in the same order on every rank."""
+        self.local.passes.append({})
+        return self.enter(params, len(self.local.passes) - 1)
+
+    def enter(self, params: Iterable[torch.Tensor], group: int) -> list[Bucket]:
+        """Moves parameters of a group into flat buffers, those that come later into buckets of their own."""
+        new = layout.enter(self, params, group)
         self.buckets += new
-        kinds = {(b.x.device, b.x.dtype) for b in new}
-        elements = {kind: sum(b.N for b in new if (b.x.device, b.x.dtype) == kind) for kind in kinds}
-        self.passes.append({kind: choose(self.rule, *kind, elements[kind], self.fused) for kind in kinds})
-        for kind in kinds:
-            warm(self, next(b for b in new if (b.x.device, b.x.dtype) == kind))
+        for first in self.local.choose(new, group):
+            warm(self, first)
+        self.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in self.buckets])
         return new
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(device.type == "cuda" for device in self.lanes)
+
+    @property
+    def me(self) -> int:
+        """This rank's global number."""
+        return self.place.workers.ranks[self.place.workers.rank]
+
+    @property
+    def recallable(self) -> bool:
+        """Whether ranks can read on the host what messages say, before they combine: over NCCL they would have to wait
+        for the GPU in every step."""
+        staged = self.on_gpu and self.averager.size == 1 and not self.place.splits
+        return self.place.workers.backend in ("gloo", "none") and (staged or not self.on_gpu)
 
     @property
     def gossips(self) -> bool:
@@ -140,23 +151,27 @@ class Engine:
         first step, the model was wrapped in DDP since.
         """
         self.check_whole()
-        for b in self.buckets:
-            b.refresh()
-        self._check_unchanged()
         if self._first and self.place.workers.size > 1:
             self._first, workers = False, self.place.workers
             ddp = other_averagers.ddp_ranks(slot.p for b in self.buckets for slot in b.slots)
             other_averagers.refuse_ddp(ddp, workers.ranks, workers.ranks[workers.rank])
+        for b in self.buckets:
+            b.refresh()
+        if self.step is None:
+            for flight in self.flights.values():
+                flight.check_unchanged()
 
     def begin(self, step: int, skip: Scalar = 0.0) -> None:
-        """From here on flights are of this step.
+        """From here on flights are of this step. Once more in the same step, what has left is not what counts.
 
         skip: a number other than 0 if nobody takes a local step in it, as all ranks agree; with one worker it may be a
         number on the device, which the passes read.
         """
+        if self.step is None:
+            self.recalls, self.flags = False, 0
         for b in self.buckets:
-            b.absorb()  # before a message is packed from it, in the backward pass or in step()
-        self.step, self.sent, self.skip = step, 0, skip
+            b.absorb_shards()  # before a message is packed from it, in the backward pass or in step()
+        self.step, self.skip, self.steps = step, skip, step + 1
 
     @property
     def skipped(self) -> bool:
@@ -166,13 +181,8 @@ class Engine:
     def set_scalars(self, scalars: Sequence[Scalars], groups: Sequence[dict[str, Any]] = ()) -> None:
         """Fixes the step's scalars, one entry per group, without the weights."""
         assert self.step is not None
-        self._groups, self._scales = groups, [s.grad_scale for s in scalars]
         weights, skip = self.peers(self.step).weights, self.skip if isinstance(self.skip, torch.Tensor) else 0.0
-        for of_group, s, group in zip(self.passes, scalars, groups or [{}] * len(self.passes), strict=True):
-            if finishing(self.layers, group):
-                s = s._replace(grad_scale=1.0)
-            for one in of_group.values():
-                one.set(s._replace(weights=weights, skip=skip))
+        self.local.set([s._replace(weights=weights, skip=skip) for s in scalars], groups)
 
     def bring(self, stage: int) -> None:
         """All buckets as far as a stage of their flights."""
@@ -188,16 +198,29 @@ class Engine:
         if due:
             self.flight(self.buckets[due - 1]).to(SENT)
 
-    def complete(self, ahead: bool = False) -> None:
-        """Sends what is left, then waits for and combines every bucket. ahead: the next step's exchange begins."""
+    def complete(self, ahead: bool = False, recalls: bool = False) -> None:
+        """Sends what is left, then waits for and combines every bucket.
+
+        The last bucket is always sent here, and says whether what left before it counts. Whoever hears that it does not
+        receives anew, before anything is combined.
+
+        Args:
+            ahead: the next step's exchange begins.
+            recalls: what was sent in the backward pass is not what this step sends.
+        """
         assert self.step is not None
+        self.recalls = recalls and self.sent > 0
         while self.sent < len(self.buckets):
             self.send_next()
         if self.place.splits:
             self.bring(SENT)
+        if self.guesses:
+            self.hearing.recall()
         self._follows = ahead and self.gossips
         done, following = self.flights, {}
         for b in self.buckets:
+            if b is self.buckets[-1] and not self.guesses:
+                self.hearing.listen()
             done[b.index].to(DONE)
             if self._follows:
                 flight = Flight(self, b, self.step + 1, follows=True, written=done[b.index].next_written)
@@ -205,13 +228,13 @@ class Engine:
                 following[b.index] = flight
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.step, self.skip = following, None, 0.0
+        self.flights, self.step, self.skip, self.sent = following, None, 0.0, 0
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
         for flight in self.flights.values():
             flight.close()
-        self.flights, self.step, self.skip = {}, None, 0.0
+        self.flights, self.step, self.skip, self.sent = {}, None, 0.0, 0
 
     def check_whole(self) -> None:
         """Raises RuntimeError if an earlier attempt at the present step failed, see `Flight.to`."""
@@ -220,13 +243,6 @@ class Engine:
                 flight.to(DONE)
 
     # -- between steps -----------------------------------------------------------------------------------------------
-
-    def _check_unchanged(self) -> None:
-        """Raises RuntimeError if a parameter was changed while its message was in flight."""
-        if self.message.is_x and self.flights and self.step is None:
-            for b in self.buckets:
-                for slot in b.slots:
-                    slot.check_unchanged()
 
     def settle(self) -> None:
         """Waits for what was started for the next step, without using it. All ranks must call it.
@@ -243,11 +259,13 @@ class Engine:
         Raises RuntimeError if an attempt at a step failed, for nothing can be dropped then.
         """
         self.check_whole()
-        if self.step is None:
+        if self.step is not None and self.sent:  # a backward pass without its step(): all buckets, as on other ranks
             for b in self.buckets:
-                if b.index in self.flights:
-                    self.flights[b.index].drop()
-            self.flights = {}
+                self.flight(b).to(OPEN)
+        for b in self.buckets:
+            if b.index in self.flights:
+                self.flights[b.index].drop()
+        self.flights, self.step, self.sent = {}, None, 0
 
     # -- what a flight asks ------------------------------------------------------------------------------------------
 
@@ -264,9 +282,6 @@ class Engine:
         exactly = self.topology.n > 2 and self.topology.averages_exactly(step)
         return EVERYBODY if exactly else self.topology.peers(self.place.workers.rank, step)
 
-    def passes_of(self, b: Bucket) -> Passes:
-        return self.passes[b.group][b.x.device, b.x.dtype]
-
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""
         return self.message.is_x and self.message_dtype in (None, b.x.dtype)
@@ -280,14 +295,6 @@ class Engine:
         peers = self.peers(flight.step + 1)
         due = peers is not EVERYBODY and (peers.sources or peers.destinations)
         return (b.messages[0],) if due else ()
-
-    def before(self, b: Bucket) -> list[tuple[Layer, dict[str, Any], Scalar]]:
-        """The layers that see a bucket's gradient before the rule, its group, and the gradient's scale."""
-        return [(layer, self._groups[b.group], self._scales[b.group]) for layer in self._before]
-
-    def after(self, b: Bucket) -> list[tuple[Layer, dict[str, Any]]]:
-        """The layers that see a bucket's parameters after the rule."""
-        return [(layer, self._groups[b.group]) for layer in self._after]
 
     def buffers(self, b: Bucket) -> Mapping[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""

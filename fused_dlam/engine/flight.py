@@ -4,11 +4,14 @@ OPEN        receives are posted; a message that may leave early has left
 AVERAGING   gradients that are averaged first (over all workers, or inside a machine) are on their way
 SENT        the message has left
 DONE        the neighbors' messages are combined into the parameters
+
+A message that left in the backward pass can turn out not to be what this step sends. Then its sender recalls it, in the
+step's last message, which leaves in step() and never before: `again` sends and receives anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,10 @@ import torch
 from ..comm.transfer import Mean, Transfer
 from ..topology import Peers
 from .buckets import Bucket
+from .header import Header
 from .message import Message
+from .observed import Observed
+from .stepless import average
 from .trace import begun, named
 
 if TYPE_CHECKING:
@@ -47,7 +53,10 @@ class Flight:
         self.average: Mean | None = None  # of the gradient
         self.next_written = False
         self._active: list[bool] | None = None
-        self._prepared = False
+        self._prepared = self._arrived = False
+        self.said: Header | None = None  # in the last bucket's message
+        self._sent: Observed | None = None  # the parameters, if they are what is sent
+        self._recalled = False  # of the last bucket: whether another rank of the average averages others anew
         self._span: AbstractContextManager | None = None  # in a profiler's trace, from sent to received
         self.stage, self._way = 0, self._fly()
         self.failure = ""  # what went wrong on the way
@@ -83,15 +92,17 @@ class Flight:
         if message is Message.COPY and not self.follows:
             b.state[0].copy_(b.x)  # not on the lane: the inner optimizer writes x next, on this stream
         if message.leaves_early and self.talks:
+            if not self.follows:
+                b.absorb()
             with lane.outbound(b.streams):
                 self._send()
+        if message is Message.PARAMETERS and self.follows:
+            self._sent = Observed(b, values=not b.x.is_cuda, gradients=False)
         yield OPEN  # from here on this step's gradient and scalars are there
 
         if e.averager.size > 1 and not e.skipped:
-            self._active = b.active()
             with lane.outbound(b.streams):
-                b.raise_flags(self._active)
-                self.average = e.averager.start_mean(b.g, self.step)
+                self._start_average()
         yield AVERAGING
 
         if not message.leaves_early and self.talks:
@@ -101,13 +112,10 @@ class Flight:
                 self._send()
         yield SENT
 
+        self.arrive()
         with lane.outbound(b.streams):
-            with named("wait", b.index, self.step):
-                self.wait()
             if not message.only_averages:
                 self.active()
-            for k in range(len(peers.sources)):
-                e.place.gather(self.received[k], self.step)
         lane.join()
         if message.only_averages and not peers.sources:  # a local step: x is as the inner optimizer left it
             if message is Message.COPY:
@@ -129,15 +137,31 @@ class Flight:
             self._active = self.b.active()
         if self.average is not None and not self.average.done:
             self.average.wait_received()
+            if self.engine.guesses and self.engine.recallable and self.b is self.engine.buckets[-1]:
+                self._recalled = float(self.b.g[self.b.recalled]) > 0
             self._active = self.b.lower_flags(self._active)
         return self._active
+
+    def _start_average(self) -> None:
+        e, b = self.engine, self.b
+        self._active = b.active()
+        b.set_aside(self._active, e.factor, e.guard)
+        b.raise_flags(self._active, e.recalls)
+        self.average = e.averager.start_mean(b.g, self.step)
+
+    def average_recalled(self) -> bool:
+        """Of the last bucket: whether any rank that gradients are averaged with averages the others' anew."""
+        self.active()
+        return self._recalled
 
     def _prepare(self) -> None:
         """The layers' part, once: the gradient is final."""
         if self._prepared:
             return
         self._prepared = True
-        for layer, group, scale in self.engine.before(self.b):
+        if self.average is None and self.b.g is not self.b.grads:
+            self.b.set_aside(self.active(), 1.0, finite=False)
+        for layer, group, scale in self.engine.local.before(self.b):
             layer.before(self.b, self.active(), group, self.step, scale)
 
     # -- the message -------------------------------------------------------------------------------------------------
@@ -154,6 +178,16 @@ class Flight:
             if not self.written:
                 self._pack(self.message)
         self._span = begun("exchange", b.index, self.step)
+        self._start_exchange()
+
+    def _start_exchange(self) -> None:
+        e, b = self.engine, self.b
+        assert self.message is not None
+        if b is e.buckets[-1]:
+            if self.average is not None:  # the machine's ranks are one worker: what one recalls all do
+                e.recalls = self.average_recalled()
+            self.said = e.hearing.say(self.step)
+            self.said.write(self.message[0, b.header])
         with named("send", b.index, self.step):
             if self.peers is EVERYBODY:
                 self.received = self.message[None].clone()
@@ -165,10 +199,11 @@ class Flight:
     def _pack(self, message: torch.Tensor) -> None:
         e, b = self.engine, self.b
         with named("pack", b.index, self.step):
-            for span, now in [(slice(0, b.N), True)] if e.message.is_x else b.runs(self.active()):
+            for span, now in [(slice(0, b.N), True)] if e.message.is_x else e.local.runs(b, self.active()):
                 if not now:
                     b.g[span].zero_()
-                e.passes_of(b).pack(b.x[span], b.g[span], tuple(t[span] for t in b.state), message[:, span])
+                    b.absorb(span)
+                e.local.pack(b, span, message)
                 if not now:  # no local step: what it sends in the place of the parameters is the parameters
                     message[0, span].copy_(b.x[span])
 
@@ -182,9 +217,57 @@ class Flight:
         if self.transfer is not None and self.engine.message.is_x:
             self.transfer.wait_sent()
 
+    def arrive(self) -> None:
+        """Until the neighbors' messages are there, whole."""
+        if self._arrived:
+            return
+        self._arrived = True
+        with self.engine.lanes[self.b.x.device].outbound(self.b.streams):
+            with named("wait", self.b.index, self.step):
+                self.wait()
+            for k in range(len(self.peers.sources)):
+                self.engine.place.gather(self.received[k], self.step)
+
     def wait_sent(self) -> None:
         if self.transfer is not None:
             self.transfer.wait_sent()
+
+    def again(self, recalls: bool, sources: Collection[int]) -> None:
+        """Exchanges anew what left too early.
+
+        Args:
+            recalls: whether this worker's own message is recalled: it is averaged, packed and sent once more.
+            sources: the workers whose messages are.
+        """
+        e, b = self.engine, self.b
+        self._arrived = self._arrived and not (recalls or sources)
+        with e.lanes[b.x.device].outbound(b.streams):
+            if recalls:
+                self.wait_sent()
+                self._active, self._prepared = None, False
+                if self.average is not None:
+                    self.average.wait_received()
+                    self._start_average()
+                if self.message is not None:
+                    self._prepare()
+                    self._pack(self.message)
+            if self.peers is EVERYBODY and sources:
+                self.wait()
+            if isinstance(self.transfer, Transfer) and sources:
+                self.transfer.receive_again([j for j in self.peers.sources if j in sources])
+            if self.message is not None and (recalls or (self.peers is EVERYBODY and sources)):
+                self._start_exchange()
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError if a parameter was written while the transport reads it; on GPUs by version counters."""
+        if self._sent is not None:
+            changed = self._sent.changed(self.b, lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
+            if changed:
+                raise RuntimeError(
+                    f"{changed} since the last step, while it was being sent (schedule='awc'). Call"
+                    " optimizer.synchronize() on all ranks before changing parameters, for instance before"
+                    " model.load_state_dict(), or use schedule='atc'."
+                )
 
     def drop(self) -> None:
         """Ends the exchange without using it."""
@@ -202,27 +285,22 @@ class Flight:
         next_message = e.next_message(self)
         self.next_written = bool(next_message)
         copies = (*next_message, *(() if b.low is None else (b.low,)))  # of the new x, in types of their own
-        after = e.after(b)
+        after = e.local.after(b)
         here = () if after else copies  # a layer may change x once more: then they are written when it has
         active = [True] * len(b.slots) if e.message.only_averages else self.active()
-        for span, now in b.runs(active):
+        for span, now in e.local.runs(b, active):
             out = tuple(c[span] for c in here)
             if now:
-                state, received = tuple(t[span] for t in b.state), self.received[:d, :, span]
-                e.passes_of(b).combine(b.x[span], b.g[span], state, received, out)
+                e.local.combine(b, span, self.received[:d, :, span], out)
                 continue
-            if d:
-                self._average(span)
+            b.absorb(span)
+            if d or (e.gossips and e.rule.centered):
+                average(e, self, span)
             for c in out:
                 c.copy_(b.x[span])
+        for slot, now in zip(b.slots, active, strict=True):
+            slot.steps += now
         for layer, group in after:
-            layer.after(b, group, self.step, e.place.workers.mean)
+            layer.after(b, group, self.step, e.place.workers.finite_mean)
         for c in copies if after else ():
             c.copy_(b.x)
-
-    def _average(self, span: slice) -> None:
-        """A parameter without a gradient is averaged, and nothing else."""
-        assert self.message is not None
-        x, q = self.b.x[span], self.message[0, span].to(self.b.x.dtype, copy=True)
-        for k, w in enumerate(self.peers.weights):
-            x.add_(self.received[k, 0, span].to(x.dtype) - q, alpha=w)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..comm import sharded
-from .buckets import Bucket
+from ..comm.streams import Lane
+from ..comm.transfer import connect
+from .buckets import Bucket, grad_type
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 def full_from(bucket_mb: float | None, sends: bool, early: bool) -> Callable[[int], int]:
@@ -33,15 +39,16 @@ def build(
     group: int = 0,
     shards: int = 1,
     gradients: bool = True,
+    beside: bool = False,
 ) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
     They are numbered from `start`, and their lengths are multiples of `shards`. A bucket is full from
-    `limit(bytes of all)` bytes on.
+    `limit(bytes of all)` bytes on. `gradients`, `beside`: see `Bucket`.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for p in reversed(list(params)):
-        kinds.setdefault((p.dtype.to_real(), p.device), []).append(p)
+        kinds.setdefault((p.dtype.to_real(), grad_type(p), p.device), []).append(p)
     buckets: list[Bucket] = []
     for same in kinds.values():
         sizes = [sharded.local(p).numel() * p.element_size() for p in same]
@@ -52,8 +59,28 @@ def build(
             chunk.append(p)
             filled += size
             if filled >= full:
-                buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
+                buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients, beside))
                 chunk, filled = [], 0
         if chunk:
-            buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients))
+            buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients, beside))
     return buckets
+
+
+def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bucket]:
+    """Buckets of an engine's parameter group, with room for all that its steps need, and its devices connected."""
+    gradients = not engine.message.only_averages or engine.averager.size > 1
+    beside = engine.averager.size > 1 or engine.local.changes_gradients
+    full = full_from(engine.bucket_mb, sends=not engine.silent, early=engine.message.is_x)
+    new = build(params, full, len(engine.buckets), group, engine.place.parts, gradients, beside)
+    degree = engine.topology.most_messages if engine.gossips else 0
+    extra = [name for layer in engine.layers for name in layer.state]
+    rule = engine.rule
+    for b in new:
+        b.watched = engine.message.is_x
+        rows = 0 if engine.sends_as_it_lies(b) else rule.messages
+        b.allocate(rule.state, extra, rule.messages, degree, rows, engine.message_dtype)
+        if b.x.device not in engine.lanes:
+            engine.lanes[b.x.device] = Lane(b.x.device, sends=not engine.silent)
+            if degree:
+                connect(engine.place.workers, engine.topology, b.x.device)
+    return new

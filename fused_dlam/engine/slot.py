@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 
@@ -26,12 +27,13 @@ class Slot:
         self.address = 0  # where that is
         self.grad: torch.Tensor | None = None  # the view in the flat gradient
         self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
-        self.zeroed_at = -1  # the gradient view's version when it was last zeroed
-        self.arrived_at: int | None = None  # and when autograd had accumulated it, in this step
+        self.arrived_at: int | None = None  # the gradient's version when autograd had accumulated it, in this step
         # What arrived and its version then, while it is still to be copied into the view.
         self.fresh: tuple[weakref.ref[torch.Tensor], int] | None = None
         self.stream: torch.cuda.Stream | None = None  # on which it was accumulated
-        self.graphed = False  # a CUDA graph may write it, and moves no version counter
+        self.hook: Any = None  # by which autograd tells of its gradient
+        self.steps = 0  # local steps it has taken
+        self.shown: dict[str, torch.Tensor] = {}  # the optimizer's state of it, as scripts see it
         self.published_at = -1  # the parameter's version when this package last wrote it
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
@@ -41,19 +43,19 @@ class Slot:
             run = torch.view_as_complex(run.view(-1, 2))
         return run.as_strided(self.shape, self.stride)
 
+    def storage(self, flat: torch.Tensor) -> torch.Tensor:
+        """The same view, over a storage of its own that ends where this slot ends, on the same memory.
+
+        `torch.save` writes whole storages: an adapter's 8 kB came with the 4 MB of its bucket. And it refuses a complex
+        and a real tensor on one storage.
+        """
+        size, memory = flat.element_size(), flat.untyped_storage()
+        if memory.device.type == "meta":  # has no memory
+            return self.view(flat)
+        memory = memory[self.offset * size : (self.offset + self.numel) * size]
+        dtype = flat.dtype.to_complex() if self.p.is_complex() else flat.dtype
+        return torch.empty(0, dtype=dtype, device=flat.device).set_(memory, 0, self.shape, self.stride)
+
     def stateful(self, flat: torch.Tensor) -> torch.Tensor:
         """The view as others are to see it in the optimizer's state: of a sharded parameter, a DTensor over it."""
         return sharded.like(self.p, self.view(flat)) if self.apart else self.view(flat)
-
-    def check_unchanged(self) -> None:
-        """Raises RuntimeError if the parameter was written since this package last wrote it."""
-        if self.p._version != self.published_at:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(self.p.shape)} was changed since the last step, while it was being sent"
-                " (schedule='awc'). Call optimizer.synchronize() on all ranks before changing parameters, for instance"
-                " before model.load_state_dict()."
-            )
-
-    def version(self, grad: torch.Tensor) -> int:
-        """Moves whenever a gradient is written: a DTensor counts what is done to it, its shard what FSDP adds."""
-        return grad._version + sharded.local(grad)._version if self.apart else grad._version

@@ -7,8 +7,13 @@ import torch
 from .engine import Engine
 
 
-def check_step_allowed(engine: Engine) -> None:
-    """Raises RuntimeError within a CUDA graph's capture, and with several workers within a backward pass."""
+def check_step_allowed(engine: Engine, averaging: bool) -> None:
+    """Raises RuntimeError within `averaged()`, a CUDA graph's capture, and with several workers a backward pass."""
+    if averaging:
+        raise RuntimeError(
+            "step() was called within averaged(), where the parameters are the workers' mean, and what is done to them"
+            " is undone afterwards: train outside"
+        )
     if any(device.type == "cuda" for device in engine.lanes) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "step() cannot be captured in a CUDA graph, for peers and scalars change from step to step: capture forward"

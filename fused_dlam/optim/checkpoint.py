@@ -8,31 +8,52 @@ share theirs, for they are equal, or hold the shards of one DTensor, and DCP spl
 
 As many workers as before continue bit for bit. Another number starts from the mean of all that were saved: each reads
 its part of them and the parts are summed by one all-reduce, so that everything is read once.
+
+checkpoint_files.py says why a kill in the middle of a save does no harm, checkpoint_reader.py how parts of two saves
+are told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from ..comm import sharded
+from ..comm.errors import calling
 from ..comm.group import Group
-from ..comm.process_group import everybodys
+from ..comm.meeting import Meeting
+from ..comm.sharded import local
 from ..comm.watch import log
 from ..engine.buckets import LOW_PRECISION
 from .gossip import Gossip
 from .gossip_sgd import GossipSGD
+from .loaded_values import check_loaded
 from .state_dict import unplaced
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from .checkpoint_reader import Reader
+
+KINDS = {"OSError": OSError, "TypeError": TypeError, "ValueError": ValueError}  # what is raised as it was elsewhere
 
 
 def worker_state(model: torch.nn.Module, optimizer: GossipSGD | Gossip, **stateful: Any) -> dict[str, Any]:
-    """What `save_checkpoint` saves, for a `dcp.save` or `dcp.async_save` of one's own: {"worker3": {...}}."""
+    """What `save_checkpoint` saves, for a `dcp.save` or `dcp.async_save` of one's own: {"worker3": {...}}.
+
+    Beside it under "parts" is from which step it is, for `load_checkpoint` to see whether all parts are of one.
+    """
+    from .checkpoint_files import PARTS
+
     own = {name: thing.state_dict() for name, thing in stateful.items()}
-    return {f"worker{_number(optimizer)}": {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **own}}
+    return {  # the parts first: every file begins with its own
+        PARTS: _part("-", optimizer),
+        f"worker{_number(optimizer)}": {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **own},
+    }
 
 
 def save_checkpoint(
@@ -45,17 +66,58 @@ def save_checkpoint(
 ) -> None:
     """Saves every worker's model and optimizer into one directory that all ranks can reach. All ranks must call it.
 
+    Safe against a kill at any moment, of any ranks: a directory that has a checkpoint is that checkpoint until the new
+    one is complete, and then the new one. So `path` may be the same every time; it then takes the room of two while
+    saving. What older and killed saves left there is removed. Only one job may save into a directory at a time.
+
     Args:
-        path: a directory, on a file system that all machines share. It is complete once it has a file `.metadata`.
+        path: a directory, on a file system that all machines share. It is complete once it has a file `.metadata`,
+            which DCP's tools read (`dcp.load`, `dcp_to_torch_save(path, ...)`); the data are in a folder beside it.
         model: anything with `state_dict`, its parameters the optimizer's.
-        optimizer: a `GossipSGD` or `Gossip`.
+        optimizer: a `GossipSGD` or `Gossip`. Its `timeout` is the deadline of every wait here: for the last rank to
+            call this, and for the last to have written.
         process_group: all ranks that take part; default: the world.
         stateful: what else has `state_dict` and `load_state_dict`, by name: `scheduler=scheduler`.
-    """
-    import torch.distributed.checkpoint as dcp
 
-    state = worker_state(model, optimizer, **stateful)
-    dcp.save(state, checkpoint_id=path, process_group=process_group, no_dist=not dist.is_initialized())
+    Raises, and the last checkpoint stays: OSError on all ranks if one of them cannot write, a full disk for instance;
+    ValueError on all if they are at different steps; ExchangeError if a rank does not come, or dies.
+    """
+    home, step = Path(path), optimizer._step
+    meeting = Meeting("save_checkpoint()", step, _timeout(optimizer), process_group)
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from .checkpoint_files import FOLDER, PARTS, Writer, new_folder, prepare, quietly, tidy
+
+    folder, failure = new_folder(step), None
+    try:
+        if meeting.rank == 0:
+            prepare(home)
+        state = worker_state(model, optimizer, **stateful)
+    except Exception as error:
+        failure = error
+    everybody = meeting.everybodys((step, folder, _told(failure)))
+    _raise_any(meeting, [problem for _, _, problem in everybody])
+    steps = {rank: theirs for rank, (theirs, _, _) in zip(meeting.ranks, everybody, strict=True)}
+    if set(steps.values()) != {step}:
+        raise ValueError(f"save_checkpoint() was called at different steps: {steps}")
+    folder = everybody[0][1]
+    match = FOLDER.fullmatch(folder)
+    assert match is not None
+    state[PARTS] = _part(match[1], optimizer)
+    try:
+        with meeting.waiting(), quietly():
+            dcp.save(
+                state,
+                storage_writer=Writer(home, folder),
+                process_group=meeting.process_group,
+                no_dist=meeting.process_group is None,
+            )
+    except CheckpointException as error:
+        if meeting.rank == 0:
+            tidy(home)  # a full disk has room again
+        _raise_any(meeting, [_told(_failure(error, rank)) for rank in range(meeting.size)])
 
 
 def load_checkpoint(
@@ -74,25 +136,46 @@ def load_checkpoint(
     their own topology from the step that was saved; what is in `stateful` is worker 0's. `mean=True` does so although
     they are as many, for another topology or schedule. Other arguments as there.
 
-    Raises ValueError, on every rank, if the checkpoint lacks something that is asked for, is of another method, or its
-    workers' states have different entries.
+    Raises, on every rank and before anything is loaded: ValueError if the checkpoint lacks something that is asked for,
+    is of another method, has parts of more than one save or states that differ in their entries; ValueError or
+    TypeError, as the constructor does, for values and shapes that this optimizer cannot have; OSError for what cannot
+    be read; ExchangeError if a rank does not come within the optimizer's timeout.
     """
-    reader = _Reader(path, model, optimizer, process_group)
-    lacking = ", ".join(sorted({"model", "optimizer", *stateful} - reader.sections))
-    found = f"no {lacking} saved by fused_dlam.save_checkpoint" if lacking else f"{reader.count} workers"
-    finds = everybodys(found, process_group)  # a rank that raised alone would leave the others waiting in DCP
-    if lacking or set(finds) != {found}:
-        seen = found if set(finds) == {found} else str(dict(enumerate(finds)))
+    meeting = Meeting("load_checkpoint()", optimizer._step, _timeout(optimizer), process_group)
+
+    from .checkpoint_reader import Reader, check_parts
+
+    reader = Reader(path, model, list(_params(optimizer)))
+    found = reader.found({"model", "optimizer", *stateful})
+    everybody = meeting.everybodys((found, reader.parts(meeting.rank, meeting.size)))
+    finds = [find for find, _ in everybody]
+    if found.startswith("no ") or set(finds) != {found}:
+        seen = found if set(finds) == {found} else str(dict(zip(meeting.ranks, finds, strict=True)))
         raise ValueError(
             f"{path} holds {seen} (a checkpoint is a directory that all ranks can read, complete once it has .metadata)"
         )
+    check_parts(path, [part for _, parts in everybody for part in parts])
     workers = optimizer._engine.place.workers
-    if reader.count == workers.size and not mean:
-        state = _nested(reader.read(_number(optimizer)))
-    else:
+    averages = reader.count != workers.size or mean
+    if averages:
         log.info("%s was saved by %d workers: they are averaged", path, reader.count)
-        state = _nested(_mean(reader, workers))
-        state["optimizer"] = unplaced(state["optimizer"], optimizer._engine.rule.centered)
+        reader.check_alike()
+    sums: dict[tuple, torch.Tensor] = {}
+    failure, centered = None, optimizer._engine.rule.centered
+    try:
+        values, sums = _summed(reader, workers) if averages else (reader.read(workers.rank), {})
+        state = reader.nested(values)
+        _check_model(state["model"], model)
+        check_loaded(optimizer, unplaced(state["optimizer"], centered) if averages else state["optimizer"])
+    except Exception as error:
+        failure = error
+    _raise_any(meeting, meeting.everybodys(_told(failure)))
+    if averages:
+        for place in sorted(sums, key=str):
+            with calling("load_checkpoint()"):
+                workers.mean(sums[place])
+            local(values[place]).copy_(sums[place] * (workers.size / reader.count))
+        state["optimizer"] = unplaced(state["optimizer"], centered)
     optimizer.synchronize()
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -101,112 +184,75 @@ def load_checkpoint(
     return reader.count
 
 
-class _Reader:
-    """Reads one worker's entries at a time: {where in its nested state: value}."""
+def _summed(reader: Reader, workers: Group) -> tuple[dict[tuple, Any], dict[tuple, torch.Tensor]]:
+    """One worker's values, and the sums of what has a mean over those that this rank has read."""
+    values: dict[tuple, Any] = {}
+    sums: dict[tuple, torch.Tensor] = {}
+    for first in range(0, reader.count, workers.size):
+        worker = first + workers.rank
+        if values and worker >= reader.count:
+            break
+        # Who has none reads the last one all the same, for what has no mean, and counts it 0 times.
+        values = reader.read(min(worker, reader.count - 1), others=0)
+        for place in filter(reader.averages, values):
+            part = local(values[place])
+            part = part.to(torch.float32 if part.dtype in LOW_PRECISION else part.dtype) * (worker < reader.count)
+            sums[place] = sums[place] + part if place in sums else part
+    return values, sums
 
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        model: torch.nn.Module,
-        optimizer: GossipSGD | Gossip,
-        process_group: dist.ProcessGroup | None,
-    ):
-        from torch.distributed.checkpoint import FileSystemReader, Metadata
 
-        self.path, self.process_group = path, process_group
-        self.model, self.params = model.state_dict(), list(_params(optimizer))
-        try:
-            metadata = FileSystemReader(path).read_metadata()
-        except OSError:
-            metadata = Metadata({}, {})
-        self.stored = metadata.state_dict_metadata
-        self.keys: dict[int, dict[tuple, str]] = {}
-        for key, place in (metadata.planner_data or {}).items():
-            worker = str(place[0]).removeprefix("worker")
-            if worker.isdigit():
-                self.keys.setdefault(int(worker), {})[tuple(place[1:])] = key
-        self.count = len(self.keys)
-        self.sections = (
-            {place[0] for place in self.keys.get(0, {})} if set(self.keys) == set(range(self.count)) else set()
-        )
+def _part(save: str, optimizer: GossipSGD | Gossip) -> dict[str, Any]:
+    """What this rank's part says of itself, see checkpoint_reader.py. save: "-" for one that has no name."""
+    from .checkpoint_files import identity
 
-    def averages(self, place: tuple) -> bool:
-        """Whether the mean of an entry over the workers means something: floating-point tensors."""
-        properties = getattr(self.stored[self.keys[0][place]], "properties", None)
-        floats = properties is not None and (properties.dtype.is_floating_point or properties.dtype.is_complex)
-        return floats and place[0] in ("model", "optimizer")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {str(rank): {str(_number(optimizer)): {save: identity(save, optimizer._step)}}}
 
-    def read(self, worker: int, others: int | None = None) -> dict[tuple, Any]:
-        """A worker's entries; what cannot be averaged of worker `others`. All ranks must call it equally often."""
-        import torch.distributed.checkpoint as dcp
 
-        chosen = {
-            place: key if others is None or self.averages(place) else self.keys[others][place]
-            for place, key in self.keys[worker].items()
-        }
-        values = {key: self._room(place, key) for place, key in chosen.items()}
-        dcp.load(values, checkpoint_id=self.path, process_group=self.process_group, no_dist=not dist.is_initialized())
-        return {place: values[key] for place, key in chosen.items()}
+def _number(optimizer: GossipSGD | Gossip) -> int:
+    return optimizer._engine.place.workers.rank
 
-    def _room(self, place: tuple, key: str) -> torch.Tensor | None:
-        """Where DCP reads a tensor into: sharded and on the device as the parameter that it belongs to."""
-        size = getattr(self.stored[key], "size", None)
-        if size is None:
-            return None  # not a tensor
-        dtype = self.stored[key].properties.dtype  # type: ignore[union-attr]
-        owner = None
-        if place[0] == "model":
-            owner = self.model.get(place[1])
-        elif place[:2] == ("optimizer", "state") and int(place[2]) < len(self.params):
-            owner = self.params[int(place[2])]
-        if owner is not None and owner.shape == size:
-            return torch.empty_like(owner, dtype=dtype, requires_grad=False)
-        return torch.empty(size, dtype=dtype)
 
-    def check_alike(self) -> None:
-        """Raises ValueError if workers saved different entries, which have no mean."""
-        for worker, places in self.keys.items():
-            for place in set(places) ^ set(self.keys[0]):
+def _check_model(loaded: dict[str, Any], model: torch.nn.Module) -> None:
+    """Raises ValueError for shapes that are not the model's, before one is loaded. Which there are the model checks."""
+    own = model.state_dict()
+    for name, value in loaded.items():
+        if isinstance(value, torch.Tensor) and isinstance(own.get(name), torch.Tensor):
+            if value.shape != own[name].shape:
                 raise ValueError(
-                    f"{self.path}: worker {worker} and worker 0 differ in having {'.'.join(map(str, place))}, so there"
-                    f" is no mean of them; it can be resumed by {self.count} workers alone"
+                    f"the checkpoint has {name} of shape {tuple(value.shape)}, the model of {tuple(own[name].shape)}"
                 )
 
 
-def _mean(reader: _Reader, workers: Group) -> dict[tuple, Any]:
-    """The mean of all saved workers, the same bits on every rank."""
-    reader.check_alike()
-    rank, size = workers.rank, workers.size
-    values: dict[tuple, Any] = {}
-    sums: dict[tuple, torch.Tensor] = {}
-    for first in range(0, reader.count, size):
-        worker = first + rank
-        # Who has none left reads the last one all the same, and counts it 0 times: DCP's reading is collective.
-        values = reader.read(min(worker, reader.count - 1), others=0)
-        for place in filter(reader.averages, values):
-            part = sharded.local(values[place])
-            part = part.to(torch.float32 if part.dtype in LOW_PRECISION else part.dtype) * (worker < reader.count)
-            sums[place] = sums[place] + part if place in sums else part
-    for place in sorted(sums, key=str):
-        workers.mean(sums[place])
-        sharded.local(values[place]).copy_(sums[place] * (size / reader.count))
-    return values
+# -- what went wrong on one rank is raised on all ---------------------------------------------------------------------
 
 
-def _nested(values: dict[tuple, Any]) -> dict[str, Any]:
-    """{place: value} as worker_state had it. DCP makes text of an optimizer's parameter numbers."""
-    from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+def _told(failure: BaseException | None) -> tuple[str, str] | None:
+    """An exception as other ranks can have it: what kind it is, and its text."""
+    if failure is None:
+        return None
+    kind = next((name for name, one in KINDS.items() if isinstance(failure, one)), type(failure).__name__)
+    return kind, f"{'' if kind in KINDS else f'{kind}: '}{failure}"
 
-    state = unflatten_state_dict({str(p): v for p, v in values.items()}, {str(p): p for p in values})
-    optimizer = state["optimizer"]
-    numbered = {int(number): entries for number, entries in optimizer.get("state", {}).items()}
-    return {**state, "optimizer": {**optimizer, "state": numbered}}
+
+def _raise_any(meeting: Meeting, problems: list[tuple[str, str] | None]) -> None:
+    """Raises the first of all ranks' problems, if there are any."""
+    for rank, problem in zip(meeting.ranks, problems, strict=True):
+        if problem is not None:
+            kind, text = problem
+            raise KINDS.get(kind, RuntimeError)(f"{meeting.what}, on rank {rank}: {text}")
+
+
+def _failure(error: CheckpointException, rank: int) -> BaseException | None:
+    """What a rank raised in DCP, which packs all up in an exception of its own that is no Exception."""
+    return error.failures[rank][0] if rank in error.failures else None
+
+
+def _timeout(optimizer: GossipSGD | Gossip) -> float:
+    place = optimizer._engine.place
+    return place.workers.timeout if place.workers.size > 1 else place.inside.timeout
 
 
 def _params(optimizer: GossipSGD | Gossip) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
-
-
-def _number(optimizer: GossipSGD | Gossip) -> int:
-    return optimizer._engine.place.workers.rank

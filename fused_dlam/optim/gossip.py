@@ -11,10 +11,12 @@ from torch.optim.optimizer import Optimizer
 
 from .. import topology as topologies
 from ..comm import sharded
+from ..comm.errors import calling
 from ..comm.place import layout
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.flight import AVERAGING, OPEN
+from ..engine.health import Health
 from ..engine.message import Message
 from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
@@ -22,10 +24,12 @@ from ..rules.averaging import mix, mix_ahead
 from ..rules.scalars import Scalars
 from ..topology import TopologyLike
 from . import mixed_precision, options
+from .frozen import Frozen
+from .loaded_values import check_everywhere
 from .old_names import translate
 from .options import Options
 from .shared import GossipOptimizer
-from .state_dict import check, restore_copies
+from .state_dict import restore_copies
 
 
 class Gossip(GossipOptimizer):
@@ -75,6 +79,7 @@ class Gossip(GossipOptimizer):
         if old:
             raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(old))!r}")
         self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
+        options.check_place(timeout, group, hierarchical)
         where = layout(group, hierarchical)
         graph = topologies.get(topology, where.size)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
@@ -83,11 +88,20 @@ class Gossip(GossipOptimizer):
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
         self._entries = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
+        if callable(getattr(optimizer, "eval", None)):
+            raise TypeError(
+                f"{type(optimizer).__name__} has eval(): a schedule-free optimizer keeps a second sequence of the"
+                " parameters in its state, which gossip does not average, and the workers' drift apart. Use another"
+                " optimizer, or average all of it by torch.distributed"
+            )
         everything = [p for g in self.param_groups for p in g["params"]]
-        place = where.connect(everything, timeout, hierarchical is None)
+        options.check_parameters(everything)
+        self._frozen = Frozen()
+        place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
         self._ahead = schedule == "awc"
         rule, message = (mix_ahead, Message.COPY) if self._ahead else (mix, Message.STEPPED)
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb)
+        self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
         for g in self.param_groups:
             self._enter(g)
 
@@ -126,9 +140,10 @@ class Gossip(GossipOptimizer):
         engine = self._engine
         options.check_parameters(group["params"])
         group.update({**self._entries, "gossip_step": self._step})
-        facts = options.facts(group, group["params"], engine, self._options)
+        params = list({id(p): p for p in group["params"]}.values())
+        facts = options.facts(group, params, engine, self._options)
         engine.place.agree({"the optimizer": type(self.inner).__name__, **facts})
-        engine.start_equal(engine.add_group(group["params"]))
+        engine.start_equal(engine.add_group(self._frozen.enter(params, engine)))
 
     @property
     def _step(self) -> int:  # type: ignore[override]
@@ -149,72 +164,90 @@ class Gossip(GossipOptimizer):
 
         Raises RuntimeError if a parameter was moved or replaced, ExchangeError if a peer does not answer.
         """
+        self._check_connected()
+        check_step_allowed(self._engine, self._averaging)
+        return self._advance(closure)
+
+    def _advance(self, closure: Callable[[], Any] | None = None, gradients: bool = True) -> Any:
+        """One step. Without gradients: for the other ranks' sake, see `join`."""
         engine = self._engine
-        check_step_allowed(engine)
-        if len(self.param_groups) != len(engine.passes):
+        skip = self._overflow_elsewhere
+        if gradients:
+            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
+            skip = self._overflowed()
+        if len(self.param_groups) != len(engine.local.passes):
             raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
+        for number, params in self._frozen.thawed():
+            self._frozen.enter_late(params, number, engine, self._step)
         engine.refresh()
         if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
-            loss = self._local_step(closure)
+            loss = self._local_step(closure, gradients, skip)
         else:
-            loss = self._exchanging_step(closure)
+            loss = self._exchanging_step(closure, gradients, skip)
         for group in self.param_groups:
             group["gossip_step"] += 1
         return loss
 
-    def _exchanging_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine = self._engine
         if engine.step is None:  # else the last attempt raised: it goes on from there
+            rates = tuple(g["lr"] for g in self.param_groups if isinstance(g.get("lr"), float))
+            engine.settings = rates, ()
             engine.begin(self._step)
-            engine.set_scalars([Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.passes))
+            engine.set_scalars([Scalars(engine.rule.scalars(0.0, 0.0, 0.0), ())] * len(engine.local.passes))
         if not engine.gossips:  # one machine: gradients are averaged inside it, and there is nobody to mix x with
-            loss = self._local_step(closure)
+            loss = self._local_step(closure, gradients, skip)
             engine.end()
             return loss
         if self._ahead:
             engine.bring(OPEN)  # a copy of x leaves before the inner optimizer steps x
-        loss = self._local_step(closure)
+        loss = self._local_step(closure, gradients, skip)
         for b in engine.buckets:
             b.refresh()
             b.absorb(stepped=True)
+        self._health.look(self._step)
         engine.complete(self._ahead)
         return loss
 
-    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+    def _local_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine, loss = self._engine, None
+        scale = getattr(self, "grad_scale", None)
         if engine.averager.size == 1:
+            if skip or not gradients:
+                return None
             grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
-            if self._unscale(grads):
-                return self.inner.step() if closure is None else self.inner.step(closure)
-            return None
+            if scale is not None and grads:
+                torch._foreach_div_(grads, scale)
+            return self.inner.step() if closure is None else self.inner.step(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for b in engine.buckets:
             b.refresh()
-        finite = self._unscale([b.g for b in engine.buckets])  # not averaged yet: ranks may have scales of their own
+        engine.factor = self._join_factor * mixed_precision.to_common_scale(self)  # ranks may have scales of their own
+        scale = getattr(self, "grad_scale", None)
         engine.bring(AVERAGING)
         for b in engine.buckets:
-            for slot, now in zip(b.slots, engine.flight(b).active(), strict=True):
+            active = engine.flight(b).active()
+            torch.div(b.g, 1.0 if scale is None else scale, out=b.grads)
+            for slot, now in zip(b.slots, active, strict=True):
                 slot.p.grad = slot.installed if now else None
-        if finite:
+        if not skip:
             self.inner.step()
         return loss
 
-    def _unscale(self, grads: list[torch.Tensor]) -> bool:
-        """Divides gradients by a GradScaler's scale; whether they are finite on all ranks, see mixed_precision.py."""
-        scale = getattr(self, "grad_scale", None)
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler found an overflow on any rank, see mixed_precision.py."""
         if getattr(self, "found_inf", None) is None:
-            return True
-        skip = mixed_precision.overflowed(self)
-        if scale is not None and grads:
-            torch._foreach_div_(grads, scale)
-        return not skip
+            return False
+        return mixed_precision.overflowed(self)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's, with the exchange's step and, for 16-bit parameters, master values."""
+        for b in self._engine.buckets:
+            b.absorb()
         state_dict = self.inner.state_dict()
         state = dict(state_dict["state"])
         for key, (b, slot) in self._slots(state_dict).items():
@@ -227,7 +260,8 @@ class Gossip(GossipOptimizer):
 
         What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
         """
-        check(state_dict, self.param_groups)
+        with calling("optimizer.load_state_dict()"):
+            check_everywhere(self, state_dict)
         before = [{k: g[k] for k in self._entries} for g in self.param_groups]
         state = {
             key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
@@ -250,6 +284,7 @@ class Gossip(GossipOptimizer):
             key: places[p]
             for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
             for key, p in zip(theirs["params"], group["params"], strict=True)
+            if p in places
         }
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,21 +12,26 @@ from torch.optim.optimizer import ParamsT
 
 from .. import rules
 from .. import topology as topologies
+from ..comm.errors import calling
 from ..comm.place import Place, alone, layout
-from ..comm.watch import log
 from ..engine.arrivals import Arrivals
-from ..engine.clip import clip_coefficient
+from ..engine.buckets import Bucket
 from ..engine.engine import Engine
+from ..engine.health import Health
 from ..engine.message import message_of
 from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
-from ..layers.layer import Layer, finishing
+from ..layers.layer import Layer
 from ..rules.rule import Rule
-from ..rules.scalars import Scalar, Scalars, scalar
+from ..rules.scalars import Scalar
 from ..topology import Topology, TopologyLike
 from . import mixed_precision, options
 from .certificate import Certificate
+from .counter import Counter
+from .frozen import Frozen
+from .kept_state import reclaim, show
 from .old_names import translate
+from .opening import Opening
 from .options import Options
 from .shared import GossipOptimizer
 from .state_dict import detach, loading, restore
@@ -67,6 +72,9 @@ class GossipSGD(GossipOptimizer):
         bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32; with "awc" a quarter,
             between 8 and 32.
         timeout: seconds after which waiting for a peer is an error.
+        nonfinite: with several workers an element of a gradient that is not finite counts as zero, and one of a message
+            is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
+            in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
         allow_unstable: run although disagreement between workers grows.
         hyper: the method's own hyper-parameters, such as `correction_gain` of "pc-dmsgd" or `mu` of "qg-dmsgd"; see
             fused_dlam/rules/README.md.
@@ -99,14 +107,16 @@ class GossipSGD(GossipOptimizer):
         fused: bool | None = None,
         bucket_mb: float | None = None,
         timeout: float = 600.0,
+        nonfinite: str = "skip",
         allow_unstable: bool = False,
         **hyper: Any,
     ):
         topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
-        rule.check_hyper(hyper)
-        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb)
+        rule.check_hyper(hyper, options.ARGUMENTS)
+        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite)
         options.check_names(rule, chosen.layers)
+        options.check_place(timeout, group, hierarchical)
         where = layout(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
@@ -119,7 +129,9 @@ class GossipSGD(GossipOptimizer):
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
-        self._start(where.connect(everything, timeout, hierarchical is None and rule.average == "neighbors"))
+        options.check_parameters(everything)
+        advise = hierarchical is None and rule.average == "neighbors"
+        self._start(where.connect(everything, timeout, advise, f"optimizer ({type(self).__name__})"))
 
     def _choose(self, rule: Rule, graph: Topology, chosen: Options, allow_unstable: bool) -> None:
         """Keeps what was chosen, all that a copy is built from."""
@@ -128,8 +140,6 @@ class GossipSGD(GossipOptimizer):
         self._topology, self._options = graph, chosen
         self._certificate = Certificate(self._rule, graph, allow_unstable)
 
-    _begun: list[tuple] | None = None  # the settings with which the present step began
-
     def _start(self, place: Place) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
         o = self._options
@@ -137,7 +147,11 @@ class GossipSGD(GossipOptimizer):
             self._rule, self._topology, place, message_of(self._rule), o.layers, o.fused, o.comm_dtype, o.bucket_mb
         )
         clips = o.max_grad_norm is not None
-        self._arrivals = Arrivals(self._engine, o.overlap, clips, self._begin, self._settings, self._name_of)
+        self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
+        self._counter = Counter(self, self._engine, self._topology)
+        self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
+        begin, settings = self._opening.begin, self._opening.settings
+        self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_post_hook(detach)
@@ -164,17 +178,26 @@ class GossipSGD(GossipOptimizer):
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:
-        """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
+        """Agrees on a group with the other ranks, takes rank 0's parameters, and moves the trainable ones into flat
+        buffers."""
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
         engine.place.agree(options.facts(group, params, engine, self._options))
-        buckets = engine.add_group(params)
+        buckets = engine.add_group(self._frozen.enter(params, engine))
         engine.start_equal(buckets)
+        self._watch(buckets)
+
+    def _watch(self, buckets: Sequence[Bucket]) -> None:
         for b in buckets:
             for slot in b.slots:
-                self.state[slot.p] = {name: slot.stateful(t) for name, t in engine.buffers(b).items()}
+                show(self.state, self._engine, b, slot)
             self._arrivals.watch(b)
-        self._arrivals.reset()
+
+    def _thaw(self) -> None:
+        """Moves into flat buffers what is trainable now and was not."""
+        for group, params in self._frozen.thawed():
+            self._watch(self._frozen.enter_late(params, group, self._engine, self._step))
+            self._engine.refresh()
 
     @property
     def _step(self) -> int:  # type: ignore[override]
@@ -185,81 +208,52 @@ class GossipSGD(GossipOptimizer):
     @torch._disable_dynamo  # a compiled caller breaks its graph here, as at any communication
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One local step and one exchange. Every rank must call it equally often.
+        """One local step and one exchange. Every rank must call it equally often, or within `join`.
 
         Args:
             closure: re-evaluates the model and returns the loss, which is returned; called once, before the exchange.
 
         Raises RuntimeError if a parameter was moved since construction, ExchangeError if a peer does not answer.
         """
+        self._check_connected()
+        check_step_allowed(self._engine, self._averaging)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._advance()
+        return loss
+
+    def _advance(self, gradients: bool = True) -> None:
+        """One step. Without gradients: for the other ranks' sake, see `join`."""
         engine = self._engine
-        check_step_allowed(engine)
         engine.refresh()
-        skip = mixed_precision.unscale(self, engine, self._arrivals)
-        self._arrivals.check()
-        if engine.step is None or self._begun is None:  # None: the last attempt to begin was interrupted
-            self._begin(skip)
-        elif self._begun != self._settings():
-            log.warning(
-                "a hyper-parameter was changed between the backward pass and step(), after the messages had left: it"
-                " takes effect in the next step. Set it before the backward pass, or build with overlap=False."
-            )
-        engine.complete(self._arrivals.ahead)
+        if reclaim(self.state, engine) and engine.step is not None:
+            self._arrivals.hold_back("the optimizer's state was set between the backward pass and step()")
+        skip: Scalar = float(self._overflow_elsewhere)
+        if gradients:
+            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
+            skip = mixed_precision.unscale(self, engine, self._arrivals)
+        elif getattr(self, "grad_scale", None) is not None:
+            self._arrivals.hold_back("a GradScaler was at work on other ranks")
+        self._thaw()
+        why = self._arrivals.verify()
+        if why or not self._opening.done:
+            self._opening.begin(skip)
+        self._health.look(self._step)
+        engine.complete(self._arrivals.ahead, recalls=bool(why))
         self._arrivals.finish()
         for group in self.param_groups:
             group["step"] += 1
-        return loss
+        self._counter.note(unsure=isinstance(skip, torch.Tensor))
+        self._health.judge(self._step - 1)
 
-    def _begin(self, skip: Scalar = 0.0) -> None:
-        """Fixes this step's scalars: from here on a change of a hyper-parameter counts for the next step."""
-        for group in self.param_groups:
-            self._certificate.recheck(group)
-        self._begun, begun = None, self._settings()
-        memories = [dict(group["memory"]) for group in self.param_groups]
-        # What may raise comes before anything has begun, so that step() can be called again.
-        h = [self._scalars(group, memory) for group, memory in zip(self.param_groups, memories, strict=True)]
-        self._engine.begin(self._step, skip)
-        if self._options.max_grad_norm is not None and self._engine.message.leaves_early and not self._engine.flights:
-            self._set_scalars(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
-        self._set_scalars(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
-        self._remember(memories, skip)
-        self._begun = begun
+    def _hold_back(self) -> AbstractContextManager[None]:
+        return self._arrivals.hold()
 
-    def _settings(self) -> list[tuple]:
-        names = ("lr", "momentum", "weight_decay", "maximize", *self._options.settings, *self._rule.hyper)
-        return [options.snapshot(group, names) for group in self.param_groups]
-
-    def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
-        """The rule's scalars for a group; `memory` becomes what it is after this step."""
-        rule = self._rule
-        hyper = {name: group[name] for name in rule.hyper}
-        weight_decay = 0.0 if finishing(self._options.layers, group) else float(group["weight_decay"])
-        lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self._topology.slowest_rho
-        return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
-
-    def _remember(self, memories: list[dict[str, Any]], skip: Scalar) -> None:
-        """A skipped step is not remembered."""
-        for group, memory in zip(self.param_groups, memories, strict=True):
-            if isinstance(skip, torch.Tensor):
-                group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
-            elif not skip:
-                group["memory"] = memory
-
-    def _set_scalars(self, h: list[Any], scale: Scalar) -> None:
-        scales = [-scale if group["maximize"] else scale for group in self.param_groups]
-        scalars = [Scalars(of_group, (), s) for of_group, s in zip(h, scales, strict=True)]
-        self._engine.set_scalars(scalars, self.param_groups)
-
-    def _gradient_scale(self) -> Scalar:
-        """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
-        loss_scale = getattr(self, "grad_scale", None)
-        unscale = 1.0 if loss_scale is None else 1.0 / scalar(loss_scale)
-        limit = self._options.max_grad_norm
-        return unscale if limit is None else unscale * clip_coefficient(self._engine, unscale, limit)
+    def close(self) -> None:
+        self._arrivals.leave()
+        super().close()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -292,8 +286,9 @@ class GossipSGD(GossipOptimizer):
 
         Raises ValueError for a checkpoint of another method or topology.
         """
-        with loading(self, self._engine):
+        with calling("optimizer.load_state_dict()"), loading(self, self._engine):
             super().load_state_dict(state_dict)
+        self._counter.restore()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -315,3 +310,4 @@ class GossipSGD(GossipOptimizer):
             device = next(iter(saved)).device
             self._start(alone(device))
             restore(saved, self, self._engine)
+            self._counter.restore()

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..comm.sharded import is_sharded
 from ..engine.engine import Engine
 from ..layers.layer import Layer, checked
 from ..rules import scalars
-from ..rules.rule import Rule
+from ..rules.rule import COMMON, RESERVED, Rule
+from ..rules.scalars import number
+from .overlaps import overlapping
 
 FIRST = ("method", "topology", "schedule")  # of a group's entries, those that explain a difference in the others
+
+#: What a constructor takes by name beside hyper-parameters: what an unknown name may have been meant to be.
+ARGUMENTS = (
+    *FIRST, "group", "overlap", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
+    "bucket_mb", "timeout", "nonfinite", "allow_unstable",
+)  # fmt: skip
+
+MESSAGES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types in which transports add and send
+LARGEST_BUCKET = 2**40  # MiB
+LONGEST_WAIT = 1e9  # seconds; beyond some 1e11 there is no timedelta
+# What torch's schedulers keep in groups. They look like misspelled settings and are none.
+SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+OUTSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))  # whose lines are not the user's
 
 
 @dataclass(frozen=True)
@@ -28,21 +49,30 @@ class Options:
     comm_dtype: torch.dtype | None = None
     fused: bool | None = None
     bucket_mb: float | None = None
+    nonfinite: str = "skip"
 
     def __post_init__(self):
+        if self.nonfinite not in ("skip", "raise"):
+            raise ValueError(f"Invalid nonfinite: {self.nonfinite!r}, must be 'skip' or 'raise'")
         object.__setattr__(self, "layers", checked(self.layers))
         if self.schedule not in ("atc", "awc"):
             raise ValueError(f"Invalid schedule: {self.schedule!r}, must be 'atc' or 'awc'")
         if self.overlap not in (True, False, "auto"):
             raise ValueError(f"Invalid overlap: {self.overlap!r}, must be True, False or 'auto'")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}")
-        if self.bucket_mb is not None and not self.bucket_mb > 0:
-            raise ValueError(f"Invalid bucket_mb: {self.bucket_mb}")
+        if self.max_grad_norm is not None and not number("max_grad_norm", self.max_grad_norm) > 0:
+            raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, must be above 0, or None")
+        if self.fused not in (None, True, False):
+            raise ValueError(f"Invalid fused: {self.fused!r}, must be None, True or False")
+        if self.bucket_mb is not None and not 0 < number("bucket_mb", self.bucket_mb) <= LARGEST_BUCKET:
+            raise ValueError(
+                f"Invalid bucket_mb: {_short(self.bucket_mb)}, must be MiB above 0 and finite, or None; one that is"
+                " larger than the model makes one message of it"
+            )
         if self.comm_dtype is not None and not isinstance(self.comm_dtype, torch.dtype):
             raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {self.comm_dtype!r}")
-        if self.comm_dtype is not None and not self.comm_dtype.is_floating_point:
-            raise ValueError(f"Invalid comm_dtype: {self.comm_dtype}, must be a floating type")
+        if self.comm_dtype is not None and self.comm_dtype not in MESSAGES:
+            known = ", ".join(map(str, MESSAGES))
+            raise ValueError(f"Invalid comm_dtype: {self.comm_dtype}, must be a floating type, one of {known}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,8 +82,27 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """What all ranks must have in common, as text."""
-        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb")
+        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite")
         return {name: str(getattr(self, name)) for name in names}
+
+
+def check_place(timeout: Any, group: Any, hierarchical: Any) -> None:
+    """Raises TypeError or ValueError for places and waits that make no sense, also where one worker needs none."""
+    if not 0 < number("timeout", timeout) <= LONGEST_WAIT:
+        raise ValueError(f"Invalid timeout: {_short(timeout)}, must be seconds, above 0 and at most {LONGEST_WAIT:g}")
+    if group is not None and dist.is_available():
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this rank is not in the given process group")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group must be a torch.distributed.ProcessGroup (dist.new_group(...), mesh.get_group(...)) or None,"
+                f" not {type(group).__name__}"
+            )
+    if hierarchical is None or isinstance(hierarchical, bool):
+        return
+    mesh = getattr(hierarchical, "mesh", None)
+    if not isinstance(mesh, torch.Tensor) or mesh.dim() != 2:
+        raise ValueError(f"hierarchical must be True, False or a DeviceMesh of two dimensions, not {hierarchical!r}")
 
 
 def check_names(rule: Rule, layers: tuple[Layer, ...]) -> None:
@@ -75,27 +124,55 @@ def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
             raise TypeError(f"{name} must be a number; only lr may be a tensor")
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not 0.0 <= float(lr) < math.inf:
-        raise ValueError(f"Invalid learning rate: {lr}")
-    if not 0.0 <= float(momentum) < 1.0:
-        raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
-    if not 0.0 <= float(weight_decay) < math.inf:
-        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-    known = {*rule.hyper, *(name for layer in layers for name in layer.settings)}
+    if not 0.0 <= number("lr", lr) < math.inf:
+        raise ValueError(f"Invalid learning rate: {_short(lr)}")
+    if not 0.0 <= number("momentum", momentum) < 1.0:
+        raise ValueError(f"Invalid momentum value: {_short(momentum)}, must be in [0, 1)")
+    if not 0.0 <= number("weight_decay", weight_decay) < math.inf:
+        raise ValueError(f"Invalid weight_decay value: {_short(weight_decay)}")
+    if group.get("maximize", False) not in (True, False):
+        raise TypeError(f"maximize must be True or False, not {group['maximize']!r}")
+    settings = [name for layer in layers for name in layer.settings]
+    known = {*rule.hyper, *settings}
+    _warn_of_misspelled(group, (*COMMON, "maximize", *rule.hyper, *settings))
     for name in ("lars", "slowmo"):  # options of former releases
         if group.get(name) is not None and name not in known:
             raise ValueError(
                 f"{name}={group[name]!r} in a parameter group needs the layer: pass layers=[Lars(...)] or [SlowMo(...)]"
             )
     rule.check_hyper({name: group[name] for name in rule.hyper})
+    for name in settings:
+        if isinstance(group[name], str) and _is_number(group[name]):
+            raise TypeError(f"{name} must be a number, not the text {group[name]!r}")
+    if "lars" in settings and group["lars"] is not None:
+        number("lars", group["lars"])
     for layer in layers:
         layer.check(group)
         if layer.whole and layer.finishes(group) and any(is_sharded(p) for p in group["params"]):
             raise ValueError(f"{layer} needs the norms of whole layers, but FSDP shards them: build without it")
 
 
-def check_parameters(params: list[torch.Tensor]) -> None:
-    """Raises TypeError for parameters that have no place in a flat buffer."""
+def _warn_of_misspelled(group: dict[str, Any], settable: Sequence[str]) -> None:
+    """A UserWarning for entries of a group that are almost a setting. Others are kept without a word, as in torch."""
+    for key in group:
+        if key in settable or key in RESERVED or key in SCHEDULERS or not isinstance(key, str):
+            continue
+        near = difflib.get_close_matches(key.lower(), settable, 1, 0.8)
+        if near:
+            frame, level = sys._getframe(1), 2
+            while frame.f_back is not None and frame.f_code.co_filename.startswith(OUTSIDE):
+                frame, level = frame.f_back, level + 1
+            warnings.warn(
+                f"a parameter group has an entry {key!r}, which sets nothing. Did you mean {near[0]!r}?",
+                stacklevel=level,
+            )
+
+
+def check_parameters(params: list[torch.Tensor], others: Iterable[torch.Tensor] = ()) -> None:
+    """Raises TypeError for parameters that have no place in a flat buffer, ValueError for two on one memory.
+
+    others: the parameters of the groups before.
+    """
     for p in params:
         kind, what = f"a parameter of shape {tuple(p.shape)}", None
         if p.layout != torch.strided:
@@ -106,6 +183,13 @@ def check_parameters(params: list[torch.Tensor]) -> None:
             what = "is on the meta device: give the model storage (to_empty) before building the optimizer"
         if what is not None:
             raise TypeError(f"{kind} {what}")
+    both = overlapping([*others, *params])
+    if both is not None:
+        a, b = (tuple(p.shape) for p in both)
+        raise ValueError(
+            f"two parameters, of shapes {a} and {b}, share memory: in flat buffers they would come apart. Make them one"
+            " parameter (decoder.weight = encoder.weight, in the place of decoder.weight.data = encoder.weight.data)"
+        )
 
 
 def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
@@ -130,10 +214,24 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, opt
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),
         "how the parameters are sharded": str(split),
+        "which parameters are trainable": "".join("1" if p.requires_grad else "0" for p in params),
         **{name: _text(group.get(name)) for name in names},
         "the topology's weights": engine.topology.fingerprint,
         **options.facts(),
     }
+
+
+def _short(value: object) -> object:
+    """A value as messages show it: text of an int of more than 4,300 digits is an error of its own."""
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 10**30 else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _text(value: object) -> str:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.optim.optimizer import Optimizer
 
+from ..comm.errors import calling
+from ..comm.place import built_too_early
+from ..comm.watch import log
+from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
+from .averaged import Averaged, agree, beside
+from .joining import Joining
 from .state_dict import copied, entries, tensors, unplaced
 
 
-class GossipOptimizer(Optimizer):
+class GossipOptimizer(Joining, Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
     _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
+    _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
+    _averaging = False  # whether this is within `averaged`
+    _said: Set[str] = frozenset()  # lines that `averaged` has logged
 
     _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
 
@@ -33,10 +42,15 @@ class GossipOptimizer(Optimizer):
             )
         return self._running
 
-    def agree_on_overflow(self, found: Sequence[torch.Tensor]) -> None:
-        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it."""
-        self._overflow_agreed = self._step
-        mixed_precision.agree(self._engine.place, found, self._step)
+    def agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any = None) -> None:
+        """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it.
+
+        scale: the loss scale that this rank's gradients have; None: none, they are unscaled.
+        """
+        self._take_part(True, scaled=True)
+        self._overflow_agreed, engine = self._step, self._engine
+        averages = engine.averager.size > 1
+        self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -46,10 +60,25 @@ class GossipOptimizer(Optimizer):
         """
         self._engine.forget()
 
+    def close(self) -> None:
+        """Gives back threads, files and process groups, as deletion does in time. Parameters stay as they are.
+
+        Afterwards step() raises RuntimeError. Harmless when repeated; over NCCL all ranks must call it.
+        """
+        self._engine.place.close()
+
+    def _check_connected(self) -> None:
+        """Raises RuntimeError where this optimizer cannot know the other ranks."""
+        if built_too_early(self._engine.place):
+            raise RuntimeError(
+                "this optimizer was built before torch.distributed.init_process_group, and knows of no other rank:"
+                " every rank would train alone. Build it after"
+            )
+
     @property
     def backend(self) -> str:
         """What runs the element-wise passes, e.g. "torch"."""
-        return ", ".join(sorted({p.name for passes in self._engine.passes for p in passes.values()}))
+        return ", ".join(sorted({p.name for passes in self._engine.local.passes for p in passes.values()}))
 
     @property
     def bytes_sent(self) -> int:
@@ -68,50 +97,96 @@ class GossipOptimizer(Optimizer):
     def consensus_distance(self) -> float:
         """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
         place = self._engine.place
+        self._check_connected()
         if place.workers.size == 1:
             return 0.0
-        total = torch.zeros(1, dtype=torch.float64)
+        with calling("optimizer.consensus_distance()"):
+            self._settle()
+            total = torch.zeros(1, dtype=torch.float64)
+            for b in self._engine.buckets:
+                x = b.x[: b.flags.start]  # what is behind the last parameter is no parameter
+                mean = x.clone()
+                place.workers.mean(mean)
+                total += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64).square().cpu()
+            place.workers.mean(total)
+            return math.sqrt(float(place.sum_over_shards(total)))
+
+    def _settle(self) -> None:
+        """Ends what reads x, and takes over what the script has written into parameters that are copies of it."""
+        self._engine.settle()
         for b in self._engine.buckets:
-            mean = b.x.clone()
-            place.workers.mean(mean)
-            total += torch.linalg.vector_norm(mean.sub_(b.x), dtype=torch.float64).square().cpu()
-        place.workers.mean(total)
-        return math.sqrt(float(place.sum_over_shards(total)))
+            b.absorb()
 
     @contextmanager
     def averaged(self, model: torch.nn.Module | None = None) -> Iterator[None]:
-        """Within the context the parameters are the workers' mean; afterwards each worker has its own back.
+        """Within the context the parameters are the workers' mean; afterwards each worker has its own back, bit-equal.
 
         Args:
-            model: also averages its floating-point buffers (BatchNorm's running statistics).
+            model: also averages its floating-point buffers (BatchNorm's running statistics), and those of its
+                parameters that are not exchanged: frozen ones, or all of an EMA's copy of the model. What has no mean
+                (float8, sparse) is left alone, and logged once.
 
-        All ranks must enter it together. Costs a copy of the parameters.
+        All ranks must enter it together, with models of one form. Costs a copy of what is averaged. Within it step()
+        is refused, for what it did would be undone.
+
+        Raises ValueError, on all ranks, if their models differ; RuntimeError within another `averaged`.
         """
-        workers = self._engine.place.workers
-        if workers.size == 1:  # its own mean: no copy of the parameters
-            yield
-            return
-        floats = [] if model is None else [b for b in model.buffers() if b.is_floating_point()]
-        with torch.no_grad():
-            self._engine.settle()
-            for b in self._engine.buckets:
-                b.absorb()
-            saved = [b.x.clone() for b in self._engine.buckets]
-            saved_buffers = [b.clone() for b in floats]
-            for b in self._engine.buckets:
-                workers.mean(b.x)
-                b.publish()
-            for buffer in floats:
-                workers.mean(buffer)
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"averaged takes the model, a torch.nn.Module, not {type(model).__name__}")
+        if self._averaging:
+            raise RuntimeError("averaged() was entered within averaged(): the parameters are the mean already")
+        engine = self._engine
+        self._averaging = True
         try:
-            yield
+            with ExitStack() as back:  # undoes all that was done so far, whatever fails
+                if not engine.place.alone:  # else its own mean
+                    with torch.no_grad(), calling("optimizer.averaged()"):
+                        self._average(model, back)
+                yield
         finally:
-            with torch.no_grad():
-                for b, x in zip(self._engine.buckets, saved, strict=True):
-                    b.x.copy_(x)
-                    b.publish()
-                for buffer, own in zip(floats, saved_buffers, strict=True):
-                    buffer.copy_(own)
+            self._averaging = False
+
+    def _average(self, model: torch.nn.Module | None, back: ExitStack) -> None:
+        """Puts means in the place of values, each of which comes back when `back` is closed.
+
+        Only copies are handed to the transport: it may still write into them when a wait has failed.
+        """
+        engine, place = self._engine, self._engine.place
+        others = {} if model is None else self._beside(model)
+        agree(place, others)
+        self._settle()
+        for b in engine.buckets if place.workers.size > 1 else ():
+            own = b.x.clone()
+            back.callback(_put, b, own)
+            mean = own.clone()
+            place.workers.mean(mean)
+            b.x.copy_(mean)
+            b.publish()
+        for tensor in others.values():
+            one = Averaged(tensor)
+            own = one.read()
+            mean = one.mean(own, place)
+            back.callback(_write, one, own)
+            one.write(mean)
+
+    def _beside(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What of a model is averaged beside the flat buffers, by name."""
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        others, left = beside(model, {id(slot.p) for b in self._engine.buckets for slot in b.slots})
+        if not mine & {id(p) for p in model.parameters()}:
+            self._say(
+                "averaged(): none of the model's parameters is the optimizer's, so all of them are averaged by"
+                " themselves. Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
+            )
+        if left:
+            self._say(f"averaged() leaves alone what has no mean: {', '.join(left)}")
+        return others
+
+    def _say(self, line: str) -> None:
+        """Logs a line once: evaluation comes again and again."""
+        if line not in self._said:
+            self._said = {*self._said, line}
+            log.info("%s", line)
 
     @torch.no_grad()
     def consensus_state_dict(self) -> dict[str, Any]:
@@ -127,6 +202,10 @@ class GossipOptimizer(Optimizer):
 
         Raises ValueError, on all ranks, if the workers' states have different entries.
         """
+        with calling("optimizer.consensus_state_dict()"):
+            return self._consensus_state_dict()
+
+    def _consensus_state_dict(self) -> dict[str, Any]:
         engine = self._engine
         own = self.state_dict()
         state_dict = {**own, "state": copied(own["state"])}
@@ -134,3 +213,14 @@ class GossipOptimizer(Optimizer):
         for _, value in tensors(state_dict):
             engine.place.workers.mean(value)
         return unplaced(state_dict, engine.rule.centered)
+
+
+def _put(b: Bucket, own: torch.Tensor) -> None:
+    with torch.no_grad():
+        b.x.copy_(own)
+        b.publish()
+
+
+def _write(one: Averaged, own: torch.Tensor) -> None:
+    with torch.no_grad():
+        one.write(own)

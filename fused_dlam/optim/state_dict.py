@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -17,43 +17,11 @@ from ..comm.sharded import local
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.slot import Slot
+from .kept_state import show
+from .loaded_values import PLACE, check_everywhere
 
-PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entries of a group that say where it ran
-
-
-def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError for a checkpoint of another method or topology."""
-    for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
-        if "slowmo" in theirs:  # of the releases in which layers were options
-            theirs = {"layers": theirs["slowmo"] or "", **theirs}
-        if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
-            raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
-        for what in ("method", "layers", *PLACE):
-            if what in theirs and what in ours and theirs[what] != ours[what]:
-                raise ValueError(
-                    f"the checkpoint is of {what.removeprefix('gossip_')} {theirs[what]!r}, this optimizer of"
-                    f" {ours[what]!r}"
-                    + (
-                        ". To go on with another number of workers or another graph, save"
-                        " optimizer.consensus_state_dict(), or use fused_dlam.save_checkpoint and"
-                        " load_checkpoint(mean=True)"
-                        if what in PLACE
-                        else ": load the model alone, its state means nothing to this method"
-                    )
-                )
-        if "method" not in ours:
-            continue  # the inner optimizer of a Gossip knows what it can load
-        if "betas" in theirs:  # its steps are counted per parameter, in its state
-            raise ValueError(
-                "the checkpoint is of one of torch's Adams; there is fused_dlam.Gossip(torch.optim.AdamW(...))"
-            )
-        if theirs.get("dampening"):
-            raise ValueError("the checkpoint uses dampening, which no method here defines")
-        if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
-            raise ValueError(
-                f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same, by a method"
-                " named nesterov-... or one that is not"
-            )
+if TYPE_CHECKING:
+    from .shared import GossipOptimizer
 
 
 def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> dict[torch.Tensor, dict]:
@@ -67,12 +35,12 @@ def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]])
 
 
 @contextmanager
-def loading(optimizer: Optimizer, engine: Engine) -> Iterator[None]:
+def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[None]:
     """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it."""
     final: dict[str, Any] = {}
 
     def checked(_: Any, theirs: dict[str, Any]) -> None:  # the last of the hooks, which may have made another dict
-        check(theirs, optimizer.param_groups)
+        check_everywhere(optimizer, theirs)
         final.update(theirs)
 
     def restored(_: Any) -> None:  # the first of the hooks: others see what was loaded
@@ -95,7 +63,6 @@ def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engin
     with torch.no_grad():
         for b in engine.buckets:
             for slot in b.slots:
-                values = optimizer.state[slot.p]
                 for name, buffer in engine.buffers(b).items():
                     view, value = slot.view(buffer), saved[slot.p].get(name)
                     if value is not None:
@@ -104,7 +71,7 @@ def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engin
                         view.copy_(slot.data)
                     else:
                         view.zero_()
-                    values[name] = slot.stateful(buffer)
+                show(optimizer.state, engine, b, slot)
             restore_copies(b, lambda slot: saved[slot.p].get("master"))
 
 
@@ -116,12 +83,14 @@ def restore_copies(b: Bucket, master: Callable[[Slot], torch.Tensor | None]) -> 
     b.publish()
 
 
-def detach(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def detach(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Copies the views, so that a checkpoint holds plain tensors and not whole flat buffers.
 
     A group's memory becomes pairs: DCP keeps a list as it is, but makes every entry of a dictionary an entry of the
     checkpoint, and reads back only what a new optimizer's memory, which is empty, has.
     """
+    for b in optimizer._engine.buckets:
+        b.absorb()  # what the script wrote into 16-bit parameters since the last step
     groups = [
         {k: [list(pair) for pair in numbers(v).items()] if k == "memory" else v for k, v in group.items()}
         for group in state_dict["param_groups"]

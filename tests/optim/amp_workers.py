@@ -98,3 +98,36 @@ def overflow_after_going_back(rank, gossip=False):
     step(1.0)
     optimizer.load_state_dict(saved)
     return momentum, step(float("inf") if rank == 1 else 1.0)
+
+
+def float16(rank, cases):
+    """x (its float32 master) after 20 steps on float16 gradients of 2e-8, for each of (options, scales, kind).
+
+    scales: by rank. Every rank's gradients are alike, so x does not depend on who averages with whom.
+    """
+    out = []
+    for options, scales, kind in cases:
+        x = torch.nn.Parameter(torch.zeros(64, dtype=torch.float16))
+        with machines_of(2):
+            optimizer = fused_dlam.GossipSGD([x], lr=1000.0, momentum=0.0, **options)
+        scaler = kind("cpu", init_scale=scales[rank], growth_interval=1000)
+        for _ in range(20):
+            optimizer.zero_grad()
+            scaler.scale((x.float() * 2e-8).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        out.append(optimizer._engine.buckets[0].x[:64].clone())
+    return out
+
+
+def float16_large(rank, cases):
+    """x after one step at rate 1e-4 on float16 gradients of 30,000, whose sum overflows, for each of the options."""
+    out = []
+    for options in cases:
+        x = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+        with machines_of(2):
+            optimizer = fused_dlam.GossipSGD([x], lr=1e-4, momentum=0.0, **options)
+        (x * 30000.0).sum().backward()
+        optimizer.step()
+        out.append(x.detach().clone())
+    return out

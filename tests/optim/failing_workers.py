@@ -25,7 +25,7 @@ def interrupted(rank):
     step()
     step()
     saved = optimizer.state_dict()
-    passes = next(iter(optimizer._engine.passes[0].values()))
+    passes = next(iter(optimizer._engine.local.passes[0].values()))
     with mock.patch.object(passes, "combine", side_effect=MemoryError("none left")):
         try:
             step()

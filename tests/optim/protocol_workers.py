@@ -56,7 +56,7 @@ def late_group(rank, folder):
             optimizer.add_param_group({"params": [model.hidden], "lr": 0.01})
             out.append(train(model, optimizer, x, 4))
     model = Tied()
-    optimizer = GossipSGD([model.embed, model.scale], lr=0.05, overlap=True)
+    optimizer = GossipSGD([model.embed, model.scale], lr=0.05, overlap=True, bucket_mb=1e-6)
     model.loss(data(rank)).backward()
     try:
         optimizer.add_param_group({"params": [model.hidden]})

@@ -158,4 +158,4 @@ def test_what_does_not_belong_is_refused(tmp_path):
         assert "method 'dmsgd', this optimizer of 'pc-dmsgd': load the model alone" in method
         assert "holds no scheduler saved by" in lacking
         assert "this optimizer of 'ring over 2'" in graph and "load_checkpoint(mean=True)" in graph
-        assert "{0: '2 workers', 1: 'no model, optimizer saved by" in unseen
+        assert "holds {0: '2 workers of save " in unseen and "1: 'no model, optimizer saved by" in unseen

@@ -53,7 +53,7 @@ def test_an_interrupted_step_of_one_worker_is_taken_again():
         p, q = parameter(), parameter()
         failing, whole = GossipSGD([p], 0.1, layers=layers), GossipSGD([q], 0.1, layers=layers)
         steps(failing, p, 2)
-        (passes,) = failing._engine.passes[0].values()
+        (passes,) = failing._engine.local.passes[0].values()
         with mock.patch.object(passes, "combine", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             steps(failing, p, 1, 2)
         failing.step()

@@ -71,9 +71,9 @@ def test_profile(table, ranks):
 def test_capture(table, monkeypatch):
     """No GPU needed: the engine is told that it has parameters on one, and torch that a capture is under way."""
     optimizer = GossipSGD(network().parameters())
-    step_allowed.check_step_allowed(optimizer._engine)
+    step_allowed.check_step_allowed(optimizer._engine, averaging=False)
     optimizer._engine.lanes[torch.device("cuda")] = None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    step_allowed.check_step_allowed(optimizer._engine)
+    step_allowed.check_step_allowed(optimizer._engine, averaging=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     table.refused(34, error_of(optimizer.step, kind=RuntimeError))

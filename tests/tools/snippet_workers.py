@@ -58,7 +58,7 @@ def bad_batch(rank):
 
 
 def not_finite(rank):
-    """Rank 1's loss is NaN in step 3. Unguarded, all workers' parameters are NaN a few steps later."""
+    """Whether parameters stay finite although rank 1 has a NaN in step 3, with a guard in the script and without."""
     found = {}
     for guarded in (True, False):
         model, data = model_and_data(rank)
@@ -74,23 +74,26 @@ def not_finite(rank):
 
 
 def ema(rank):
-    """(the workers' mean of their EMAs, the EMA of the workers' mean)"""
+    """(this worker's EMA, the workers' mean of their EMAs, the EMA of the workers' mean, its own again afterwards)"""
     model, data = model_and_data(rank)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), model)
     optimizer = GossipSGD(model.parameters(), lr=0.01)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average, reference = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True) for _ in range(2)
+    )
     for x in data:
         train(model, optimizer, x)
         average.update_parameters(model)
         with optimizer.averaged(model):
             reference.update_parameters(model)
-    own = average.module.weight.detach().clone()
-    mean = copy.deepcopy(average.module)
-    for value in mean.state_dict().values():
-        if value.is_floating_point():
-            dist.all_reduce(value)
-            value /= dist.get_world_size()
-    return own, mean.weight.detach().clone(), reference.module.weight.detach().clone()
+
+    def values(of):
+        return [t.detach().clone() for t in of.module.state_dict().values() if t.is_floating_point()]
+
+    own = values(average)
+    with torch.no_grad(), optimizer.averaged(average):
+        mean = values(average)
+    return own, mean, values(reference), values(average)
 
 
 def best(rank):
@@ -112,17 +115,25 @@ def best(rank):
     return evaluated.item(), *losses
 
 
-def plateau(rank):
+def plateau(rank, patience=1):
+    """The learning rate, and the epoch after which training stops, by one number on all ranks."""
     model, data = model_and_data(rank)
     optimizer = GossipSGD(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    for x in data:
-        train(model, optimizer, x)
+    best, waited, stopped = float("inf"), 0, None
+    for epoch in range(12):
+        train(model, optimizer, data[epoch % len(data)])
         with torch.no_grad(), optimizer.averaged(model):
-            loss = loss_of(model, data[rank])  # on this worker's part of the validation data
+            loss = loss_of(model, data[epoch % len(data)])  # on this worker's part of the validation data
         dist.all_reduce(loss)
-        scheduler.step(loss.item() / dist.get_world_size())
-    return optimizer.param_groups[0]["lr"]
+        loss = loss.item() / dist.get_world_size()
+        scheduler.step(loss)
+        if loss < best:
+            best, waited = loss, 0
+        elif (waited := waited + 1) > patience:
+            stopped = epoch
+            break
+    return optimizer.param_groups[0]["lr"], stopped
 
 
 def clones(rank):

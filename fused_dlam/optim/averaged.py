@@ -1,0 +1,96 @@
+"""What `averaged` averages beside the flat buffers, of whatever layout and type: a model's buffers, and parameters that
+are not the optimizer's (frozen ones, an EMA's, those of a replaced layer).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from ..comm import sharded
+from ..comm.place import Place
+from .overlaps import offsets, overlaps_itself
+
+# Types that transports add up. Others, float8 among them, have no mean that could be written back.
+KINDS = {
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128,
+}  # fmt: skip
+
+
+class Averaged:
+    """One tensor that is averaged in place, and gets its own values back bit for bit."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.sharded = sharded.is_sharded(tensor)
+        self.here = sharded.local(tensor.detach())
+        # Elements that lie on each other (an expanded buffer) are averaged once, where they lie.
+        self.places = offsets(self.here) if overlaps_itself(self.here) else None
+
+    def read(self) -> torch.Tensor:
+        """A contiguous copy, whatever the layout."""
+        if self.places is not None:
+            return self._memory()[self.places]
+        return torch.empty(self.here.shape, dtype=self.here.dtype, device=self.here.device).copy_(self.here)
+
+    def write(self, values: torch.Tensor) -> None:
+        if self.places is not None:
+            self._memory()[self.places] = values
+        else:
+            self.here.copy_(values)
+
+    def _memory(self) -> torch.Tensor:
+        """All that lies between the first element and the last."""
+        assert self.places is not None
+        return self.here.as_strided((int(self.places[-1]) + 1,), (1,))
+
+    def mean(self, own: torch.Tensor, place: Place) -> torch.Tensor:
+        """The mean over all ranks, of which each has its own: 16-bit values in float32, rounded once."""
+        flat = torch.view_as_real(own) if own.is_complex() else own
+        wide = flat.to(torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else flat.dtype, copy=True)
+        if not self.sharded:
+            place.inside.mean(wide)  # ranks of one machine have buffers of their own
+        place.workers.mean(wide)
+        mean = wide.to(flat.dtype)
+        return torch.view_as_complex(mean) if own.is_complex() else mean
+
+
+def beside(model: torch.nn.Module, held: set[int]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """By name, the floating-point parameters and buffers of a model that are not among `held` (by id), each once; and
+    the names of those that cannot be averaged, with why."""
+    named: dict[tuple, tuple[str, torch.Tensor]] = {}
+    left: list[str] = []
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if id(t) in held or not (t.is_floating_point() or t.is_complex()):
+            continue
+        if t.layout != torch.strided or t.is_nested or t.dtype not in KINDS or t.is_meta:
+            why = "on the meta device" if t.is_meta else t.dtype if t.dtype not in KINDS else t.layout
+            left.append(f"{name} ({str(why).removeprefix('torch.')})")
+        elif t.numel():
+            # Two modules may have registered one memory under two tensors.
+            named.setdefault((t.device, sharded.local(t).data_ptr(), t.shape, t.stride(), t.dtype), (name, t))
+    return dict(named.values()), left
+
+
+def agree(place: Place, what: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError on all ranks if they would average different tensors, naming the first that differs."""
+    names = f"{len(what)} tensors beside the optimizer's parameters ({', '.join(what) or 'no model'})"
+    facts = {"what averaged() averages": names}
+    facts.update({f"the shape and type of {name}, which averaged() averages": _form(t) for name, t in what.items()})
+    # A number each in the common case: the names of a large model are long.
+    number = int.from_bytes(hashlib.sha256(repr([*facts.items()]).encode()).digest()[:7], "little")
+    most, least = place.largest(torch.tensor([number, -number]), "comparing what is to be averaged", None).tolist()
+    if most == -least:
+        return
+    error = ValueError("the workers do not agree on what averaged() averages: pass the same model on every rank")
+    for group in (place.inside, place.workers):  # both, on all ranks: those of one machine may agree
+        try:
+            group.agree(facts)
+        except ValueError as told:
+            error = told
+    raise error
+
+
+def _form(t: torch.Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"

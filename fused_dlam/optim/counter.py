@@ -1,0 +1,70 @@
+"""Steps of each parameter, for methods whose scalars depend on their number (Adam's bias corrections).
+
+torch counts them by parameter. Here they are the group's, one number for all, as long as every parameter takes every
+step. One whose gradients came later, or were missing, has its own, kept in the group's memory and so in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ..engine.engine import Engine
+from ..engine.slot import Slot
+from ..rules.scalars import scalar
+from ..topology import Topology
+
+
+class Counter:
+    """Counts of one optimizer's parameters. Where a GPU knows whether a step was skipped, the group's count is there,
+    and is everybody's."""
+
+    def __init__(self, optimizer: Optimizer, engine: Engine, topology: Topology):
+        self.optimizer, self.engine, self.rho = optimizer, engine, topology.slowest_rho
+        self._memories: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Before the groups' memories are those after this step."""
+        counts = self.engine.rule.counts
+        if counts is None:
+            return
+        self._memories = [dict(group["memory"]) for group in self.optimizer.param_groups]
+        self.engine.local.counts = [memory.get(counts, 0) for memory in self._memories]
+        self.engine.local.scalars_at = self._scalars_at
+
+    def _scalars_at(self, group: int, count: int) -> Any:
+        g, rule = self.optimizer.param_groups[group], self.engine.rule
+        hyper = {name: g[name] for name in rule.hyper}
+        rate, beta, decay = scalar(g["lr"]), float(g["momentum"]), float(g["weight_decay"])
+        return rule.scalars_at(count, rate, beta, decay, self.rho, hyper, self._memories[group])
+
+    def note(self, unsure: bool = False) -> None:
+        """After a step: keeps in the groups' memories which parameters have taken another number of steps.
+
+        unsure: the slots counted a step that a device may have skipped.
+        """
+        for group, slot, j, count in self._each():
+            if unsure and not isinstance(count, Tensor):
+                slot.steps = min(slot.steps, count)
+            if isinstance(count, Tensor) or slot.steps == count:
+                group["memory"].pop(f"steps of {j}", None)
+            else:
+                group["memory"][f"steps of {j}"] = slot.steps
+
+    def restore(self) -> None:
+        """After a checkpoint was loaded."""
+        for group, slot, j, count in self._each():
+            slot.steps = int(group["memory"].get(f"steps of {j}", count))
+
+    def _each(self) -> Iterator[tuple[dict[str, Any], Slot, int, Any]]:
+        counts = self.engine.rule.counts
+        if counts is None:
+            return
+        slots = {slot.p: slot for b in self.engine.buckets for slot in b.slots}
+        for group in self.optimizer.param_groups:
+            for j, p in enumerate(group["params"]):
+                if p in slots:
+                    yield group, slots[p], j, group["memory"].get(counts, 0)

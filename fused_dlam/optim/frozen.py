@@ -1,0 +1,56 @@
+"""Which parameters take part: those that are trainable now.
+
+A frozen parameter is neither sent nor given state: of LoRA's model the adapters alone are exchanged. All ranks start
+from rank 0's values of it. When it is trainable in a step() it moves into a bucket of its own, on all ranks in the same
+step, and its first gradient counts. One that is frozen later keeps its place, and is averaged without a local step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..comm import sharded
+from ..engine.buckets import Bucket
+from ..engine.engine import Engine
+
+
+class Frozen:
+    """The parameters, group by group, that are not in flat buffers."""
+
+    def __init__(self) -> None:
+        self.of_groups: list[list[torch.Tensor]] = []
+
+    def enter(self, params: Iterable[torch.Tensor], engine: Engine) -> list[torch.Tensor]:
+        """A new group's trainable parameters, each once; the others get rank 0's values."""
+        params = list({id(p): p for p in params}.values())  # torch warns of duplicates, and goes on
+        self.of_groups.append([p for p in params if not p.requires_grad])
+        with torch.no_grad():
+            for p in self.of_groups[-1]:
+                here = sharded.local(p)
+                flat = here.detach().clone(memory_format=torch.contiguous_format)
+                engine.place.start_equal(torch.view_as_real(flat) if flat.is_complex() else flat)
+                here.copy_(flat)
+        return [p for p in params if p.requires_grad]
+
+    def thawed(self) -> list[tuple[int, list[torch.Tensor]]]:
+        """(group, parameters) that are trainable now and were not."""
+        found = []
+        for number, params in enumerate(self.of_groups):
+            now = [p for p in params if p.requires_grad]
+            if now:
+                found.append((number, now))
+        return found
+
+    def enter_late(self, params: list[torch.Tensor], group: int, engine: Engine, step: int) -> list[Bucket]:
+        """Moves them into flat buffers, on all ranks in this step. Raises ValueError on all if they differ in which."""
+        now = {id(p) for p in params}
+        facts = {"which parameters became trainable": pattern(now, self.of_groups[group]), "the step": str(step)}
+        engine.place.agree(facts)
+        self.of_groups[group] = [p for p in self.of_groups[group] if id(p) not in now]
+        return engine.enter(params, group)
+
+
+def pattern(now: set[int], of: Iterable[torch.Tensor]) -> str:
+    return "".join("1" if id(p) in now else "0" for p in of)

@@ -1,0 +1,97 @@
+"""How a step begins: its scalars are fixed, in the backward pass when the first message leaves, or in step().
+
+From then on a change of a hyper-parameter is a reason to begin anew, and to send anew what has left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine.clip import clip_coefficient
+from ..engine.engine import Engine
+from ..engine.header import told
+from ..layers.layer import finishing
+from ..rules.scalars import Scalar, Scalars, scalar
+from . import mixed_precision, options
+from .certificate import Certificate
+from .counter import Counter
+from .kept_state import reclaim
+from .options import Options
+
+if TYPE_CHECKING:
+    from .gossip_sgd import GossipSGD
+
+
+class Opening:
+    """From parameter groups to an engine's step."""
+
+    def __init__(
+        self, optimizer: GossipSGD, engine: Engine, certificate: Certificate, chosen: Options, counter: Counter
+    ):
+        self.optimizer, self.engine, self.certificate = optimizer, engine, certificate
+        self.options, self.counter = chosen, counter
+        self._whole = False  # the last attempt to begin was not interrupted
+        self._remembered: list[dict[str, Any]] = []  # the groups' memories before this step
+
+    @property
+    def done(self) -> bool:
+        """Whether the present step has begun."""
+        return self.engine.step is not None and self._whole
+
+    def begin(self, skip: Scalar = 0.0) -> None:
+        """Fixes this step's scalars, anew if it has begun. skip: see `Engine.begin`."""
+        engine, groups = self.engine, self.optimizer.param_groups
+        if self.done:
+            for group, memory in zip(groups, self._remembered, strict=True):
+                group["memory"] = memory
+        for group in groups:
+            self.certificate.recheck(group)
+        self._whole, settings = False, self.settings()
+        reclaim(self.optimizer.state, engine)
+        self._remembered = [group["memory"] for group in groups]
+        memories = [dict(memory) for memory in self._remembered]
+        # What may raise comes before anything has begun, so that step() can be called again.
+        h = [self._scalars(group, memory) for group, memory in zip(groups, memories, strict=True)]
+        self.counter.begin()
+        engine.settings = told(settings)
+        engine.begin(self.optimizer._step, skip)
+        if self.options.max_grad_norm is not None and engine.message.leaves_early and not engine.flights:
+            self._set(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
+        self._set(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
+        self._remember(memories, skip)
+        self._whole = True
+
+    def settings(self) -> list[tuple]:
+        """What a user may change at any time, group by group; learning rates come first."""
+        names = ("lr", "momentum", "weight_decay", "maximize", *self.options.settings, *self.engine.rule.hyper)
+        return [options.snapshot(group, names) for group in self.optimizer.param_groups]
+
+    def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
+        """The rule's scalars for a group; `memory` becomes what it is after this step."""
+        rule = self.engine.rule
+        hyper = {name: group[name] for name in rule.hyper}
+        weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
+        lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self.engine.topology.slowest_rho
+        return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
+
+    def _remember(self, memories: list[dict[str, Any]], skip: Scalar) -> None:
+        """A skipped step is not remembered."""
+        for group, memory in zip(self.optimizer.param_groups, memories, strict=True):
+            if isinstance(skip, torch.Tensor):
+                group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
+            elif not skip:
+                group["memory"] = memory
+
+    def _set(self, h: list[Any], scale: Scalar) -> None:
+        groups = self.optimizer.param_groups
+        scales = [-scale if group["maximize"] else scale for group in groups]
+        self.engine.set_scalars([Scalars(own, (), s) for own, s in zip(h, scales, strict=True)], groups)
+
+    def _gradient_scale(self) -> Scalar:
+        """What gradients are multiplied by: 1 / loss scale, clipped. On a GPU nothing here waits for it."""
+        loss_scale = getattr(self.optimizer, "grad_scale", None)
+        unscale = self.optimizer._join_factor * (1.0 if loss_scale is None else 1.0 / scalar(loss_scale))
+        limit = self.options.max_grad_norm
+        return unscale if limit is None else unscale * clip_coefficient(self.engine, unscale, limit)

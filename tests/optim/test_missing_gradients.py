@@ -1,0 +1,80 @@
+"""Promises of a step in which some workers have no gradient, for 3 and 4 gloo workers in float64.
+
+- Every method follows its dense statement (oracle.py) within 1e-10, in both schedules, on graphs with several neighbors
+  and with one, weight decay included.
+- After one missing gradient in step 3 every method that promises zero bias ends at the mean of the workers' targets,
+  within 1e-6: buffers whose sum over the workers is zero keep that sum.
+"""
+
+import functools
+import math
+
+import join_workers as workers
+import numpy as np
+import oracle
+import pytest
+from workers import run_together
+
+from fused_dlam import rules, topology
+
+STEPS, LONG = 12, 400
+MISSING = ((0, 0), (3, 1), (4, 1), (4, 2), (7, 0), (7, 1), (7, 2), (9, 2))  # (step, rank)
+VARIANTS = [(m, "atc") for m in rules.ALL] + [
+    (m, "awc") for m in rules.ALL if m not in oracle.ONLY_ATC and "awc" not in m
+]
+GRAPHS = ("ring", "one-peer-exponential")
+
+
+@functools.cache
+def cases():
+    out = []
+    for graph in GRAPHS:
+        for method, schedule in VARIANTS:
+            options = {"topology": graph, "schedule": schedule, "allow_unstable": True}
+            if "correction_rate" in rules.ALL[method].hyper:
+                options["correction_rate"] = 0.04
+            out.append((method, options, MISSING))
+    return out
+
+
+def no_bias():
+    """Methods without bias, with settings under which they reach 1e-6 in time."""
+    out = []
+    for graph in GRAPHS:
+        for method, rule in rules.ALL.items():
+            if rule.centered:
+                options = {"topology": graph, "allow_unstable": True, "lr": 0.1}
+                if "correction_gain" in rule.hyper:
+                    options["correction_gain"] = math.inf
+                out.append((method, options))
+    return out
+
+
+@functools.cache
+def results(n):
+    return run_together(
+        n, {"path": (workers.lacking, cases(), STEPS), "end": (workers.ends, no_bias(), LONG)}, deadline=150
+    )
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("i", range(len(cases())), ids=["-".join((m, *list(o.values())[:2])) for m, o, _ in cases()])
+def test_every_method_follows_its_statement(n, i):
+    method, options, _ = cases()[i]
+    top = topology.get(options["topology"], n)
+    hyper = {k: v for k, v in options.items() if k == "correction_rate"}
+    path = oracle.run(
+        method, top.weights, workers.problem(n), np.ones((n, workers.DIMENSION)), lambda k: workers.LR,
+        workers.MOMENTUM, workers.DECAY, steps=STEPS, schedule=options["schedule"],
+        without=lambda k: [r for step, r in MISSING if step == k], **hyper,
+    )  # fmt: skip
+    for rank in range(n):
+        got = results(n)["path"][rank][i].numpy()
+        assert np.abs(got - path[:, rank]).max() <= 1e-10 * np.abs(path).max()
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("i", range(len(no_bias())), ids=[f"{m}-{o['topology']}" for m, o in no_bias()])
+def test_one_missing_gradient_leaves_no_bias(n, i):
+    for end in (r[i] for r in results(n)["end"]):
+        assert abs(end - (n - 1) / 2) < 1e-6
