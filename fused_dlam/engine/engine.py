@@ -260,8 +260,8 @@ class Engine:
         """
         self.check_whole()
         if self.step is not None and self.sent:  # a backward pass without its step(): all buckets, as on other ranks
-            for b in self.buckets:
-                self.flight(b).to(OPEN)
+            self.bring(AVERAGING)
+            self.bring(SENT)
         for b in self.buckets:
             if b.index in self.flights:
                 self.flights[b.index].drop()

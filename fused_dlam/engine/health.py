@@ -115,4 +115,6 @@ def finite(flat: torch.Tensor) -> torch.Tensor:
     """Whether all is: a maximum is NaN if one is. One read; `isfinite` writes a mask besides."""
     if not flat.numel():  # a rank that holds nothing of small parameters under FSDP
         return torch.ones((), dtype=torch.bool, device=flat.device)
+    if not flat.numel():
+        return torch.ones((), dtype=torch.bool, device=flat.device)
     return torch.linalg.vector_norm(flat, float("inf")).isfinite()

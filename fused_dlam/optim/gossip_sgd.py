@@ -240,6 +240,7 @@ class GossipSGD(GossipOptimizer):
         why = self._arrivals.verify()
         if why or not self._opening.done:
             self._opening.begin(skip)
+        self._opening.commit()
         self._health.look(self._step)
         engine.complete(self._arrivals.ahead, recalls=bool(why))
         self._arrivals.finish()

@@ -33,7 +33,7 @@ class Opening:
         self.optimizer, self.engine, self.certificate = optimizer, engine, certificate
         self.options, self.counter = chosen, counter
         self._whole = False  # the last attempt to begin was not interrupted
-        self._remembered: list[dict[str, Any]] = []  # the groups' memories before this step
+        self._after: tuple[list[dict[str, Any]], Scalar] = [], 0.0  # the groups' memories once it is done, and its skip
 
     @property
     def done(self) -> bool:
@@ -43,15 +43,11 @@ class Opening:
     def begin(self, skip: Scalar = 0.0) -> None:
         """Fixes this step's scalars, anew if it has begun. skip: see `Engine.begin`."""
         engine, groups = self.engine, self.optimizer.param_groups
-        if self.done:
-            for group, memory in zip(groups, self._remembered, strict=True):
-                group["memory"] = memory
         for group in groups:
             self.certificate.recheck(group)
         self._whole, settings = False, self.settings()
         reclaim(self.optimizer.state, engine)
-        self._remembered = [group["memory"] for group in groups]
-        memories = [dict(memory) for memory in self._remembered]
+        memories = [dict(group["memory"]) for group in groups]
         # What may raise comes before anything has begun, so that step() can be called again.
         h = [self._scalars(group, memory) for group, memory in zip(groups, memories, strict=True)]
         self.counter.begin()
@@ -60,7 +56,7 @@ class Opening:
         if self.options.max_grad_norm is not None and engine.message.leaves_early and not engine.flights:
             self._set(h, 1.0)  # clipping opens flights, and they may pack x for a narrower message
         self._set(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
-        self._remember(memories, skip)
+        self._after = memories, skip
         self._whole = True
 
     def settings(self) -> list[tuple]:
@@ -76,8 +72,12 @@ class Opening:
         lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self.engine.topology.slowest_rho
         return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
 
-    def _remember(self, memories: list[dict[str, Any]], skip: Scalar) -> None:
-        """A skipped step is not remembered."""
+    def commit(self) -> None:
+        """In step(): what the rule remembers of this step's scalars counts from here on, but of a skipped one nothing.
+
+        Not before: a checkpoint between the backward pass and step() is one of before the step.
+        """
+        memories, skip = self._after
         for group, memory in zip(self.optimizer.param_groups, memories, strict=True):
             if isinstance(skip, torch.Tensor):
                 group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)

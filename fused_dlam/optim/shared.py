@@ -12,7 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..comm.errors import calling
 from ..comm.place import built_too_early
-from ..comm.watch import log
+from ..comm.watch import ClosedError, log
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
@@ -28,6 +28,7 @@ class GossipOptimizer(Joining, Optimizer):
     _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
+    _closed = False
     _averaging = False  # whether this is within `averaged`
     _said: Set[str] = frozenset()  # lines that `averaged` has logged
 
@@ -65,10 +66,17 @@ class GossipOptimizer(Joining, Optimizer):
 
         Afterwards step() raises RuntimeError. Harmless when repeated; over NCCL all ranks must call it.
         """
+        self._closed = True
         self._engine.place.close()
 
+    def _check_open(self) -> None:
+        """Raises RuntimeError after `close`, before anything has changed."""
+        if self._closed:
+            raise ClosedError("this optimizer was closed, and exchanges nothing any more: build a new one")
+
     def _check_connected(self) -> None:
-        """Raises RuntimeError where this optimizer cannot know the other ranks."""
+        """Raises RuntimeError where this optimizer cannot know the other ranks, or was closed."""
+        self._check_open()
         if built_too_early(self._engine.place):
             raise RuntimeError(
                 "this optimizer was built before torch.distributed.init_process_group, and knows of no other rank:"
@@ -135,6 +143,7 @@ class GossipOptimizer(Joining, Optimizer):
             raise TypeError(f"averaged takes the model, a torch.nn.Module, not {type(model).__name__}")
         if self._averaging:
             raise RuntimeError("averaged() was entered within averaged(): the parameters are the mean already")
+        self._check_open()
         engine = self._engine
         self._averaging = True
         try:
