@@ -30,6 +30,12 @@ Layers around any of them:
 
     lars        g <- r (g + lambda x), r = eta |x| / (|g| + lambda |x| + 1e-8) for every layer; then no other decay
     slowmo      every H steps: y = J x;  u = beta_s u + (x_0 - y) / lr;  x_0 = x_0 - alpha lr u;  x = x_0
+
+A worker without a gradient takes no local step: d = 0 in combine, and its m and v stay. What it sends in the place of
+its parameters are its parameters. What its neighbors integrate it integrates too: p of pc-dmsgd, what d2-dmsgd and
+exact-diffusion undo (their m_prev becomes minus the correction that it has), and y and c of the tracking methods, for
+which its gradient is its weight decay alone. So sums over the workers stay zero. Where gradients are averaged one that
+is missing counts as zero; among workers that have joined (`optimizer.join`) the mean is over those that have one.
 """
 
 import numpy as np
@@ -39,12 +45,13 @@ ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", 
 
 def run(
     method, Ws, grad, x0, lrs, momentum, weight_decay, *,
-    steps, schedule="atc", lars=None, slowmo=None, skips=(), **hyper,
+    steps, schedule="atc", lars=None, slowmo=None, skips=(), without=None, joined=False, **hyper,
 ):  # fmt: skip
     """Every worker's parameters before and after each of `steps` steps, [steps + 1, n, d].
 
     Ws(step) is the mixing matrix, lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
+    without(step) has the workers that have no gradient; joined: see above.
     hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc-dmsgd; `beta2`
     and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
@@ -59,6 +66,7 @@ def run(
     x_0, slow_u = x, np.zeros_like(x)
     lr_max, lr_mean, undo = 0.0, None, None
     W_prev = lr_prev = last_inverse = before_pull = mixed = None
+    t = np.zeros((n, 1))
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
@@ -69,10 +77,20 @@ def run(
         lr_max = max(lr_max, lr)
         literal = 0 < lr >= lr_max / 100  # elsewhere the division by lr is bounded: by lr_max / 100, and 0 at lr = 0
         inverse = 100 / lr_max if lr > 0 else 0.0
-        local, decay = grad(k, x), weight_decay
+        local, decay = np.array(grad(k, x)), weight_decay
+        here = np.ones((n, 1), dtype=bool)
+        here[list(without(k)) if without else []] = False
+        local = np.where(here, local, 0.0)
+        M = np.tile(here.T / here.sum(), (n, 1)) if joined and here.any() else J
+        if method in ("psgd", "pmsgd"):
+            if not here.any():
+                trajectory.append(x)
+                continue
+            here[:] = True  # everybody steps
+        m_before, v_before = m, v
         if lars:
             if method in ("psgd", "pmsgd"):
-                local = J @ local
+                local = M @ local
             for i in range(n):
                 for layer in (slice(None),) if lars[1] is None else lars[1]:
                     x_norm, g_norm = np.linalg.norm(x[i, layer]), np.linalg.norm(local[i, layer])
@@ -85,13 +103,14 @@ def run(
             decay = 0.0
         g = local + decay * x
 
-        def combine(d, W=W, x=x):
+        def combine(d, W=W, x=x, here=here):
+            d = here * d
             return W @ (x - d) if schedule == "atc" else W @ x - d
 
         if method == "psgd":
-            x = x - lr * (J @ local + decay * x)
+            x = x - lr * (M @ local + decay * x)
         elif method == "pmsgd":
-            G = J @ local + decay * x
+            G = M @ local + decay * x
             m = beta * m + G
             x = x - lr * ((G + beta * m) if nesterov else m)
         elif method == "dsgd":
@@ -101,10 +120,10 @@ def run(
             x = combine(lr * ((g + beta * m) if nesterov else m))
         elif method == "da-dmsgd":
             u = beta * m + g
-            x, m = W @ (x - lr * u), W @ u
+            x, m = W @ (x - lr * here * u), W @ u
         elif method == "awc-dmsgd":
             m = beta * m + g
-            x = W @ x - lr * ((g + beta * m) if nesterov else m)
+            x = W @ x - lr * here * ((g + beta * m) if nesterov else m)
         elif method == "qg-dmsgd":
             mu = hyper.get("mu", beta)
             u = beta * m + g
@@ -116,15 +135,15 @@ def run(
             mixed = combine(lr * g)
             if literal:
                 m = beta * m + (x - mixed) / lr
-                x = x - lr * m
+                x = np.where(here, x - lr * m, mixed)
             else:
-                x, m = mixed - lr * beta * m, beta * m + g + inverse * (x - lr * g - mixed)
+                x, m = mixed - here * lr * beta * m, beta * m + g + inverse * (x - lr * g - mixed)
         elif method == "pc-dmsgd":
             e, gain = hyper["correction_rate"], hyper.get("correction_gain", 10.0)
             lr_mean = lr if lr_mean is None else (1 - e) * lr_mean + e * lr
             den = max(lr, lr_mean, lr_max / 100)
             u = beta * m + g
-            step = g + beta * u if nesterov else u
+            step = here * (g + beta * u if nesterov else u)
             moved = combine(lr * step)
             p = (1 - e / gain) * p + (e / den * (moved - (x - lr * step)) if den > 0 else 0.0)
             x, m = moved, u - p
@@ -135,24 +154,27 @@ def run(
                 c = (x_prev - mixed) / lr_prev - u_prev
             elif undo == "bounded":  # the rate was below a hundredth of the largest: divide by that, or not at all
                 c = c - last_inverse * (mixed - before_pull)
-            before_pull = x - lr * (m + c)
+            before_pull = x - here * lr * (m + c)
             lr_prev, last_inverse, undo = lr, inverse, "divide" if literal else "bounded"
-            x_prev, u_prev, x = x, m, W @ before_pull if schedule == "atc" else W @ x - lr * (m + c)
+            x_prev, u_prev, x = x, np.where(here, m, -c), combine(lr * (m + c), W)
         elif method == "gradient-tracking":
             y, g_prev = W_prev @ y + g - g_prev if k else g, g
             m = beta * m + y
-            x = W @ (x - lr * m)
+            x = W @ (x - here * lr * m)
         elif method == "momentum-tracking":
             m = beta * m + g
-            x, c = W @ x - lr * (m - c), W @ (c - m) + m
+            x, c = W @ x - here * lr * (m - c), W @ (c - m) + m
         elif method in ("adam", "adamw"):
-            b2, eps, t = hyper.get("beta2", 0.999), hyper.get("eps", 1e-8), k + 1
+            b2, eps = hyper.get("beta2", 0.999), hyper.get("eps", 1e-8)
+            t = t + here  # each worker's own
             g = local if method == "adamw" else g
             m, v = beta * m + (1 - beta) * g, b2 * v + (1 - b2) * g**2
-            step = (m / (1 - beta**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+            T = np.maximum(t, 1)
+            step = (m / (1 - beta**T)) / (np.sqrt(v / (1 - b2**T)) + eps)
             x = combine(lr * (step + decay * x if method == "adamw" else step))
         else:
             raise ValueError(f"unknown method {method!r}")
+        m, v = np.where(here, m, m_before), np.where(here, v, v_before)
         W_prev, mixed = W, x  # a slow step is none of the method's
         if slowmo and (k + 1) % slowmo[0] == 0:
             _, beta_s, alpha = slowmo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,14 +49,15 @@ class Observed:
             if self.versions is not None and versions(slot) != self.versions[k]:
                 return f"{name_of(slot)}, or its state, changed"
         for what, t, before in self.prints:
-            text = (
-                f"the {what} of a parameter between {name_of(b.slots[-1])} and {name_of(b.slots[0])} changed {UNSEEN}"
-            )
             if t.is_cuda and verdicts is not None:
-                verdicts.ask(before, fingerprint(t), text)
+                verdicts.ask(before, fingerprint(t), partial(_unseen, what, b, name_of))
             elif not torch.equal(before, fingerprint(t)):
-                return text
+                return _unseen(what, b, name_of)
         return ""
+
+
+def _unseen(what: str, b: Bucket, name_of: Callable[[Slot], str]) -> str:
+    return f"the {what} of a parameter between {name_of(b.slots[-1])} and {name_of(b.slots[0])} changed {UNSEEN}"
 
 
 def versions(slot: Slot) -> list[int]:
@@ -67,9 +69,9 @@ class Verdicts:
     """Comparisons that run on a GPU, to be read when they are done: nothing waits for them."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[torch.Tensor, torch.cuda.Event, str]] = []
+        self.asked: list[tuple[torch.Tensor, torch.cuda.Event, Callable[[], str]]] = []
 
-    def ask(self, a: torch.Tensor, b: torch.Tensor, text: str) -> None:
+    def ask(self, a: torch.Tensor, b: torch.Tensor, text: Callable[[], str]) -> None:
         differ = torch.zeros((), dtype=torch.bool, pin_memory=True)
         differ.copy_((a != b).any(), non_blocking=True)
         self.asked.append((differ, torch.cuda.current_stream(a.device).record_event(), text))
@@ -81,5 +83,5 @@ class Verdicts:
             if event.query():
                 self.asked.remove(one)
                 if differ:
-                    return text
+                    return text()
         return ""

@@ -35,7 +35,10 @@ def reclaim(state: MutableMapping[torch.Tensor, Any], engine: Engine) -> bool:
     for b in engine.buckets:
         for slot in b.slots:
             entries = state.get(slot.p) or {}
-            if all(entries.get(name) is view for name, view in slot.shown.items()):
+            for name, view in slot.shown.items():
+                if entries.get(name) is not view:
+                    break
+            else:
                 continue
             for name, buffer in engine.buffers(b).items():
                 put_back(engine, slot, name, slot.view(buffer), entries.get(name))

@@ -68,7 +68,7 @@ def test_a_step_of_one_worker_interrupted_in_clipping_is_taken_again():
     failing, whole = (GossipSGD([x], 0.1, method="adam", max_grad_norm=0.5) for x in (p, q))
     steps(failing, p, 2)
     steps(whole, q, 2)
-    clip = "fused_dlam.optim.gossip_sgd.clip_coefficient"
+    clip = "fused_dlam.optim.opening.clip_coefficient"
     with mock.patch(clip, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         steps(failing, p, 1, 2)
     failing.param_groups[0]["lr"] = whole.param_groups[0]["lr"] = 0.02

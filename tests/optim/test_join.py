@@ -1,9 +1,10 @@
 """Promises of `optimizer.join()`, for 3 and 4 gloo workers with unlike data and unlike numbers of batches.
 
-- All ranks end after as many steps as the longest one has batches, none of them hangs, and a second epoch goes right on.
+- All ranks end after as many steps as the longest one has batches, none of them hangs, and a second epoch works.
 - Every rank follows, at each of its own steps and at the end of every epoch, the dense float64 statement of its method
   in which a worker has no gradient after its last batch (oracle.py): within 1e-10, and 1e-5 in float32 with a loss
-  scaler. So in both schedules, for all kinds of methods, for `Gossip`, for machines, and for graphs that change or rest.
+  scaler. So in both schedules, for all kinds of methods, for `Gossip`, for machines, and for graphs that change or
+  rest in some steps.
 - Where gradients are averaged the mean is over the ranks that still have data, and replicas stay bit-equal.
 - With doubly stochastic weights the workers' mean moves by the local steps of those that have data, to 1e-12.
 - A loss scaler of torch's or ours works on; an overflow on one rank skips the step on all, those without data included.

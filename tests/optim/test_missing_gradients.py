@@ -17,7 +17,7 @@ from workers import run_together
 
 from fused_dlam import rules, topology
 
-STEPS, LONG = 12, 400
+STEPS, LONG = 12, 700
 MISSING = ((0, 0), (3, 1), (4, 1), (4, 2), (7, 0), (7, 1), (7, 2), (9, 2))  # (step, rank)
 VARIANTS = [(m, "atc") for m in rules.ALL] + [
     (m, "awc") for m in rules.ALL if m not in oracle.ONLY_ATC and "awc" not in m
