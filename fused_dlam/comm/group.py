@@ -68,7 +68,12 @@ class Group:
         self.generation = held
         with self.watched(f"building the {what}", None), self.placed():
             built = process_groups.build(self.ranks, self.backend, timeout, parts or [self.ranks], held)
-            self.holdings = Holdings(built, self.backend, timeout)
+            # Data go in the order of buckets, in the backward pass on one rank and in step() on another; what the
+            # script asks for (averages, agreements) goes in its own order. On one gloo group they would be mixed up.
+            control = built
+            if self.backend == "gloo":
+                control = process_groups.build(self.ranks, "gloo", timeout, parts or [self.ranks], f"{held} control")
+            self.holdings = Holdings(built, control, self.backend, timeout)
             provide(self, self.holdings)
             # The first operation of a NCCL group must be one that all its ranks take part in.
             dist.all_reduce(torch.zeros(1, device=self.wire), group=built)
@@ -82,6 +87,13 @@ class Group:
         if self.holdings is None or self.holdings.process_group is None:
             raise ClosedError("this group was closed, and exchanges nothing any more: build a new optimizer")
         return self.holdings.process_group
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """The one for what is asked for in the script's order, over the same ranks."""
+        if self.holdings is None or self.holdings.control is None:
+            return self.process_group  # says that it was closed
+        return self.holdings.control
 
     @property
     def broken(self) -> bool:
@@ -165,10 +177,10 @@ class Group:
         has_mean(tensor)
         if self.backend == "nccl" and not tensor.is_cuda:  # a step counter that an optimizer keeps on the host, say
             device = tensor.to(self.device)
-            Mean(self, device, step).wait_received()
+            Mean(self, device, step, self.control).wait_received()
             tensor.copy_(device)
         else:
-            Mean(self, tensor, step).wait_received()
+            Mean(self, tensor, step, self.control).wait_received()
 
     def finite_mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
         """The mean, in place; where it is not finite every rank keeps its own value: a NaN does not spread."""
@@ -180,7 +192,7 @@ class Group:
         """The element-wise maximum over the ranks, where the transport has it. Part of a step, it counts as payload."""
         value = value.to(self.wire, copy=True)
         with self.watched(what, step):
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.process_group)
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         if step is not None:
             self.count_ring(value)
         return value
@@ -189,7 +201,7 @@ class Group:
         """Rank 0's values to all, in place."""
         with self.watched("broadcast from rank 0", None):
             carried = tensor.cpu() if tensor.is_cuda and self.stages else tensor
-            dist.broadcast(carried, self.ranks[0], group=self.process_group)
+            dist.broadcast(carried, self.ranks[0], group=self.control)
             if carried is not tensor:
                 tensor.copy_(carried)
 
@@ -197,7 +209,7 @@ class Group:
         """Raises the same ValueError on every rank if the ranks' facts differ, naming the first that does."""
         gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
         with self.watched("comparing the workers' settings", None), self.placed():
-            dist.all_gather_object(gathered, facts, group=self.process_group)
+            dist.all_gather_object(gathered, facts, group=self.control)
         ranks = sorted(self.ranks)  # as in torch's group
         for rank, other in zip(ranks, gathered, strict=True):
             for name in gathered[0]:

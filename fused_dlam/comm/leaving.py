@@ -27,8 +27,9 @@ class Holdings:
 
     failed = False  # whether an exchange of any group failed in this process
 
-    def __init__(self, process_group: dist.ProcessGroup, backend: str, timeout: float):
+    def __init__(self, process_group: dist.ProcessGroup, control: dist.ProcessGroup, backend: str, timeout: float):
         self.process_group: dist.ProcessGroup | None = process_group
+        self.control: dist.ProcessGroup | None = control  # perhaps the same
         self.backend, self.timeout, self.process = backend, timeout, os.getpid()
         self.posted: dict[int, Any] = {}  # sends, and means, that nobody has waited for
         self.broken = False
@@ -48,15 +49,18 @@ class Holdings:
 
     def give_back(self) -> None:
         """Closes the connections, which gloo does once nothing refers to the process group any more."""
-        group, self.process_group = self.process_group, None
+        groups = {id(group): group for group in (self.process_group, self.control) if group is not None}
+        self.process_group = self.control = None
         self.posted.clear()
-        if group is None or self.process != os.getpid():  # a forked process has copies of its parent's
+        if self.process != os.getpid():  # a forked process has copies of its parent's
             return
-        try:
-            if group in c10d._world.pg_map:  # the user may have destroyed all, and begun anew
-                dist.destroy_process_group(group)
-        except Exception:  # noqa: BLE001 -- half destroyed by the user, or by the end of the interpreter
-            pass
+        while groups:
+            _, group = groups.popitem()
+            try:
+                if group in c10d._world.pg_map:  # the user may have destroyed all, and begun anew
+                    dist.destroy_process_group(group)
+            except Exception:  # noqa: BLE001 -- half destroyed by the user, or by the end of the interpreter
+                pass
 
     def finish_and_give_back(self) -> None:
         self.finish()

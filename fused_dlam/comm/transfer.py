@@ -156,8 +156,9 @@ class Mean:
     does not. NCCL divides by itself, in the pass that sums.
     """
 
-    def __init__(self, group: Group, tensor: torch.Tensor, step: int | None):
+    def __init__(self, group: Group, tensor: torch.Tensor, step: int | None, over: dist.ProcessGroup | None = None):
         self.group, self.step, self._tensor = group, step, tensor
+        transport = over or group.process_group
         self._host, op, self._over = tensor, dist.ReduceOp.SUM, group.size
         if group.backend == "nccl":
             op, self._over = dist.ReduceOp.AVG, 1
@@ -167,7 +168,7 @@ class Mean:
         if tensor.is_cuda and group.stages:
             self._host = to_host(tensor)
         with group.watched("all-reduce", step):
-            self._work: dist.Work | None = _work(dist.all_reduce(self._host, op, group.process_group, async_op=True))
+            self._work: dist.Work | None = _work(dist.all_reduce(self._host, op, transport, async_op=True))
         group.posted(self._work)
         group.count_ring(tensor)
 

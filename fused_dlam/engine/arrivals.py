@@ -66,7 +66,6 @@ class Arrivals:
         engine.guesses = self.early
         self.first = self.early  # after the first step the ranks agree on an order
         self.held = False  # inside no_sync()
-        self.ordered = False  # nothing leaves before step(), see `hold_back`
         self.late = ""  # why what arrived is not what step() sends
         self.patience = PATIENCE
         self.told = False
@@ -82,7 +81,7 @@ class Arrivals:
     @property
     def sending(self) -> bool:
         """Whether messages leave in this step's backward pass."""
-        return self.early and self.wait == 0 and not self.ordered
+        return self.early and self.wait == 0
 
     @property
     def looking(self) -> bool:
@@ -207,14 +206,9 @@ class Arrivals:
         return why
 
     def hold_back(self, why: str) -> None:
-        """Called at the start of step() for a reason that a backward pass cannot know.
-
-        All-reduces match in their order. Those of gradients that left early here would come before a scaler's, and
-        after it on a rank that guessed nothing. So where gradients are averaged none leaves early from here on.
-        """
+        """Called at the start of step() for a reason that a backward pass cannot know."""
         if self.early:
             self.late = why
-            self.ordered = self.ordered or self.engine.averager.size > 1
 
     def finish(self) -> None:
         """At the end of step()."""

@@ -290,14 +290,17 @@ class Bucket(PerSlot):
         x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
         averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
+        everything = span == slice(None)
         if self.low is not None:
+            if everything:
+                span = slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
             x, low = self.x[span], self.low[span]
             here = x.to(low.dtype)
             if stepped:
                 x.add_(low.to(x.dtype) - here)
             else:
                 x.copy_(torch.where(written(low, here), low.to(x.dtype), x))
-        if span == slice(None):
+        if everything:
             self.absorb_shards()
 
     def absorb_shards(self) -> None:

@@ -34,6 +34,14 @@ class Frozen:
                 here.copy_(flat)
         return [p for p in params if p.requires_grad]
 
+    def zero_grad(self, set_to_none: bool) -> None:
+        """One that was thawed has a gradient before it has a bucket."""
+        for p in (p for params in self.of_groups for p in params if p.grad is not None):
+            if set_to_none:
+                p.grad = None
+            else:
+                p.grad = torch.zeros_like(p.grad)
+
     def thawed(self) -> list[tuple[int, list[torch.Tensor]]]:
         """(group, parameters) that are trainable now and were not."""
         found = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
 from .. import rules
 from .. import topology as topologies
@@ -154,15 +154,19 @@ class GossipSGD(GossipOptimizer):
         self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
+        self.register_state_dict_pre_hook(_reclaimed)
         self.register_state_dict_post_hook(detach)
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
-        if "_rule" not in vars(self) or (self._running is not None and self._running.step is not None):
+        begun = self._running is not None and self._running.step is not None
+        if "_rule" not in vars(self) or (begun and not self._engine.recallable):
             self._engine  # noqa: B018 -- in a copy that cannot work on, this says so
             raise RuntimeError("add parameter groups before the backward pass or after step(): messages have left")
+        if begun:
+            self._arrivals.hold_back("a parameter group was added after the backward pass")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["memory"] = dict(group["memory"])
@@ -277,6 +281,7 @@ class GossipSGD(GossipOptimizer):
             return
         for b in self._engine.buckets:
             b.zero_grad(set_to_none)
+        self._frozen.zero_grad(set_to_none)
 
     # -- checkpoints and copies --------------------------------------------------------------------------------------
 
@@ -312,3 +317,9 @@ class GossipSGD(GossipOptimizer):
             self._start(alone(device))
             restore(saved, self, self._engine)
             self._counter.restore()
+
+
+def _reclaimed(optimizer: Optimizer) -> None:
+    """Before a checkpoint: entries of the state that a script took away are there again, as at the start."""
+    if isinstance(optimizer, GossipSGD) and optimizer._running is not None:
+        reclaim(optimizer.state, optimizer._running)
