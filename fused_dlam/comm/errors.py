@@ -104,6 +104,13 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
     own = last_words.Note(peer, wait.step, call)
     told = last_words.exchange(group.generation, me, own, [peer] if peer is not None else others)
     cause = _cause(kind, peer, group.ranks, group.timeout, call) if told is None else _consequence(*told, me)
+    if told is not None and peer is None:  # all took part, and accuse each other
+        first = last_words.silent(group.generation, others)
+        if first:
+            peer = first[0]
+            cause = (
+                f"{listed(first)} ended, is stuck, or does not call {call}: look at that log first. Others gave up too."
+            )
     parts = [f"{wait} failed: {cause}"]
     if call in STEPS:
         if kind != "other":

@@ -10,7 +10,6 @@ import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -205,10 +204,15 @@ class Group:
             if carried is not tensor:
                 tensor.copy_(carried)
 
-    def agree(self, facts: dict[str, str], cure: str = "Build the same model and optimizer on every rank.") -> None:
+    def agree(
+        self,
+        facts: dict[str, str],
+        cure: str = "Build the same model and optimizer on every rank.",
+        what: str = "comparing the workers' settings",
+    ) -> None:
         """Raises the same ValueError on every rank if the ranks' facts differ, naming the first that does."""
         gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
-        with self.watched("comparing the workers' settings", None), self.placed():
+        with self.watched(what, None), self.placed():
             dist.all_gather_object(gathered, facts, group=self.control)
         ranks = sorted(self.ranks)  # as in torch's group
         for rank, other in zip(ranks, gathered, strict=True):
@@ -242,7 +246,7 @@ class Alone(Group):
     def broadcast(self, tensor: torch.Tensor) -> None:
         pass
 
-    def agree(self, facts: dict[str, Any], cure: str = "") -> None:
+    def agree(self, facts: dict[str, str], cure: str = "", what: str = "") -> None:
         pass
 
 

@@ -81,10 +81,10 @@ class Place:
         self.inside.mean(total)
         return total * self.inside.size
 
-    def agree(self, facts: dict[str, str]) -> None:
-        """Raises ValueError on all ranks if their facts differ."""
-        self.inside.agree(facts)
-        self.workers.agree(facts)
+    def agree(self, facts: dict[str, str], **words: str) -> None:
+        """Raises ValueError on all ranks if their facts differ. words: see `Group.agree`."""
+        self.inside.agree(facts, **words)
+        self.workers.agree(facts, **words)
 
     def largest(self, value: torch.Tensor, what: str, step: int | None) -> torch.Tensor:
         """The maximum over all ranks of all workers."""

@@ -219,8 +219,8 @@ class Bucket(PerSlot):
             if here.data_ptr() != slot.address or (p.dtype != dtype and not p.is_complex()):
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
-                    " built (model.to(...), load_state_dict(assign=True), p.data = ...). Move the model first, then"
-                    " build the optimizer; load checkpoints with assign=False."
+                    " built (model.to(...), load_state_dict(assign=True), p.data = ..., or another optimizer built over"
+                    " it). Move the model first, then build the one optimizer; load checkpoints with assign=False."
                 )
         if self._fresh:
             self.gather()

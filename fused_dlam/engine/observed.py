@@ -31,6 +31,7 @@ class Observed:
         self.prints = [("value", t, fingerprint(t)) for t in (b.x, b.low) if values and t is not None]
         if gradients and values:
             self.prints.append(("gradient", b.grads, fingerprint(b.grads)))
+            self.prints += [("state", t, fingerprint(t)) for t in b.state]
 
     def gradient_changed(self, b: Bucket, name_of: Callable[[Slot], str]) -> str:
         """What version counters and None tell of the gradients, "" if nothing."""
@@ -57,7 +58,9 @@ class Observed:
 
 
 def _unseen(what: str, b: Bucket, name_of: Callable[[Slot], str]) -> str:
-    return f"the {what} of a parameter between {name_of(b.slots[-1])} and {name_of(b.slots[0])} changed {UNSEEN}"
+    last, first = name_of(b.slots[-1]), name_of(b.slots[0])
+    where = first if last == first else f"a parameter between {last} and {first}"
+    return f"the {what} of {where} changed {UNSEEN}"
 
 
 def versions(slot: Slot) -> list[int]:

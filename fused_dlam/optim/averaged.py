@@ -45,14 +45,29 @@ class Averaged:
         assert self.places is not None
         return self.here.as_strided((int(self.places[-1]) + 1,), (1,))
 
+    def _mean_of(self, values: torch.Tensor, place: Place) -> None:
+        if not self.sharded:
+            place.inside.mean(values)  # ranks of one machine have buffers of their own
+        place.workers.mean(values)
+
     def mean(self, own: torch.Tensor, place: Place) -> torch.Tensor:
-        """The mean over all ranks, of which each has its own: 16-bit values in float32, rounded once."""
+        """The mean over all ranks, of which each has its own: 16-bit values in float32, rounded once.
+
+        Where some ranks' values are not finite (one NaN batch leaves them in BatchNorm's statistics), it is that of the
+        others.
+        """
         flat = torch.view_as_real(own) if own.is_complex() else own
         wide = flat.to(torch.float32 if flat.dtype in (torch.float16, torch.bfloat16) else flat.dtype, copy=True)
-        if not self.sharded:
-            place.inside.mean(wide)  # ranks of one machine have buffers of their own
-        place.workers.mean(wide)
-        mean = wide.to(flat.dtype)
+        mine = wide.isfinite()
+        first = wide.clone()
+        self._mean_of(first, place)
+        if not first.isfinite().all():  # on all ranks: a mean is the same bits everywhere
+            share = mine.to(wide.dtype)
+            wide = torch.where(mine, wide, 0.0)
+            self._mean_of(share, place)
+            self._mean_of(wide, place)
+            first = wide / share
+        mean = first.to(flat.dtype)
         return torch.view_as_complex(mean) if own.is_complex() else mean
 
 

@@ -82,6 +82,7 @@ def save_checkpoint(
     Raises, and the last checkpoint stays: OSError on all ranks if one of them cannot write, a full disk for instance;
     ValueError on all if they are at different steps; ExchangeError if a rank does not come, or dies.
     """
+    optimizer._check_own_values("save_checkpoint()")
     home, step = Path(path), optimizer._step
     meeting = Meeting("save_checkpoint()", step, _timeout(optimizer), process_group)
 
@@ -141,6 +142,7 @@ def load_checkpoint(
     TypeError, as the constructor does, for values and shapes that this optimizer cannot have; OSError for what cannot
     be read; ExchangeError if a rank does not come within the optimizer's timeout.
     """
+    optimizer._check_own_values("load_checkpoint()")
     meeting = Meeting("load_checkpoint()", optimizer._step, _timeout(optimizer), process_group)
 
     from .checkpoint_reader import Reader, check_parts

@@ -36,11 +36,9 @@ class Frozen:
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One that was thawed has a gradient before it has a bucket."""
-        for p in (p for params in self.of_groups for p in params if p.grad is not None):
-            if set_to_none:
-                p.grad = None
-            else:
-                p.grad = torch.zeros_like(p.grad)
+        for p in (p for params in self.of_groups for p in params):
+            if p.grad is not None:
+                p.grad = None if set_to_none else torch.zeros_like(p.grad)
 
     def thawed(self) -> list[tuple[int, list[torch.Tensor]]]:
         """(group, parameters) that are trainable now and were not."""
@@ -55,7 +53,12 @@ class Frozen:
         """Moves them into flat buffers, on all ranks in this step. Raises ValueError on all if they differ in which."""
         now = {id(p) for p in params}
         facts = {"which parameters became trainable": pattern(now, self.of_groups[group]), "the step": str(step)}
-        engine.place.agree(facts)
+        shapes = ", ".join(str(tuple(p.shape)) for p in params[:3]) + (", ..." if len(params) > 3 else "")
+        engine.place.agree(
+            facts,
+            cure="Set requires_grad alike on all ranks before the same step.",
+            what=f"agreeing on parameters that became trainable here (of shapes {shapes}; all ranks alike)",
+        )
         self.of_groups[group] = [p for p in self.of_groups[group] if id(p) not in now]
         return engine.enter(params, group)
 

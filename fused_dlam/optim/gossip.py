@@ -260,6 +260,7 @@ class Gossip(GossipOptimizer):
 
         What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
         """
+        self._check_own_values("load_state_dict()")
         with calling("optimizer.load_state_dict()"):
             check_everywhere(self, state_dict)
         before = [{k: g[k] for k in self._entries} for g in self.param_groups]

@@ -161,6 +161,8 @@ class GossipSGD(GossipOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
+        if self._running is not None:
+            self._check_own_values("add_param_group()")
         begun = self._running is not None and self._running.step is not None
         if "_rule" not in vars(self) or (begun and not self._engine.recallable):
             self._engine  # noqa: B018 -- in a copy that cannot work on, this says so
@@ -257,7 +259,8 @@ class GossipSGD(GossipOptimizer):
         return self._arrivals.hold()
 
     def close(self) -> None:
-        self._arrivals.leave()
+        if self._running is not None:
+            self._arrivals.leave()
         super().close()
 
     @contextmanager
@@ -292,6 +295,7 @@ class GossipSGD(GossipOptimizer):
 
         Raises ValueError for a checkpoint of another method or topology.
         """
+        self._check_own_values("load_state_dict()")
         with calling("optimizer.load_state_dict()"), loading(self, self._engine):
             super().load_state_dict(state_dict)
         self._counter.restore()

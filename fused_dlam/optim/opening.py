@@ -68,6 +68,7 @@ class Opening:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
         rule = self.engine.rule
         hyper = {name: group[name] for name in rule.hyper}
+        options.check_rates(group)
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
         lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self.engine.topology.slowest_rho
         return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)

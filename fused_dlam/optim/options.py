@@ -236,3 +236,19 @@ def _is_number(text: str) -> bool:
 
 def _text(value: object) -> str:
     return str(float(value)) if isinstance(value, torch.Tensor) else str(value)  # a tensor's text names its device
+
+
+def check_rates(group: dict[str, Any]) -> None:
+    """Before every step: one learning rate that is not finite would be the end of all workers' parameters.
+
+    Raises ValueError or TypeError for a learning rate or weight decay that the constructor would refuse. A tensor on a
+    device is not read.
+    """
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if isinstance(value, torch.Tensor) and (value.numel() != 1 or not scalars.on_host(value)):
+            if value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element")
+            continue
+        if not 0.0 <= number(name, float(value) if isinstance(value, torch.Tensor) else value) < math.inf:
+            raise ValueError(f"Invalid {name}: {value!r}, must be at least 0 and finite")

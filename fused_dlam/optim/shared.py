@@ -83,6 +83,15 @@ class GossipOptimizer(Joining, Optimizer):
                 " every rank would train alone. Build it after"
             )
 
+    def _check_own_values(self, call: str) -> None:
+        """Raises RuntimeError within `averaged`, for what is the worker's own then is put aside."""
+        self._check_connected()
+        if self._averaging:
+            raise RuntimeError(
+                f"{call} within averaged(), where the parameters are the workers' mean and each worker's own come back"
+                " afterwards: call it outside"
+            )
+
     @property
     def backend(self) -> str:
         """What runs the element-wise passes, e.g. "torch"."""
@@ -143,7 +152,7 @@ class GossipOptimizer(Joining, Optimizer):
             raise TypeError(f"averaged takes the model, a torch.nn.Module, not {type(model).__name__}")
         if self._averaging:
             raise RuntimeError("averaged() was entered within averaged(): the parameters are the mean already")
-        self._check_open()
+        self._check_connected()
         engine = self._engine
         self._averaging = True
         try:
@@ -215,6 +224,7 @@ class GossipOptimizer(Joining, Optimizer):
             return self._consensus_state_dict()
 
     def _consensus_state_dict(self) -> dict[str, Any]:
+        self._check_connected()
         engine = self._engine
         own = self.state_dict()
         state_dict = {**own, "state": copied(own["state"])}
