@@ -73,9 +73,9 @@ def warm(name: str, grad: str, wire: str, copies: int) -> str | None:
     try:
         trial = Trial(Case(name, 1, grad, wire), 4096)
         half = tuple(trial.draw(torch.bfloat16) for _ in range(copies))
-        for guard in (False, True):
+        for skips in (False, True):
             buffers = trial.x, trial.g, trial.state, trial.messages, trial.received
-            trial.fused.warm(*buffers, (0, 1), copies=half, guard=guard)
+            trial.fused.warm(*buffers, (0, 1), copies=half, skips=skips)
         return None
     except Exception as error:
         return f"{name} {grad} {wire} {copies}: {type(error).__name__}: {error}"[:400]

@@ -150,7 +150,7 @@ class GossipSGD(GossipOptimizer):
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
         self._counter = Counter(self, self._engine, self._topology)
         self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
-        begin, settings = self._opening.begin, self._opening.settings
+        begin, settings = self._opening.begin_early, self._opening.settings
         self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)

@@ -40,13 +40,17 @@ class Opening:
         """Whether the present step has begun."""
         return self.engine.step is not None and self._whole
 
+    def begin_early(self) -> None:
+        """In the backward pass, before the first message leaves."""
+        reclaim(self.optimizer.state, self.engine)
+        self.begin()
+
     def begin(self, skip: Scalar = 0.0) -> None:
         """Fixes this step's scalars, anew if it has begun. skip: see `Engine.begin`."""
         engine, groups = self.engine, self.optimizer.param_groups
         for group in groups:
             self.certificate.recheck(group)
         self._whole, settings = False, self.settings()
-        reclaim(self.optimizer.state, engine)
         memories = [dict(group["memory"]) for group in groups]
         # What may raise comes before anything has begun, so that step() can be called again.
         h = [self._scalars(group, memory) for group, memory in zip(groups, memories, strict=True)]

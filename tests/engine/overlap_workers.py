@@ -82,7 +82,7 @@ def script(rank, what, overlap):
             else:
                 model.loss(x).backward()
             early += optimizer.messages_sent - before
-            if what == "clip" or (what == "clip on rank 1" and rank == 1):
+            if what in ("clip", "clip, all-reduce") or (what == "clip on rank 1" and rank == 1):
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             if what == "lr in between":
                 optimizer.param_groups[0]["lr"] = 0.04 / (step + 1)

@@ -1,8 +1,11 @@
 """Promises about communication that hides, with real worker processes over gloo:
 
 - whenever messages leave, parameters are bit-equal, also under random delays on random ranks;
-- messages do leave in the backward pass (counted, not timed), once the first step has shown that they may;
-- a gradient or parameter that changes after its message has left is an error that names it; nothing hangs.
+- messages do leave in the backward pass (counted, not timed), once the first step has shown that they may; the last
+  bucket's never does;
+- what turns out wrong after its message has left is sent again: the result is bit-equal to overlap=False, and each rank
+  that had to says so once. (NCCL cannot recall: test_streams.py);
+- with schedule="awc" a parameter that changes while it is sent is an error that names it; nothing hangs.
 """
 
 import functools
@@ -28,10 +31,9 @@ AWC = [{"schedule": "awc", "overlap": overlap, **wire} for wire in WIRES for ove
 DELAYS = (0.0, 0.01)
 
 # What a training script does between backward and step: where its gradients are not final, where they are, ...
-NOT_FINAL = ("clip", "clip on rank 1", "accumulate", "lr in between")
+NOT_FINAL = ("clip", "clip on rank 1", "accumulate", "lr in between", "lr later", "clip, all-reduce")
 FINAL = ("no_sync", "retain_graph", "plain")
-OTHERS = ("lr later", "max_grad_norm", "max_grad_norm, all-reduce", "all-reduce")
-CHANGES = ("clip", "accumulate")  # ... and what is an error where messages must leave early
+OTHERS = ("max_grad_norm", "max_grad_norm, all-reduce", "all-reduce")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def fours():
 
 @pytest.fixture(scope="module")
 def scripts():
-    """By (script, overlap), what three ranks returned. What ends in an error comes last."""
-    cases = [(what, overlap) for what in NOT_FINAL + FINAL for overlap in (False, "auto")]
-    cases += [(what, "auto") for what in OTHERS] + [(what, True) for what in CHANGES]
+    """By (script, overlap), what three ranks returned."""
+    cases = [(what, overlap) for what in NOT_FINAL + FINAL for overlap in (False, "auto", True)]
+    cases += [(what, "auto") for what in OTHERS]
     return run_together(3, {case: (workers.script, *case) for case in cases})
 
 
@@ -57,7 +59,8 @@ def test_overlap_changes_when_not_what(fours):
             for case, (path, early, buckets) in zip(OVERLAPS, results, strict=True):
                 expected = results[OVERLAPS.index({**case, "overlap": False})][0]
                 assert torch.equal(path, expected), (case, rank, delays)
-                assert buckets >= 2
+                neighbors = 2 if case.get("topology") in ("ring", "exponential") else 1
+                assert buckets >= 2 and (callable(case.get("topology")) or max(early) <= neighbors * (buckets - 1))
                 if case["overlap"] is False or case.get("method") == "pmsgd" or case.get("topology") == "full":
                     assert not any(early)  # all-reduces are not messages
                 elif not callable(case.get("topology")):
@@ -72,31 +75,25 @@ def test_awc_is_the_same_whether_x_leaves_early_or_in_step(fours):
             assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[2][0], results[3][0])
 
 
+@pytest.mark.parametrize("mode", ["auto", True])
 @pytest.mark.parametrize("what", NOT_FINAL)
-def test_auto_stays_in_step_where_gradients_are_not_final(what, scripts):
-    """All ranks hold back, one warning says why and what to do; the result is that of overlap=False, bit for bit."""
-    for rank, (got, wanted) in enumerate(zip(scripts[what, "auto"], scripts[what, False], strict=True)):
-        assert torch.equal(got[0], wanted[0]) and got[3] == 0
-        told = what != "clip on rank 1" or rank == 1
-        assert [("max_grad_norm" in line and "in step()" in line) for line in got[1]] == [True] * told, got[1]
+def test_what_was_not_final_is_sent_again(what, mode, scripts):
+    """One warning says why and what to do; "auto" sends in step() from then on, True goes on guessing."""
+    for rank, (got, wanted) in enumerate(zip(scripts[what, mode], scripts[what, False], strict=True)):
+        assert not got[2] and torch.equal(got[0], wanted[0])
+        had_to = what != "clip on rank 1" or rank == 1
+        told = ["max_grad_norm" in line and "messages are sent in step()" in line for line in got[1]]
+        assert told == [True] * had_to, got[1]
+        if "all-reduce" not in what:  # an all-reduce is no message
+            late_first = what != "lr later"  # so that "auto" has never sent early
+            assert (got[3] == 0) == (mode == "auto" and had_to and late_first)
 
 
+@pytest.mark.parametrize("mode", ["auto", True])
 @pytest.mark.parametrize("what", FINAL)
-def test_auto_overlaps_where_they_are(what, scripts):
-    for got, wanted in zip(scripts[what, "auto"], scripts[what, False], strict=True):
+def test_messages_leave_early_where_gradients_are_final(what, mode, scripts):
+    for got, wanted in zip(scripts[what, mode], scripts[what, False], strict=True):
         assert torch.equal(got[0], wanted[0]) and got[3] > 0 and not got[1]
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_gradient_that_changes_after_its_message_left_is_an_error(what, scripts):
-    for _, _, error, _ in scripts[what, True]:
-        assert "gradient of parameter" in error and "leaves" in error and "no_sync()" in error, error
-
-
-def test_a_learning_rate_set_after_the_messages_left_counts_for_the_next_step(scripts):
-    """On all ranks alike, with one warning per step: pack and combine of one step never see two learning rates."""
-    for got, lines, error, _ in scripts["lr later", "auto"]:
-        assert got is not None and not error and any("takes effect in the next step" in line for line in lines)
 
 
 def test_max_grad_norm_is_clip_grad_norm(scripts):

@@ -1,6 +1,6 @@
 """Promise: on CUDA streams nothing is read before it is written, or written while it is read, in any mode.
 
-Five steps over four buckets run on fake GPUs (`fake_cuda`), and every access of every byte, by the main stream, the
+Six steps over four buckets run on fake GPUs (`fake_cuda`), and every access of every byte, by the main stream, the
 lanes, NCCL, gloo and the host, must come after what it depends on through a chain of waits. That the checker would find
 a race is the promise of test_races_are_found.py.
 """
@@ -18,10 +18,12 @@ from fake_runs import (
     STAGED,
     STEPS,
     averaged,
+    clipped,
     gossip,
     gossip_sgd,
     measured,
     report,
+    rescheduled,
     synchronized,
     train,
 )
@@ -91,6 +93,7 @@ MODES = {
     "group of two backends": dict(config=MIXED),
     "group of two backends, awc": dict(config=MIXED, schedule="awc"),
 }
+MACHINES = dict(ranks=4, machine_ranks=2, hierarchical=True)
 GLOO = {
     "atc": {},
     "atc, overlap=True": dict(overlap=True),
@@ -106,6 +109,20 @@ GLOO = {
     "machines": dict(ranks=4, machine_ranks=2, hierarchical=True),
     "machines, awc": dict(ranks=4, machine_ranks=2, hierarchical=True, schedule="awc"),
 }
+# Messages that are recalled, which gloo can do.
+RECALLED = {
+    "gradients changed": dict(meddle=clipped),
+    "gradients changed, overlap=True": dict(meddle=clipped, overlap=True),
+    "gradients changed, bf16 messages": dict(meddle=clipped, comm_dtype=BF16, overlap=True),
+    "gradients changed, two messages": dict(meddle=clipped, method="da-dmsgd", overlap=True),
+    "gradients changed, bf16 parameters": dict(meddle=clipped, dtype=BF16, overlap=True),
+    "gradients changed, lars": dict(meddle=clipped, layers=[Lars(0.01)], overlap=True),
+    "gradients changed, global averages": dict(
+        meddle=clipped, topology=partial(spaced, exact=2), ranks=4, overlap=True
+    ),
+    "lr changed": dict(meddle=rescheduled),
+    "lr changed, overlap=True": dict(meddle=rescheduled, overlap=True),
+}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,6 +137,67 @@ def test_no_race_when_messages_pass_through_the_host(mode):
     run = train(config=STAGED, **GLOO[mode])
     assert not run.machine.races, report(run.machine)
     assert not run.machine.faults, run.machine.faults
+
+
+@pytest.mark.parametrize("mode", RECALLED)
+def test_no_race_when_messages_are_recalled(mode):
+    """In one step with "auto", which then sends in step(), in two with True: three of four buckets once more."""
+    run = train(config=STAGED, **RECALLED[mode])
+    # The script writes gradients while what leaves too early is packed from them: that message nobody believes.
+    early = ("_pack_kernel on stream", "copy_ on stream")  # the latter: LARS scales a copy
+    script = [race for race in run.machine.races if "| mul_ on main stream" in race and any(e in race for e in early)]
+    ours = run.machine.races.keys() - script
+    assert not ours, report(run.machine)
+    assert not run.machine.faults, run.machine.faults
+    if "global" not in mode:
+        times = 2 if RECALLED[mode].get("overlap") else 1
+        assert run.optimizer.messages_sent == 4 * STEPS + 3 * times
+
+
+@pytest.mark.parametrize("meddle", [clipped, rescheduled])
+@pytest.mark.parametrize("options", [{}, dict(method="pmsgd"), MACHINES], ids=["gossip", "all-reduce", "machines"])
+def test_what_left_too_early_over_nccl_is_an_error(meddle, options):
+    with pytest.raises(RuntimeError, match=r"between the backward pass and step\(\), but its message left"):
+        train(meddle=meddle, **options)
+    train(meddle=meddle, overlap=False, **options)
+
+
+@pytest.mark.parametrize("mode", ["atc", "atc, bf16 messages", "da-dmsgd", "awc", "exponential graph", "Gossip"])
+def test_what_neighbors_say_over_nccl_is_read_a_step_later(mode):
+    """On a GPU that has done its work when the host asks: headers come, without a race, and all fit."""
+    run = train(machine=Machine(prompt=True), **MODES[mode])
+    assert not run.machine.races, report(run.machine)
+    hearing = run.optimizer._engine.hearing
+    assert len(hearing._later) == 1, "the last step's"
+    neighbors = len(run.optimizer._engine.peers(0).sources)
+    reads = [launch for launch in run.machine.launches if launch.where.startswith("hearing.py")]
+    assert len(reads) == neighbors * STEPS
+    waits = [wait for wait in run.machine.waits if wait.where.startswith(("hearing.py", "header.py", "observed.py"))]
+    assert not waits
+
+
+def test_headers_of_another_step_over_nccl_are_an_error_a_step_later():
+    from fused_dlam.comm.errors import ExchangeError
+
+    def meddle(params, optimizer, k):
+        if k == 2:
+            ((host, *_),) = optimizer._engine.hearing._later
+            memory = machine.memory(host)
+            memory.said = [memory.said[0] + 7, *memory.said[1:]]
+
+    machine = Machine(prompt=True)
+    with pytest.raises(ExchangeError, match="rank 0 at step 1: the message of rank 0 is of step 8"):
+        train(machine=machine, meddle=meddle)
+
+
+def test_over_nccl_messages_leave_early_from_the_fourth_step_on_but_where_values_are_watched():
+    early = []
+
+    def count(params, optimizer, k):
+        early.append(optimizer._engine.sent)
+
+    train(meddle=count)
+    assert early == [0, 0, 0, 3, 0, 3]  # of four: the last one waits for step()
 
 
 def test_the_modes_do_what_they_say():

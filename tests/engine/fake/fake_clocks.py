@@ -54,6 +54,7 @@ class Memory:
         self.pinned = False
         self.recorded: set[Agent] = set()  # streams of record_stream: it is not given out again before they are done
         self.accesses = list(inherited)
+        self.said: list[int] = []  # the numbers in the header of the message that the transport has written here
 
     def touch(self, agent: Agent, start: int, stop: int, write: bool, what: str, races: Counter) -> None:
         kept = []

@@ -62,10 +62,12 @@ class Machine(Allocators):
     Args:
         ignore: waits that have no effect, `ignore(waiting stream, stream waited for)`, for negative controls.
         careless: pinned memory is given out again as soon as it is freed, for a negative control.
+        prompt: whether the GPU has done what it was given when the host asks (`query`). By default it never has.
     """
 
-    def __init__(self, ignore=lambda waiter, source: False, careless: bool = False):
+    def __init__(self, ignore=lambda waiter, source: False, careless: bool = False, prompt: bool = False):
         super().__init__(Streams(self, ignore), careless)
+        self.prompt = prompt
         self.races: Counter[str] = Counter()
         self.waits: list[Wait] = []
         self.launches: list[Launch] = []
@@ -121,6 +123,7 @@ class Machine(Allocators):
             if (name in READS_BACK or mask) and any(t.is_cuda for t in inputs):
                 return self._read_back(name, args, inputs)
             if name == "_local_scalar_dense":
+                self.act(self.host(), inputs, [], name)
                 return number(args[0])
             out = func(*args, **kwargs)
             if not schema.view:
@@ -150,6 +153,11 @@ class Machine(Allocators):
         """Read at once: torch's own for fake tensors reads one by one."""
         if t.is_cuda and t.numel():
             self._wait_for_values("tolist", [t])
+        else:
+            self.act(self.host(), [t], [], "tolist")
+        said = self.memory(t).said
+        if said and t.shape[-1:] == (len(said),):
+            return said if t.dim() == 1 else [said] * t.shape[0]
         with torch._C._DisableTorchDispatch():
             return (t.value if has_value(t) else torch.zeros(t.shape, dtype=t.dtype, device="cpu")).tolist()
 
@@ -179,6 +187,8 @@ class Machine(Allocators):
                 kind = "pageable memory" if not pinned else "non_blocking=False"
                 self.wait(f"{name} between host and device, {kind}", first.clock)
             self.launches.append(Launch("copy", name, where(), 1))
+            if name == "copy_":
+                self.memory(args[0]).said = self.memory(args[1]).said
         else:
             self.launches.append(Launch("kernel", name, where(), kernels_of(name, args)))
 

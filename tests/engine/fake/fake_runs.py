@@ -1,4 +1,4 @@
-"""Whole runs on fake GPUs: five steps over four buckets, and every race that they would allow."""
+"""Whole runs on fake GPUs: six steps over four buckets, and every race that they would allow."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from fake_transport import Network
 import fused_dlam
 
 BF16 = torch.bfloat16
-STEPS = 5
+STEPS, EARLY = 6, (3, 5)  # all steps, and those in which messages leave in the backward pass over NCCL
 NCCL, MIXED, STAGED = ("cuda:nccl", "nccl"), ("cpu:gloo,cuda:nccl", "undefined"), ("cpu:gloo,cuda:gloo", "gloo")
 
 
@@ -38,6 +38,7 @@ def train(
     absent=(),
     scaler=False,
     between=None,
+    meddle=None,
     machine=None,
     waits_work=True,
     **options,
@@ -49,7 +50,8 @@ def train(
         optimizer = make(params, **options)
         streams = [torch.cuda.Stream("cuda:0", name=f"side stream {k}") for k in range(side_streams)]
         scale = torch.amp.GradScaler("cuda") if scaler else None
-        training = Training(machine, params, optimizer, streams, threads, absent, to_none, scale)
+        done = None if meddle is None else lambda k: meddle(params, optimizer, k)
+        training = Training(machine, params, optimizer, streams, threads, absent, to_none, scale, done)
         for k in range(STEPS):
             training.step()
             if between is not None:
@@ -73,3 +75,15 @@ def synchronized(optimizer, k):
 
 def measured(optimizer, k):
     optimizer.consensus_distance()
+
+
+def clipped(params, optimizer, k):
+    if k in EARLY:
+        with torch.no_grad():
+            for p in params:
+                p.grad.mul_(0.5)
+
+
+def rescheduled(params, optimizer, k):
+    if k in EARLY:
+        optimizer.param_groups[0]["lr"] = 0.01 * k

@@ -51,7 +51,7 @@ class Stream:
         self.streams.machine.wait("Stream.synchronize", self.agent.clock)
 
     def query(self) -> bool:
-        return False  # the work behind it is never known to be over
+        return self.streams.over(self.agent.clock)
 
     def __enter__(self) -> Stream:
         self._context = self.streams.stream(self)
@@ -83,7 +83,7 @@ class Event:
         self.streams.machine.wait("Event.synchronize", self.clock)
 
     def query(self) -> bool:
-        return self.stream is None
+        return self.stream is None or self.streams.over(self.clock)
 
     def elapsed_time(self, other: Event) -> float:
         return 0.0
@@ -105,6 +105,12 @@ class Streams:
     def extra(self) -> list[Stream]:
         """Those that somebody made."""
         return self.made[self.own :]
+
+    def over(self, clock: dict[Agent, int]) -> bool:
+        """Whether the host hears that all that a clock knows is over. Then it knows it."""
+        if self.machine.prompt:
+            self.machine.host().learn(clock)
+        return self.machine.prompt
 
     def device_of(self, device: Any) -> torch.device:
         if isinstance(device, Stream):

@@ -67,6 +67,7 @@ class Training:
         threads: one autograd thread per device, as in torch.
         absent: the numbers of parameters that get no gradient.
         to_none: how `zero_grad` forgets gradients.
+        meddle: what the script does between the backward pass and step(), given the step's number.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Training:
         absent: Sequence[int] = (),
         to_none: bool = True,
         scaler: Any = None,
+        meddle: Callable[[int], None] | None = None,
     ):
+        self.meddle, self.steps = meddle, 0
         self.machine, self.params, self.optimizer, self.streams = machine, params, optimizer, streams
         self.threads, self.absent, self.to_none, self.scaler = threads, absent, to_none, scaler
 
@@ -87,6 +90,9 @@ class Training:
         self.optimizer.zero_grad(set_to_none=self.to_none)
         self.forward()
         self.backward()
+        if self.meddle is not None:
+            self.meddle(self.steps)
+        self.steps += 1
         if self.scaler is None:
             self.optimizer.step()
         else:

@@ -26,6 +26,8 @@ from fake_kernels import Launch
 from fake_where import where
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fused_dlam.engine.header import Header
+
 
 class Sent(NamedTuple):
     what: str  # "send", "recv", "all_reduce", ...
@@ -39,8 +41,8 @@ class Sent(NamedTuple):
 class Work:
     """An operation under way. Its tensors are kept until somebody has waited for it."""
 
-    def __init__(self, network: Network, agent: Agent, tensors: list[torch.Tensor]):
-        self.network, self.clock, self.tensors = network, dict(agent.clock), tensors
+    def __init__(self, network: Network, agent: Agent, tensors: list[torch.Tensor], writes: list[torch.Tensor]):
+        self.network, self.clock, self.tensors, self.writes = network, dict(agent.clock), tensors, writes
         self.device = next((t.device for t in tensors if t.is_cuda), None)
 
     def wait(self, timeout: Any = None) -> bool:
@@ -49,11 +51,12 @@ class Work:
             with machine.lock:
                 if self.device is None:
                     machine.host().learn(self.clock)  # no device is waited for
+                    self.network.deliver(self.writes)
                 else:
                     stream = machine.streams.current(self.device).agent
                     stream.learn(machine.host().clock)
                     stream.learn(self.clock)
-        self.tensors = []
+        self.tensors = self.writes = []
         return True
 
     def is_completed(self) -> bool:
@@ -67,7 +70,7 @@ class Work:
 
 
 class Network:
-    """All ranks but this one, rank 0 of `ranks`, within the context.
+    """All ranks but this one, rank 0 of `ranks`, within the context. They say of their messages what this one does.
 
     Args:
         config: the groups' backends by device, as `dist.get_backend_config` tells them.
@@ -92,12 +95,19 @@ class Network:
         self.options: list[Any] = []  # of the groups that were made
         self._streams: dict[tuple, Agent] = {}
         self._count = 0
+        self._said: list[int] = []
+        self._lines: dict[tuple, dict] = {}  # what one peer sends under one tag comes in order
+
+    def deliver(self, writes: list[torch.Tensor]) -> None:
+        """What the transport has written is a message, or a mean of messages, with this header."""
+        for t in writes:
+            self.machine.memory(t).said = self._said
 
     def backend_of(self, t: torch.Tensor) -> str:
         return dict(part.split(":") for part in self.config.split(",")).get(t.device.type, "none")
 
-    def operate(self, what: str, group, reads, writes, sync: bool = False, batch: tuple[str, ...] = ()):
-        """One operation, or a batch that NCCL runs as one."""
+    def operate(self, what: str, group, reads, writes, sync: bool = False, batch: tuple[str, ...] = (), line=None):
+        """One operation, or a batch that NCCL runs as one. Over gloo those of one `line` come in order."""
         machine, tensors = self.machine, [*reads, *writes]
         self._count += 1
         ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
@@ -119,8 +129,13 @@ class Network:
                         f"{where()}: {what} of a tensor on {tensors[0].device} over {self.config}, unstaged"
                     )
                 agent = Agent("gloo", host.clock)
+                if line is not None:
+                    agent.learn(self._lines.get(line, {}))
+                    self._lines[line] = agent.clock
             machine.act(agent, reads, writes, what)
-            work = Work(self, agent, tensors)
+            work = Work(self, agent, tensors, list(writes))
+            if backend == "nccl":
+                self.deliver(list(writes))
             if any(t.device != tensors[0].device for t in tensors):
                 machine.faults.append(f"{where()}: {what} of tensors on several devices")
         if sync:
@@ -136,7 +151,8 @@ class Network:
 
     def irecv(self, tensor, src=None, group=None, tag=0, group_src=None):
         self._unbatched(tensor)
-        return self.operate("recv", group, [], [tensor])
+        source = src if group_src is None else ("in the group", group_src)
+        return self.operate("recv", group, [], [tensor], line=(str(group), source, tag))
 
     def _unbatched(self, tensor) -> None:
         if self.backend_of(tensor) == "nccl":
@@ -201,6 +217,13 @@ class Network:
                 self._patches += [mock.patch.object(module, k, double) for k in bound]
         if self.machine_ranks:
             self._patches.append(mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(self.machine_ranks)))
+        write = Header.write
+
+        def said(header: Header, row: torch.Tensor) -> None:
+            self._said = header.values()
+            write(header, row)
+
+        self._patches.append(mock.patch.object(Header, "write", said))
         options = SimpleNamespace(Options=SimpleNamespace)  # a build of torch without CUDA has no NCCL
         self._patches += [mock.patch.object(m, "ProcessGroupNCCL", options, create=True) for m in (dist, c10d)]
         for patch in self._patches:
