@@ -255,9 +255,9 @@ class Arrivals:
 
     def _agree(self) -> None:
         """Rank 0's order of arrival becomes the order: in it a parameter that is never used holds back its own bucket
-        alone."""
-        engine, workers = self.engine, self.engine.place.workers
+        alone. Of all ranks: those of a machine average gradients in it."""
+        engine = self.engine
         rest = [b.index for b in engine.buckets if b.index not in self.order]
-        order = torch.tensor(self.order + rest, device=workers.wire)
-        workers.broadcast(order)
+        order = torch.tensor(self.order + rest, device=engine.place.workers.wire)
+        engine.place.start_equal(order)
         engine.reorder(order.tolist())

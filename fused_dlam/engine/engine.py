@@ -253,18 +253,26 @@ class Engine:
             for flight in self.flights.values():
                 flight.wait()
 
-    def forget(self) -> None:
+    def forget(self, step: int) -> None:
         """Ends what was started for the next step and drops it: that step exchanges anew. On all ranks.
+
+        A backward pass without its step() may have sent some messages on one rank and none on another. If any rank has,
+        all exchange every bucket of that step once, and use none.
 
         Raises RuntimeError if an attempt at a step failed, for nothing can be dropped then.
         """
         self.check_whole()
-        if self.step is not None and self.sent:  # a backward pass without its step(): all buckets, as on other ranks
-            self.bring(AVERAGING)
-            self.bring(SENT)
+        begun = self.step is not None and self.sent > 0
+        if self.guesses:
+            mine = torch.tensor([float(begun)])
+            begun = bool(self.place.largest(mine, "ending what the backward pass began", None) > 0)
+        if begun:
+            self.step = step
+            for b in self.buckets:
+                self.flight(b).to(OPEN)
         for b in self.buckets:
             if b.index in self.flights:
-                self.flights[b.index].drop()
+                self.flights[b.index].drop(begun)
         self.flights, self.step, self.sent = {}, None, 0
 
     # -- what a flight asks ------------------------------------------------------------------------------------------

@@ -269,11 +269,23 @@ class Flight:
                     " model.load_state_dict(), or use schedule='atc'."
                 )
 
-    def drop(self) -> None:
-        """Ends the exchange without using it."""
+    def drop(self, begun: bool) -> None:
+        """Ends the exchange without using it.
+
+        begun: whether any rank has begun to average or to send for this step; then all do so for every bucket.
+        """
+        e = self.engine
+        if begun and e.averager.size > 1 and self.average is None:
+            self.average = e.averager.start_mean(self.b.g, self.step)
+        if self.average is not None:
+            self.average.wait_received()
         if self.message is None and isinstance(self.transfer, Transfer):
             # Receives are posted and cannot be taken back: they would take the next message for theirs.
-            self.transfer.send(self.engine.place.part(self.b.messages))
+            self.transfer.send(e.place.part(self.b.messages))
+        elif self.message is None and begun and self.peers is EVERYBODY:
+            self.transfer = e.place.workers.start_mean(
+                e.place.part(self.b.x.new_zeros(self.b.messages.shape)), self.step
+            )
         self.wait()
         self.wait_sent()
         self.close()

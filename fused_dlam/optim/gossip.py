@@ -264,6 +264,7 @@ class Gossip(GossipOptimizer):
         with calling("optimizer.load_state_dict()"):
             check_everywhere(self, state_dict)
         before = [{k: g[k] for k in self._entries} for g in self.param_groups]
+        step = self._step
         state = {
             key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
             for key, s in state_dict["state"].items()
@@ -272,7 +273,7 @@ class Gossip(GossipOptimizer):
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 group.setdefault(name, value)
-        self._engine.forget()
+        self._engine.forget(step)
         masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
         with torch.no_grad():
             for b in self._engine.buckets:

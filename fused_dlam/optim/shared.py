@@ -59,7 +59,7 @@ class GossipOptimizer(Joining, Optimizer):
 
         All ranks must call it, with schedule="awc" before `model.load_state_dict`, say. The next step exchanges anew.
         """
-        self._engine.forget()
+        self._engine.forget(self._step)
 
     def close(self) -> None:
         """Gives back threads, files and process groups, as deletion does in time. Parameters stay as they are.

@@ -38,13 +38,14 @@ def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]])
 def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[None]:
     """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it."""
     final: dict[str, Any] = {}
+    step = optimizer._step  # that may have begun, before the checkpoint's takes its place
 
     def checked(_: Any, theirs: dict[str, Any]) -> None:  # the last of the hooks, which may have made another dict
         check_everywhere(optimizer, theirs)
         final.update(theirs)
 
     def restored(_: Any) -> None:  # the first of the hooks: others see what was loaded
-        engine.forget()
+        engine.forget(step)
         restore(by_parameter(final, optimizer.param_groups), optimizer, engine)
 
     handles = (
