@@ -40,7 +40,7 @@ class Hearing:
             self.listen()
             return
         last = e.flights[e.buckets[-1].index]
-        if last.average is not None and not e.gossips:  # all-reduce: nobody sends messages
+        if last.average is not None:  # also where nobody sends messages: all-reduce, local steps
             e.recalls = last.average_recalled()
         sources = self.listen()
         if e.recalls or sources:

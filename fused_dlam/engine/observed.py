@@ -28,10 +28,12 @@ class Observed:
     def __init__(self, b: Bucket, values: bool, gradients: bool = True):
         self.active = b.active() if gradients else []
         self.versions = [versions(slot) for slot in b.slots] if gradients else None
-        self.prints = [("value", t, fingerprint(t)) for t in (b.x, b.low) if values and t is not None]
-        if gradients and values:
-            self.prints.append(("gradient", b.grads, fingerprint(b.grads)))
-            self.prints += [("state", t, fingerprint(t)) for t in b.state]
+        watched = [("value", b.x), ("value", b.low)]
+        if gradients:
+            watched += [("gradient", b.grads), *(("state", t) for t in b.state)]
+        # Without the padding, where a header may be on its way in a message.
+        parts = [(what, t[: b.flags.start]) for what, t in watched if values and t is not None]
+        self.prints = [(what, t, fingerprint(t)) for what, t in parts]
 
     def gradient_changed(self, b: Bucket, name_of: Callable[[Slot], str]) -> str:
         """What version counters and None tell of the gradients, "" if nothing."""
