@@ -100,7 +100,8 @@ class Flight:
             self._sent = Observed(b, values=not b.x.is_cuda, gradients=False)
         yield OPEN  # from here on this step's gradient and scalars are there
 
-        if e.averager.size > 1 and not e.skipped:
+        # Also in a skipped step, where another rank's may have left in the backward pass: all take part, none uses it.
+        if e.averager.size > 1 and (e.guesses or not e.skipped):
             with lane.outbound(b.streams):
                 self._start_average()
         yield AVERAGING
@@ -131,8 +132,6 @@ class Flight:
 
     def active(self) -> list[bool]:
         """Which of the bucket's parameters take a local step: those with a gradient, here or where it is averaged."""
-        if self.engine.skipped:
-            return [False] * len(self.b.slots)
         if self._active is None:
             self._active = self.b.active()
         if self.average is not None and not self.average.done:
@@ -140,7 +139,7 @@ class Flight:
             if self.engine.guesses and self.engine.recallable and self.b is self.engine.buckets[-1]:
                 self._recalled = float(self.b.g[self.b.recalled]) > 0
             self._active = self.b.lower_flags(self._active)
-        return self._active
+        return [False] * len(self.b.slots) if self.engine.skipped else self._active
 
     def _start_average(self) -> None:
         e, b = self.engine, self.b

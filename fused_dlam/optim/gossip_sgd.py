@@ -233,8 +233,9 @@ class GossipSGD(GossipOptimizer):
     def _advance(self, gradients: bool = True) -> None:
         """One step. Without gradients: for the other ranks' sake, see `join`."""
         engine = self._engine
+        taken = reclaim(self.state, engine)
         engine.refresh()
-        if reclaim(self.state, engine) and engine.step is not None:
+        if taken and engine.step is not None:
             self._arrivals.hold_back("the optimizer's state was set between the backward pass and step()")
         skip: Scalar = float(self._overflow_elsewhere)
         if gradients:
