@@ -1,8 +1,8 @@
 """Values that are not finite: where they arose, said now and then, or in every step.
 
-The passes keep them from spreading (`Passes`, guard). Looking for them is a pass over the gradients, 0.14 ns a value on
-a CPU, where it is done in every step; on a GPU, where it is a kernel more, in steps 0, 1, 2, 4, 8, ... and every 100th,
-and nothing waits for what it finds.
+The passes keep them from spreading (`Passes`, guard). Looking for them is a pass over the gradients. On a CPU that takes
+0.16 ns a value, and is done in every step; on a GPU it is a kernel more, done in steps 0, 1, 2, 4, 8, ... and every
+100th, and nothing waits for what it finds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..comm.watch import log
-from .buckets import Bucket
+from .buckets import LOW_PRECISION, Bucket
 from .engine import Engine
 from .header import NOT_FINITE
 from .slot import Slot
@@ -113,9 +113,9 @@ class Health:
 
 
 def finite(flat: torch.Tensor) -> torch.Tensor:
-    """Whether all is: a maximum is NaN if one is. One read; `isfinite` writes a mask besides."""
-    if not flat.numel():  # a rank that holds nothing of small parameters under FSDP
-        return torch.ones((), dtype=torch.bool, device=flat.device)
-    if not flat.numel():
-        return torch.ones((), dtype=torch.bool, device=flat.device)
-    return torch.linalg.vector_norm(flat, float("inf")).isfinite()
+    """Whether all is. On a CPU the sum tells, unless it overflows: 1.3 ms for 8.4 million values, `isfinite` 39."""
+    if not flat.is_cuda:
+        total = flat.sum(dtype=torch.float32 if flat.dtype in LOW_PRECISION else flat.dtype).isfinite()
+        if total:
+            return total
+    return flat.isfinite().all()

@@ -31,7 +31,7 @@ def gossip_awc(p):
     return Gossip(torch.optim.SGD([p], lr=0.1), schedule="awc", timeout=30)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def overlaps(request):
     calls = {t: (workers.touched, t[0], OPTIONS[t[1]], t[2]) for t in TOUCHED}
     calls |= {order: (workers.gan, order) for order in ("d first", "g first")}
