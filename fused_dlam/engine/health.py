@@ -1,6 +1,6 @@
 """Values that are not finite: where they arose, said now and then, or in every step.
 
-The passes keep them from spreading (`Passes`, guard). Looking for them is a pass over the gradients. On a CPU that takes
+The passes keep them from spreading (`Passes`, guard). Looking for them is a pass over the gradients. On a CPU it takes
 0.16 ns a value, and is done in every step; on a GPU it is a kernel more, done in steps 0, 1, 2, 4, 8, ... and every
 100th, and nothing waits for what it finds.
 """
