@@ -122,15 +122,18 @@ def never_comes(rank, path, timeout):
 
 
 def full_disk(rank, path):
-    """Rank 1 may write 20 kB a file: what is said, and that the last checkpoint stays, and what comes later."""
+    """Rank 1 may write 400 kB a file: what is said, and that the last checkpoint stays, and what comes later.
+
+    The job's store is a file too, and smaller.
+    """
     model, optimizer = build(rank, 2)
-    model.register_buffer("more", torch.randn(20_000))
+    model.register_buffer("more", torch.randn(200_000))
     fused_dlam.save_checkpoint(path, model, optimizer)
     before = checkpoint_workers.summary(model, optimizer)
     if rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     for group in optimizer.param_groups:
         group["step"] = 3
     told = error_of(fused_dlam.save_checkpoint, path, model, optimizer)
