@@ -177,6 +177,11 @@ class Mean:
         """Whether it was waited for."""
         return self._work is None
 
+    @property
+    def arrived(self) -> bool:
+        """Whether waiting for it would not hold up the host. Over NCCL a wait only orders streams."""
+        return self._work is None or self.group.backend == "nccl" or self._work.is_completed()
+
     def wait_received(self) -> None:
         if self._work is not None:
             with self.group.watched("all-reduce", self.step):

@@ -184,7 +184,7 @@ class Arrivals:
             with torch.no_grad():
                 b.gather()  # all that will arrive: others of its parameters may be unused
                 self.observed[b.index] = Observed(b, self.values)
-                engine.send_next()
+                engine.send_next(waits=False)
 
     def verify(self) -> str:
         """At the start of step(): why the guess did not hold, or would not have, "" if it did.

@@ -189,14 +189,20 @@ class Engine:
         for b in self.buckets:
             self.flight(b).to(stage)
 
-    def send_next(self) -> None:
-        """Sends the next bucket in line. With machines as workers it sends the bucket before it: that one's gradient
-        has been averaged by now."""
+    def send_next(self, waits: bool = True) -> None:
+        """Sends the next bucket in line. With machines as workers it sends those before it: their gradients have been
+        averaged by now.
+
+        waits: False in the backward pass, where the machine's other ranks may wait for this one elsewhere: then only
+        what has been averaged.
+        """
         self.flight(self.buckets[self.sent]).to(AVERAGING)
         self.sent += 1
-        due = self.sent - 1 if self.place.splits else self.sent
-        if due:
-            self.flight(self.buckets[due - 1]).to(SENT)
+        for b in self.buckets[: self.sent - 1 if self.place.splits else self.sent]:
+            flight = self.flight(b)
+            if not (waits or flight.averaged):
+                break
+            flight.to(SENT)
 
     def complete(self, ahead: bool = False, recalls: bool = False) -> None:
         """Sends what is left, then waits for and combines every bucket.

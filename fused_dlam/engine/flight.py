@@ -141,6 +141,11 @@ class Flight:
             self._active = self.b.lower_flags(self._active)
         return [False] * len(self.b.slots) if self.engine.skipped else self._active
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the gradient is there to be sent without a wait of the host."""
+        return self.average is None or self.average.arrived
+
     def _start_average(self) -> None:
         e, b = self.engine, self.b
         self._active = b.active()

@@ -49,6 +49,8 @@ def reclaim(state: MutableMapping[torch.Tensor, Any], engine: Engine) -> bool:
 
 def put_back(engine: Engine, slot: Slot, name: str, view: torch.Tensor, value: Any) -> None:
     """One entry into its flat buffer. None: as at the start."""
+    if value is None and name == "master":
+        return  # x keeps its digits, and takes over what was written into the parameter
     if value is None:
         view.copy_(slot.data) if name in engine.starting_at_x else view.zero_()
         return

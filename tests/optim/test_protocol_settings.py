@@ -31,12 +31,11 @@ def test_construction(table):
 
 
 def test_late_groups(table, ranks):
-    """Bit-equal to the run whose messages leave in step(); not once messages have left."""
+    """Bit-equal to the run whose messages leave in step(), also where some had left: they are sent again."""
     for rank in ranks:
-        early, late, awc, awc_late, error = rank["late_group"]
+        early, late, awc, awc_late, *_ = rank["late_group"]
         assert torch.equal(early, late) and torch.equal(awc, awc_late) and not torch.equal(early, awc)
     table.works(2, "with several workers on all ranks before the same step, whose parameters are then rank 0's")
-    table.refused(2, error)
     optimizer = GossipSGD(network().parameters())
     for bad in (torch.ones(2, dtype=torch.int64), torch.ones(2).to_sparse(), torch.ones(2, device="meta")):
         table.refused(2, error_of(optimizer.add_param_group, {"params": [bad]}, kind=TypeError))
