@@ -57,7 +57,7 @@ def results(n):
     )
 
 
-@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("n", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("i", range(len(cases())), ids=["-".join((m, *list(o.values())[:2])) for m, o, _ in cases()])
 def test_every_method_follows_its_statement(n, i):
     method, options, _ = cases()[i]
@@ -73,7 +73,7 @@ def test_every_method_follows_its_statement(n, i):
         assert np.abs(got - path[:, rank]).max() <= 1e-10 * np.abs(path).max()
 
 
-@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("n", [3, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("i", range(len(no_bias())), ids=[f"{m}-{o['topology']}" for m, o in no_bias()])
 def test_one_missing_gradient_leaves_no_bias(n, i):
     for end in (r[i] for r in results(n)["end"]):
