@@ -38,23 +38,25 @@ def before(run: Any) -> Any:
         for p in group["params"]:
             g = None if p.grad is None else _wide(p.grad)
             if g is not None:
-                norm += float(torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0).square().sum())
+                norm += float(g.square().sum())
             state = opt.state.get(p) or {}
             m = state.get("momentum_buffer")
-            mine.append([value(p, state), g, None if m is None else _wide(m), _held(opt, p)])
-    scale = 1.0 if clip is None else min(1.0, clip / (norm**0.5 + 1e-6))
+            mine.append([value(opt, p), g, None if m is None else _wide(m), _held(opt, p)])
+    scale = 1.0 if clip is None else min(1.0, clip / (norm**0.5 + 1e-6))  # 0 where the norm is infinite
     ranks: list = [None] * run.c.n
     dist.all_gather_object(ranks, (mine, scale), group=run.tools.group)
     return ranks, opt.param_groups[0]["step"], [dict(group) for group in opt.param_groups]
 
 
-def value(p: torch.Tensor, state: dict) -> torch.Tensor:
+def value(opt: Any, p: torch.Tensor) -> torch.Tensor:
     """A parameter as it counts: a 16-bit one's master value, unless the script has written another."""
-    master = state.get("master")
-    if master is None:
-        return _wide(p)
-    kept = master.to(p.dtype) == p.detach()
-    return torch.where(kept, master, p.detach().to(master.dtype)).double()
+    if p.dtype in (torch.bfloat16, torch.float16):
+        for b in opt._engine.buckets:
+            for slot in b.slots:
+                if slot.p is p:
+                    master = slot.view(b.x)
+                    return torch.where(master.to(p.dtype) == p.detach(), master, p.detach().to(master.dtype)).double()
+    return _wide(p)
 
 
 def differences(run: Any, known: Any) -> list[str]:
@@ -68,7 +70,7 @@ def differences(run: Any, known: Any) -> list[str]:
             scales = [s for _, s in ranks]
             k += 1
             want, size = _predicted(c, group, all_, scales, W, me, p in run.thawing)
-            got = value(p, run.opt.state.get(p) or {})
+            got = value(run.opt, p)
             wire = getattr(torch, c.comm_dtype) if c.comm_dtype else torch.float64
             master = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype.to_real()
             exact = c.method in ("psgd", "pmsgd")
@@ -116,17 +118,6 @@ def _predicted(
     return x - steps[me] + pull, _size(*messages, *steps, x)
 
 
-def _whole(opt: Any, p: torch.Tensor) -> torch.Tensor:
-    """A parameter's value in full precision, which `Gossip` does not show in its state."""
-    if p.dtype in (torch.bfloat16, torch.float16):
-        for b in opt._engine.buckets:
-            for slot in b.slots:
-                if slot.p is p:
-                    b.absorb()
-                    return slot.view(b.x).double().clone()
-    return _wide(p)
-
-
 def _held(opt: Any, p: torch.Tensor) -> bool:
     return any(slot.p is p for b in opt._engine.buckets for slot in b.slots)
 
@@ -147,7 +138,7 @@ def doubly_stochastic_mean(run: Any, step_without_gradients: Any) -> list[str]:
     for k in range(3):
         if k:
             step_without_gradients()
-        own = [_whole(opt, p) for group in opt.param_groups for p in group["params"]]
+        own = [value(opt, p) for group in opt.param_groups for p in group["params"]]
         ranks: list = [None] * run.c.n
         dist.all_gather_object(ranks, own, group=run.tools.group)
         means.append([(torch.stack(ts).mean(0), _size(*ts)) for ts in zip(*ranks, strict=True)])
