@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -37,25 +37,41 @@ def exchange(generation: str, me: int, own: Note, witnesses: Sequence[int]) -> t
 
     None if there is no note, which is all that happens where the default store cannot be asked.
     """
-    if not generation:
-        return None
-    found: list[tuple[int, int | None, Note]] = []
+    found = _asking(generation, lambda store, found: _look(store, me, own, witnesses, found))
+    return found[0] if found else None
 
-    def look() -> None:
+
+def silent(generation: str, members: Sequence[int]) -> list[int]:
+    """Those of `members` that have left no note: in an exchange of all of them, the ones to look at."""
+
+    def look(store: dist.Store, found: list) -> None:
+        time.sleep(HESITATION)
+        found.append([rank for rank in members if _note_of(store, rank) is None])
+
+    found = _asking(generation, look)
+    return found[0] if found else []
+
+
+def _asking(generation: str, look: Callable[[dist.Store, list], None]) -> list:
+    """What `look` finds in the notes, as far as it comes within `PATIENCE`. Nothing where nobody can be asked."""
+    found: list = []
+
+    def run() -> None:
         try:
             store = default_store(f"fused_dlam/left/{generation}")
             if store is not None:
-                _look(store, me, own, witnesses, found)
+                look(store, found)
         except Exception:  # noqa: BLE001 -- the error that is being told is not to be replaced by another
             pass
 
     try:
-        thread = threading.Thread(target=look, daemon=True, name="fused_dlam-last-words")
-        thread.start()
-        thread.join(PATIENCE)
+        if generation:
+            thread = threading.Thread(target=run, daemon=True, name="fused_dlam-last-words")
+            thread.start()
+            thread.join(PATIENCE)
     except RuntimeError:  # no thread can be started any more
         pass
-    return found[0] if found else None
+    return found
 
 
 def _look(store: dist.Store, me: int, own: Note, witnesses: Sequence[int], found: list) -> None:
@@ -76,28 +92,6 @@ def _look(store: dist.Store, me: int, own: Note, witnesses: Sequence[int], found
         if time.monotonic() >= until:
             return
         time.sleep(0.05)
-
-
-def silent(generation: str, members: Sequence[int]) -> list[int]:
-    """Those of `members` that have left no note: in an exchange of all of them, the ones to look at."""
-    found: list[int] = []
-
-    def look() -> None:
-        try:
-            store = default_store(f"fused_dlam/left/{generation}")
-            if store is not None:
-                time.sleep(HESITATION)
-                found.extend(rank for rank in members if _note_of(store, rank) is None)
-        except Exception:  # noqa: BLE001 -- as above
-            found.clear()
-
-    try:
-        thread = threading.Thread(target=look, daemon=True, name="fused_dlam-last-words")
-        thread.start()
-        thread.join(PATIENCE)
-    except RuntimeError:
-        return []
-    return [] if thread.is_alive() else found
 
 
 def _note_of(store: dist.Store, rank: int) -> Note | None:

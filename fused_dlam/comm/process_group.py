@@ -7,7 +7,6 @@ import itertools
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,15 +70,6 @@ def build(
             mine = made
     assert mine is not None
     return mine
-
-
-def everybodys(thing: Any, process_group: dist.ProcessGroup | None) -> list[Any]:
-    """What every rank of a process group passes here, in the order of the ranks; without any, this one's."""
-    if not dist.is_initialized():
-        return [thing]
-    things = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(things, thing, group=process_group)
-    return things
 
 
 def _named(name, ranks, backend, timeout, options, local) -> dist.ProcessGroup:

@@ -127,7 +127,7 @@ class Arrivals:
             if former is not None:
                 former.remove()
             slot.hook = _hooks[slot.p] = slot.p.register_post_accumulate_grad_hook(self._hook(b, slot))
-        if self.mode != True:  # noqa: E712 -- "auto"
+        if self.mode == "auto":
             self.wait = max(self.wait, 3 if self.engine.on_gpu else 1)
 
     def _hook(self, b: Bucket, slot: Slot) -> Callable[[torch.Tensor], None]:
@@ -199,7 +199,7 @@ class Arrivals:
                 seen = self.observed[b.index]
                 why = seen.gradient_changed(b, self.name_of) or seen.changed(b, self.name_of, self.verdicts)
                 why = f"{why} between the backward pass and step()" if why else ""
-        why = why or self.verdicts.found(self.engine)
+        why = why or self.verdicts.found()
         if why and self.engine.sent and not self.engine.recallable:
             raise RuntimeError(f"{why}, but its message left in the backward pass. {HOW}.")
         self.late = why

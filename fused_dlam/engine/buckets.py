@@ -283,24 +283,22 @@ class Bucket(PerSlot):
             for slot in self.slots:
                 slot.published_at = slot.p._version
 
-    def absorb(self, span: slice = slice(None), stepped: bool = False) -> None:
-        """Takes over what others wrote into parameters that are copies of x.
+    def absorb(self, part: slice | None = None, stepped: bool = False) -> None:
+        """Takes over what others wrote into parameters that are copies of x: into all of them, or into a run of them.
 
         A wider x keeps its further digits where nothing was written. Where a parameter was set, however that was done,
         x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
         averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
-        everything = span == slice(None)
         if self.low is not None:
-            if everything:
-                span = slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
+            span = part or slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
             x, low = self.x[span], self.low[span]
             here = x.to(low.dtype)
             if stepped:
                 x.add_(low.to(x.dtype) - here)
             else:
                 x.copy_(torch.where(written(low, here), low.to(x.dtype), x))
-        if everything:
+        if part is None:
             self.absorb_shards()
 
     def absorb_shards(self) -> None:

@@ -84,6 +84,7 @@ class Engine:
         self.step: int | None = None  # the step that has begun
         self.skip: Scalar = 0.0
         self.sent = 0  # buckets in line for which it has begun
+        self._left = 0  # and those of them whose message has left
         self._follows = False  # whether the next step's exchange starts right after this one
         self._first = True  # the first step is still to come
 
@@ -198,11 +199,12 @@ class Engine:
         """
         self.flight(self.buckets[self.sent]).to(AVERAGING)
         self.sent += 1
-        for b in self.buckets[: self.sent - 1 if self.place.splits else self.sent]:
-            flight = self.flight(b)
+        while self._left < (self.sent - 1 if self.place.splits else self.sent):
+            flight = self.flight(self.buckets[self._left])
             if not (waits or flight.averaged):
                 break
             flight.to(SENT)
+            self._left += 1
 
     def complete(self, ahead: bool = False, recalls: bool = False) -> None:
         """Sends what is left, then waits for and combines every bucket.
@@ -234,13 +236,17 @@ class Engine:
                 following[b.index] = flight
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
-        self.flights, self.step, self.skip, self.sent = following, None, 0.0, 0
+        self._between_steps(following)
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
         for flight in self.flights.values():
             flight.close()
-        self.flights, self.step, self.skip, self.sent = {}, None, 0.0, 0
+        self._between_steps({})
+
+    def _between_steps(self, flights: dict[int, Flight]) -> None:
+        """No step has begun. flights: of the next one."""
+        self.flights, self.step, self.skip, self.sent, self._left = flights, None, 0.0, 0, 0
 
     def check_whole(self) -> None:
         """Raises RuntimeError if an earlier attempt at the present step failed, see `Flight.to`."""
@@ -279,7 +285,7 @@ class Engine:
         for b in self.buckets:
             if b.index in self.flights:
                 self.flights[b.index].drop(begun)
-        self.flights, self.step, self.sent = {}, None, 0
+        self._between_steps({})
 
     # -- what a flight asks ------------------------------------------------------------------------------------------
 

@@ -30,6 +30,12 @@ class Header(NamedTuple):
     rate: float = 0.0  # the first learning rate, to be shown
     flags: int = 0
 
+    @classmethod
+    def places(cls, *fields: str) -> set[int]:
+        """Where fields lie among the values."""
+        ends = [struct.calcsize(FORM.format[: k + 1]) for k in range(len(cls._fields) + 1)]  # behind "<" and each field
+        return {i for k in map(cls._fields.index, fields) for i in range(ends[k], ends[k + 1])}
+
     def values(self) -> list[int]:
         return list(FORM.pack(self.step % 2**32, self.sender % 2**16, *self[2:]))
 

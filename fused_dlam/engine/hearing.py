@@ -9,10 +9,14 @@ import torch
 from ..comm.transfer import Transfer
 from ..comm.watch import ExchangeError, log
 from .flight import EVERYBODY, Flight
-from .header import FORM, NOT_FINITE, RECALLED, SIZE, Header, digest
+from .header import NOT_FINITE, RECALLED, Header, digest
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+# Of a mean of headers: what all must say alike, what makes the messages useless where they do not, and the flags.
+ALIKE, DECISIVE = Header.places("step", "layout", "rates", "settings", "rate"), Header.places("step", "layout")
+(FLAGS,) = Header.places("flags")
 
 
 class Hearing:
@@ -125,10 +129,8 @@ class Hearing:
         e = self.engine
         mean = flight.received[0, 0, flight.b.header].tolist()
         mine = own.values()
-        sender = range(*_place_of("sender"))
-        flags = _place_of("flags")[0]
-        wrong = [i for i in range(SIZE) if i not in sender and i != flags and abs(mean[i] - mine[i]) > 1e-3]
-        if any(i in range(*_place_of(name)) for name in ("step", "layout") for i in wrong):
+        wrong = {i for i in ALIKE if abs(mean[i] - mine[i]) > 1e-3}
+        if wrong & DECISIVE:
             raise ExchangeError(
                 f"rank {e.me} at step {own.step}: an exact average over all workers mixes different steps, or different"
                 " parameters. Every rank must call step() equally often; where data run out at different times, train"
@@ -136,7 +138,7 @@ class Hearing:
             )
         if wrong:
             self._tell("mean", f"rank {e.me} at step {own.step}: the ranks have different learning rates or settings.")
-        return {-1} if mean[flags] > 1e-6 else set()
+        return {-1} if mean[FLAGS] > 1e-6 else set()
 
     # -- over NCCL: nothing waits for the device ---------------------------------------------------------------------
 
@@ -161,13 +163,3 @@ class Hearing:
                     f"rank {self.engine.me}: in step {own.step} rank {self._name(min(recalled))} had sent what was not"
                     " final; see its error. Restart from a checkpoint"
                 )
-
-
-def _place_of(name: str) -> tuple[int, int]:
-    """Where a field of the header lies."""
-    sizes = {"I": 4, "H": 2, "f": 4, "B": 1}
-    ends, at = {}, 0
-    for field, code in zip(Header._fields, FORM.format.lstrip("<"), strict=True):
-        ends[field] = (at, at + sizes[code])
-        at += sizes[code]
-    return ends[name]

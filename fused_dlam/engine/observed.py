@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from .buckets import Bucket
 from .fingerprint import fingerprint
 from .slot import Slot
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 UNSEEN = "(through .data, numpy or a collective: no version counter shows it)"
 
@@ -81,7 +77,7 @@ class Verdicts:
         differ.copy_((a != b).any(), non_blocking=True)
         self.asked.append((differ, torch.cuda.current_stream(a.device).record_event(), text))
 
-    def found(self, engine: Engine) -> str:
+    def found(self) -> str:
         """The text of one that found a difference, in this step or an earlier one."""
         for one in list(self.asked):
             differ, event, text = one

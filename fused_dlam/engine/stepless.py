@@ -37,11 +37,9 @@ def average(engine: Engine, flight: Flight, span: slice) -> None:
     old = [t[span] if keep else zero for t, keep in zip(b.state, kept, strict=True)]
     h = engine.local.scalars_of(b).h
     x += rule.update.fn(zero, zero, rule.State(*(zero for _ in old)), tuple(pull), h)[0]
-    if not any(kept):
+    if engine.skipped or not any(kept):  # skipped on all workers: nobody's buffers take it
         return
     _, new = rule.update.fn(zero, zero, rule.State(*old), tuple(pull), h)
-    if engine.skipped:  # on all workers: nobody's buffers take it
-        return
     for t, value, keep in zip(b.state, new, kept, strict=True):
         if keep:
             t[span].copy_(value)

@@ -6,7 +6,7 @@ step. One whose gradients came later, or were missing, has its own, kept in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -14,32 +14,26 @@ from torch.optim.optimizer import Optimizer
 
 from ..engine.engine import Engine
 from ..engine.slot import Slot
-from ..rules.scalars import scalar
-from ..topology import Topology
+from ..rules.scalars import Scalar
+
+Arguments = tuple[Scalar, float, float, float, dict[str, Any]]  # of `Rule.scalars`, from lr to hyper
 
 
 class Counter:
     """Counts of one optimizer's parameters. Where a GPU knows whether a step was skipped, the group's count is there,
     and is everybody's."""
 
-    def __init__(self, optimizer: Optimizer, engine: Engine, topology: Topology):
-        self.optimizer, self.engine, self.rho = optimizer, engine, topology.slowest_rho
-        self._memories: list[dict[str, Any]] = []
+    def __init__(self, optimizer: Optimizer, engine: Engine):
+        self.optimizer, self.engine = optimizer, engine
 
-    def begin(self) -> None:
-        """Before the groups' memories are those after this step."""
-        counts = self.engine.rule.counts
-        if counts is None:
+    def begin(self, arguments: Callable[[dict[str, Any]], Arguments]) -> None:
+        """Before the groups' memories are those after this step. arguments: of `Rule.scalars`, from a group."""
+        rule, groups = self.engine.rule, self.optimizer.param_groups
+        if rule.counts is None:
             return
-        self._memories = [dict(group["memory"]) for group in self.optimizer.param_groups]
-        self.engine.local.counts = [memory.get(counts, 0) for memory in self._memories]
-        self.engine.local.scalars_at = self._scalars_at
-
-    def _scalars_at(self, group: int, count: int) -> Any:
-        g, rule = self.optimizer.param_groups[group], self.engine.rule
-        hyper = {name: g[name] for name in rule.hyper}
-        rate, beta, decay = scalar(g["lr"]), float(g["momentum"]), float(g["weight_decay"])
-        return rule.scalars_at(count, rate, beta, decay, self.rho, hyper, self._memories[group])
+        memories = [dict(group["memory"]) for group in groups]
+        self.engine.local.counts = [memory.get(rule.counts, 0) for memory in memories]
+        self.engine.local.scalars_at = lambda g, count: rule.scalars_at(count, *arguments(groups[g]), memories[g])
 
     def note(self, unsure: bool = False) -> None:
         """After a step: keeps in the groups' memories which parameters have taken another number of steps.

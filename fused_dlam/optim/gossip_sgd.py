@@ -148,7 +148,7 @@ class GossipSGD(GossipOptimizer):
         )
         clips = o.max_grad_norm is not None
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
-        self._counter = Counter(self, self._engine, self._topology)
+        self._counter = Counter(self, self._engine)
         self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
         begin, settings = self._opening.begin_early, self._opening.settings
         self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)

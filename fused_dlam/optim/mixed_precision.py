@@ -62,8 +62,6 @@ def unscale(optimizer: Any, engine: Engine, arrivals: Arrivals) -> Scalar:
     With several workers this waits for the GPU, as torch's scaler does for optimizers that do not take it over. With
     one there is nothing to agree on: a number on the device comes back, and the passes read there whether they are to
     do anything, as torch's fused ones.
-
-    Raises RuntimeError where messages have left in the backward pass.
     """
     engine.factor = 1.0
     if getattr(optimizer, "found_inf", None) is None:

@@ -16,7 +16,7 @@ from ..layers.layer import finishing
 from ..rules.scalars import Scalar, Scalars, scalar
 from . import mixed_precision, options
 from .certificate import Certificate
-from .counter import Counter
+from .counter import Arguments, Counter
 from .kept_state import reclaim
 from .options import Options
 
@@ -54,7 +54,7 @@ class Opening:
         memories = [dict(group["memory"]) for group in groups]
         # What may raise comes before anything has begun, so that step() can be called again.
         h = [self._scalars(group, memory) for group, memory in zip(groups, memories, strict=True)]
-        self.counter.begin()
+        self.counter.begin(self._arguments)
         engine.settings = told(settings)
         engine.begin(self.optimizer._step, skip)
         if self.options.max_grad_norm is not None and engine.message.leaves_early and not engine.flights:
@@ -70,12 +70,15 @@ class Opening:
 
     def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
-        rule = self.engine.rule
-        hyper = {name: group[name] for name in rule.hyper}
         options.check_rates(group)
+        return self.engine.rule.scalars(*self._arguments(group), memory)
+
+    def _arguments(self, group: dict[str, Any]) -> Arguments:
+        """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
+        hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
         lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self.engine.topology.slowest_rho
-        return rule.scalars(lr, momentum, weight_decay, rho, hyper, memory)
+        return lr, momentum, weight_decay, rho, hyper
 
     def commit(self) -> None:
         """In step(): what the rule remembers of this step's scalars counts from here on, but of a skipped one nothing.

@@ -17,7 +17,7 @@ from ..comm.sharded import local
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.slot import Slot
-from .kept_state import show
+from .kept_state import put_back, show
 from .loaded_values import PLACE, check_everywhere
 
 if TYPE_CHECKING:
@@ -65,13 +65,7 @@ def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engin
         for b in engine.buckets:
             for slot in b.slots:
                 for name, buffer in engine.buffers(b).items():
-                    view, value = slot.view(buffer), saved[slot.p].get(name)
-                    if value is not None:
-                        view.copy_(local(value))
-                    elif name in engine.starting_at_x:
-                        view.copy_(slot.data)
-                    else:
-                        view.zero_()
+                    put_back(engine, slot, name, slot.view(buffer), saved[slot.p].get(name))
                 show(optimizer.state, engine, b, slot)
             restore_copies(b, lambda slot: saved[slot.p].get("master"))
 

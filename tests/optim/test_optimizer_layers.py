@@ -50,3 +50,19 @@ def test_slowmo_starts_from_what_was_loaded():
         p.grad = torch.zeros(3)
         optimizer.step()
         assert (p == 10.0).all()
+
+
+@pytest.mark.parametrize("method", ["adam", "adamw"])
+def test_a_late_parameter_is_decayed_once(method):
+    """Bit-equal: under LARS, a parameter's first step at the group's fourth is its first step in a new optimizer."""
+
+    def first_step(late):
+        generator = torch.Generator().manual_seed(3)
+        a, b = (nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(2))
+        optimizer = GossipSGD([a, b], lr=0.1, weight_decay=0.1, method=method, layers=[Lars(0.1)])
+        for step in range(late + 1):
+            a.grad, b.grad = torch.ones(4, 3), torch.full((4, 3), 2.0) if step == late else None
+            optimizer.step()
+        return b.detach().clone()
+
+    assert torch.equal(first_step(3), first_step(0))
