@@ -148,6 +148,7 @@ def test_resnet20_as_a_row_of_numbers():
     assert not torch.equal(buffers[0]["1.running_mean"], buffers[1]["1.running_mean"])
 
 
+@pytest.mark.slow
 def test_cifar10_end_to_end(tmp_path):
     """ResNet-20 through the whole program, four workers on a ring: 20 images, one step per epoch."""
     write_cifar10(tmp_path, 4)

@@ -25,10 +25,12 @@ def told(make):
 
 
 def missing(rank):
-    """Rank 1 does not build; then all do, twice; then again it does not."""
+    """Rank 1 does not build; then all do; and again. Together, lest another rank is late too, and named with it."""
+    build()
     out = []
     for _ in range(2):
-        out.append(told(lambda: build(timeout=0.5)) if rank != 1 else None)
+        dist.barrier()
+        out.append(told(lambda: build(timeout=2.0)) if rank != 1 else None)
         dist.barrier()
         optimizer = build()
         out.append(optimizer.consensus_distance())

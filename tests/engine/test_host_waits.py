@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from everyday import everyday
 from fake_cuda import Machine
 from fake_training import BUCKET_MB, training
 from fake_where import ours
@@ -145,7 +146,13 @@ BY_DESIGN = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+KINDS = ("atc", "atc, torch passes", "atc, bf16 parameters", "atc, other gradients missing in every step",
+         "awc, bf16 messages", "awc, missing gradients", "lr on the device, slowmo", "groups of weight decay",
+         "max_grad_norm, machines", "lars, bf16 parameters", "pmsgd", "global averages", "machines, awc", "two devices",
+         "Gossip, awc", "one worker", "messages through the host")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_no_step_waits_for_the_device(mode):
     make, options = MODES[mode]
     assert waits_of(make, **options) == []

@@ -13,11 +13,13 @@ Counted on fake GPUs (`fake_cuda`) in the sixth step, in which nothing is alloca
 operation of torch is one launch, an operation on a list of tensors as many as torch makes of it.
 """
 
+import functools
 from collections import Counter
 from typing import NamedTuple
 
 import pytest
 import torch
+from everyday import everyday
 from fake_training import RESNET_50, training
 from fake_where import ours
 from test_host_waits import MACHINES, gossip, gossip_sgd, schedule, two_groups
@@ -42,23 +44,27 @@ class Count(NamedTuple):
         return self.triton + self.other
 
 
+def counted(run) -> Count:
+    kinds, names = Counter(), Counter()
+    for launch in run.machine.launches:
+        if ours(launch.where):
+            kinds[launch.kind] += launch.count
+            if launch.kind == "kernel":
+                names[f"{launch.what} {launch.where}"] += launch.count
+    collected = sum(n for name, n in names.items() if name.startswith("_foreach_copy_ buckets.py"))
+    buckets = len(run.optimizer._engine.buckets)
+    return Count(buckets, kinds["triton"], kinds["kernel"], names, collected, kinds["nccl"], kinds["copy"])
+
+
 def count(make, *, each=None, warm=5, **options) -> Count:
-    """What the package launches in one step, `zero_grad` and hooks included."""
+    """What the package launches in the step after `warm` others, `zero_grad` and hooks included."""
     with training(make, **options) as run:
         for k in range(warm + 1):
             run.machine.launches.clear()
             if each is not None:
                 each(run, k)
             run.training.step()
-        launches = [launch for launch in run.machine.launches if ours(launch.where)]
-        kinds, names = Counter(), Counter()
-        for launch in launches:
-            kinds[launch.kind] += launch.count
-            if launch.kind == "kernel":
-                names[f"{launch.what} {launch.where}"] += launch.count
-        collected = sum(n for name, n in names.items() if name.startswith("_foreach_copy_ buckets.py"))
-        buckets = len(run.optimizer._engine.buckets)
-        return Count(buckets, kinds["triton"], kinds["kernel"], names, collected, kinds["nccl"], kinds["copy"])
+        return counted(run)
 
 
 MODES = {
@@ -79,10 +85,13 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+KINDS = ("atc", "atc, bf16 parameters and messages", "atc, two messages", "atc, exponential graph", "awc",
+         "awc, bf16 messages")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_kernels_of_a_bucket(mode):
-    make, options, kernels = MODES[mode]
-    n = count(make, **options)
+    kernels, (n, _) = MODES[mode][2], watched(mode)[5]
     assert n.buckets == BUCKETS
     assert n.triton == kernels * BUCKETS
     assert n.other == n.collected == BUCKETS, n.names
@@ -90,7 +99,7 @@ def test_kernels_of_a_bucket(mode):
     assert n.copies == (4 if "exponential" in mode else 2), "its own header, and its neighbors'"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_gradients_that_stay_in_their_views_are_collected_by_nothing(mode):
     make, options, kernels = MODES[mode]
     n = count(make, to_none=False, **options)
@@ -99,28 +108,34 @@ def test_gradients_that_stay_in_their_views_are_collected_by_nothing(mode):
     assert n.other == BUCKETS
 
 
-@pytest.mark.parametrize("mode", MODES)
+@functools.cache
+def watched(mode):
+    """(what is launched, what memory the package makes) in each of twelve steps."""
+    make, options, _ = MODES[mode]
+    out = []
+    with training(make, **options) as run:
+        for _ in range(12):
+            run.machine.launches.clear()
+            before = len(run.machine.memories)
+            run.training.step()
+            out.append((counted(run), [memory for memory in run.machine.memories[before:] if ours(memory.label)]))
+    return out
+
+
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_the_device_allocates_nothing_in_a_step(mode):
     """Gradients apart, which are the script's. What the host pins for headers it gives back."""
-    make, options, _ = MODES[mode]
-    with training(make, **options) as run:
-        for _ in range(5):
-            run.training.step()
-        before = len(run.machine.memories)
-        run.training.step()
-        made = [memory.label for memory in run.machine.memories[before:] if ours(memory.label)]
-        assert set(label.split(":")[0] for label in made) <= {"header.py", "hearing.py"}, made
-        assert all(memory.pinned for memory in run.machine.memories[before:] if memory.label.startswith("hearing"))
-        assert not any(m.device.type == "cuda" for m in run.machine.memories[before:] if ours(m.label))
+    _, made = watched(mode)[5]
+    assert {memory.label.split(":")[0] for memory in made} <= {"header.py", "hearing.py"}, made
+    assert all(memory.pinned for memory in made if memory.label.startswith("hearing"))
+    assert not any(memory.device.type == "cuda" for memory in made)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_steps_that_watch_values_cost_launches_and_are_rare(mode):
     """Steps 0 to 2, 4, 8, 16, ...: gradients are checked and, where messages may leave early, fingerprints compared."""
-    make, options, _ = MODES[mode]
-    usual = count(make, warm=5, **options)
-    costly = [k for k in range(12) if count(make, warm=k, **options).other > usual.other]
-    assert costly == [0, 1, 2, 4, 8]
+    launched = [n.other for n, _ in watched(mode)]
+    assert [k for k, n in enumerate(launched) if n > launched[5]] == [0, 1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
@@ -176,7 +191,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", everyday(LAYERS, ("lars, bf16 parameters", "lars, max_grad_norm")))
 def test_launches_do_not_grow_with_the_number_of_parameters(layer):
     """ResNet-50's 161 parameters against 20 of them. Lists of more than 64 or 110 tensors take torch a launch more."""
     make, options, most = LAYERS[layer]

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from everyday import everyday
 from fake_cuda import Machine
 from fake_runs import (
     BF16,
@@ -125,14 +126,25 @@ RECALLED = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+KINDS = ("atc", "atc, overlap=True", "atc, bf16 messages, torch passes", "atc, bf16 parameters",
+         "atc, zero_grad(set_to_none=False)", "awc", "awc, bf16 messages", "awc, missing gradients", "da-dmsgd",
+         "max_grad_norm, pmsgd", "lars, bf16 parameters", "slowmo, awc", "scaler", "local steps, awc",
+         "global averages, awc", "synchronize between, awc", "averaged between", "consensus_distance between, awc",
+         "Gossip", "Gossip, awc, bf16 messages", "exponential graph", "machines, overlap=True", "machines, awc",
+         "two devices, overlap=True", "gradients on two streams, pmsgd", "one worker, lars, clip",
+         "group of two backends, awc")  # fmt: skip
+THROUGH_HOST = ("atc, overlap=True", "atc, bf16 messages", "awc, bf16 parameters", "pmsgd", "averaged between",
+                "Gossip, awc", "machines, awc")  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", everyday(MODES, KINDS))
 def test_no_race_on_nccl(mode):
     run = train(**MODES[mode])
     assert not run.machine.races, report(run.machine)
     assert not run.machine.faults, run.machine.faults
 
 
-@pytest.mark.parametrize("mode", GLOO)
+@pytest.mark.parametrize("mode", everyday(GLOO, THROUGH_HOST))
 def test_no_race_when_messages_pass_through_the_host(mode):
     run = train(config=STAGED, **GLOO[mode])
     assert not run.machine.races, report(run.machine)

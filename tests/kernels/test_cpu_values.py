@@ -31,6 +31,7 @@ from cpu_problem import (
     same,
     text,
 )
+from everyday import everyday
 
 from fused_dlam import rules
 from fused_dlam.kernels import torch_passes
@@ -64,8 +65,11 @@ def test_torch_with_masters_in_bfloat16():
 
 
 # Compiling takes 0.2 to 0.5 s each time: every rule and degree in float32, other types where they differ.
+COMPILED = (rules.psgd, rules.decentlam, rules.pc_dmsgd, rules.da_dmsgd, rules.adamw, mix_ahead)
+
+
 @needs_numba
-@pytest.mark.parametrize("rule", [*rules.ALL.values(), mix_ahead], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", everyday([*rules.ALL.values(), mix_ahead], COMPILED), ids=lambda r: r.name)
 def test_compiled_in_float32(rule):
     for d in (0, 1, 2, 3, 6):
         for n in (0, 1, 3, 1000, *([BLOCK + 7] if d == 3 else [])):
@@ -77,7 +81,7 @@ def test_compiled_in_float32(rule):
 
 @needs_numba
 @pytest.mark.parametrize("types", [t for t in TYPES if t != "fff"])
-@pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd], ids=lambda r: r.name)
+@pytest.mark.parametrize("rule", everyday([rules.pc_dmsgd, rules.da_dmsgd], [rules.da_dmsgd]), ids=lambda r: r.name)
 def test_compiled_in_other_types(rule, types):
     for n in (1, 3, 1000, BLOCK + 7):  # the last one: non-temporal stores
         p = problem(rule, n, 2, TYPES[types])

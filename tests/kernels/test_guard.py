@@ -12,6 +12,7 @@ Promises, for every rule, with NaN, infinities and numbers whose differences ove
 import pytest
 import torch
 from cpu_problem import AWC, B, D, F, H, both, needs_numba, problem
+from everyday import everyday
 from guard_problem import but, check_planted, plant, same, step
 
 from fused_dlam import rules
@@ -36,9 +37,7 @@ QUICK = (rules.psgd, rules.pc_dmsgd, rules.adamw)
 
 
 @needs_numba
-@pytest.mark.parametrize(
-    "rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in RULES], ids=names
-)
+@pytest.mark.parametrize("rule", everyday(RULES, QUICK), ids=names)
 def test_every_rule_compiled(rule):
     for d in (0, 1, 3):
         for n in (1003, 3):
@@ -49,7 +48,7 @@ def test_every_rule_compiled(rule):
 
 @both
 @pytest.mark.parametrize("types", [t for t in TYPES if t != "fff"])
-@pytest.mark.parametrize("rule", [rules.pc_dmsgd, rules.da_dmsgd], ids=names)
+@pytest.mark.parametrize("rule", everyday([rules.pc_dmsgd, rules.da_dmsgd], [rules.pc_dmsgd]), ids=names)
 def test_other_types(backend, rule, types):
     for n in (1, 1003):
         p = problem(rule, n, 2, TYPES[types])

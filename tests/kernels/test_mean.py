@@ -4,6 +4,7 @@ the interpreted Triton kernels.
 
 import pytest
 import torch
+from everyday import everyday
 from triton_problem import INTERPRETED, interpreted
 
 from fused_dlam import rules
@@ -64,7 +65,7 @@ MIXED = [rules.dmsgd, rules.decentlam, rules.pc_dmsgd]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing of Triton's")
-@pytest.mark.parametrize("rule", MIXED, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", everyday(MIXED, [rules.pc_dmsgd]), ids=lambda rule: rule.name)
 def test_the_mean_does_not_drift_in_2000_steps(rule):
     assert drift(2000, gossip(rule, TorchPasses)) < 2e-5
 

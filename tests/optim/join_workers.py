@@ -133,7 +133,7 @@ def mean_law(rank, options, counts):
 def fails_inside(rank, options, failing):
     """What each rank gets, and after how many seconds, when one fails in the body and another is through by then."""
     worker = Worker(rank, torch.float64)
-    optimizer = fused_dlam.GossipSGD(worker.params, lr=LR, timeout=4.0, **options)
+    optimizer = fused_dlam.GossipSGD(worker.params, lr=LR, timeout=2.5, **options)
     start = time.monotonic()
     try:
         with optimizer.join():
@@ -242,10 +242,10 @@ def steady(deadline=10.0):
 
 
 def in_a_row(rank, kind, how, options):
-    """Threads and files after 3 and after 12 optimizers, closed or deleted one after another, and x at the end."""
+    """Threads and files after 3 and after 8 optimizers, closed or deleted one after another, and x at the end."""
     worker = Worker(rank, torch.float64)
     seen = {}
-    for k in range(12):
+    for k in range(8):
         with machines_of(2) if options.get("hierarchical") else contextlib.nullcontext():
             optimizer = build(kind, worker.params, options)
         for _ in range(2):
@@ -256,10 +256,10 @@ def in_a_row(rank, kind, how, options):
             optimizer.close()
             optimizer.close()  # harmless
         del optimizer
-        if k in (2, 11):
+        if k in (2, 7):
             torch.distributed.barrier()
             seen[k] = steady()
-    return seen[2], seen[11], worker.x, threading.active_count()
+    return seen[2], seen[7], worker.x, threading.active_count()
 
 
 def closed(rank, kind, options):

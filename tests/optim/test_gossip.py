@@ -1,7 +1,7 @@
 """Promises about `Gossip`, any torch optimizer made decentralized:
 
 - one worker is the inner optimizer, bit for bit, in float32 and bfloat16;
-- with real processes, n = 2 to 4, AdamW, SGD and Adafactor follow n float64 copies of the inner optimizer and a dense
+- with real processes, n = 3 and 4, AdamW, SGD and Adafactor follow n float64 copies of the inner optimizer and a dense
   W @ (X + D) or W @ X + D within 1e-5, Muon (whose orthogonalization is bfloat16) within 1e-2;
 - Gossip(SGD) is `GossipSGD`'s dmsgd within 1e-6;
 - without gradients disagreement contracts as W^k says; what torch expects of an optimizer holds.
@@ -29,11 +29,10 @@ MACHINES = [({"kind": kind, "schedule": s}, ddp) for s in SCHEDULES for kind in 
 
 
 def dense_cases(n):
-    graphs = ("one-peer-exponential", "star") if n == 4 else ("one-peer-exponential",)
+    graph = "star" if n == 4 else "one-peer-exponential"
     return [
         (name, {"topology": graph, "schedule": schedule, "bucket_mb": 1e-4})
         for name in gossip_workers.OPTIMIZERS
-        for graph in graphs
         for schedule in SCHEDULES
     ]
 
@@ -42,8 +41,8 @@ def dense_cases(n):
 def runs():
     """By the number of workers and a name, what the ranks return."""
     w = gossip_workers
-    calls = {n: {"dense": (w.train_each, dense_cases(n), STEPS)} for n in (2, 3, 4)}
-    calls[2]["refused"] = (w.refused,)
+    calls = {n: {"dense": (w.train_each, dense_cases(n), STEPS)} for n in (3, 4)}
+    calls[2] = {"refused": (w.refused,)}
     for schedule, options in OURS.items():
         calls[3]["ours", schedule] = (w.train_ours, options, STEPS)
         calls[3]["theirs", schedule] = (w.train, "sgd", options, STEPS)
@@ -103,7 +102,7 @@ def test_one_worker_is_the_inner_optimizer(name, dtype, schedule):
         assert all(torch.equal(torch.as_tensor(p[k]), torch.as_tensor(q[k])) for k in p)
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [3, 4])
 def test_follows_the_dense_oracle(n, runs):
     """Directed one-peer and static graphs, both schedules, several buckets; unused parameters are only averaged."""
     results = runs[n]["dense"]

@@ -107,8 +107,8 @@ def check(seen, count):
     assert seen["most folders"] <= 2  # what killed saves leave is removed by the next
 
 
-def test_killed_in_twelve_saves(tmp_path):
-    check(kills(tmp_path, 12, random.SystemRandom().randrange(1 << 31)), 12)
+def test_killed_in_six_saves(tmp_path):
+    check(kills(tmp_path, 6, random.SystemRandom().randrange(1 << 31)), 6)
 
 
 @pytest.mark.slow

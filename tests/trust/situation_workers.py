@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_dlam import GossipSGD, GradScaler, neighbor_allreduce
+from fused_dlam import Gossip, GossipSGD, GradScaler, neighbor_allreduce
 
 mse = nn.functional.mse_loss
 
@@ -236,10 +236,13 @@ def in_a_row(rank, closes):
     return out
 
 
-def awc_written(rank, build):
+def awc_written(rank, which):
     """schedule="awc" and weights written through .data after step(): refused, or the mean of what was written."""
     p = nn.Parameter(torch.zeros(1000))
-    optimizer = build(p)
+    if which == "gossip":
+        optimizer = Gossip(torch.optim.SGD([p], lr=0.1), schedule="awc", timeout=30)
+    else:
+        optimizer = GossipSGD([p], lr=0.1, schedule="awc", timeout=5)
     try:
         for _ in range(4):
             optimizer.zero_grad()
@@ -259,7 +262,7 @@ def awc_written(rank, build):
 def out_of_step(rank, what, schedule):
     """One rank counts other steps than the rest, or leaves one out: when a rank is told, and what."""
     p = nn.Parameter(torch.zeros(4))
-    optimizer = GossipSGD([p], lr=0.1, topology="ring", schedule=schedule, timeout=10, overlap=False)
+    optimizer = GossipSGD([p], lr=0.1, topology="ring", schedule=schedule, timeout=4, overlap=False)
     for k in range(8):
         optimizer.zero_grad()
         p.grad = torch.ones(4)

@@ -23,7 +23,7 @@ import os
 import pytest
 from fuzz_run import run_many
 
-SHORT = {1: range(0, 24), 2: range(0, 14), 3: range(0, 10), 4: range(0, 6)}
+SHORT = {1: range(0, 12), 2: range(0, 8), 3: range(0, 6), 4: range(0, 4)}
 SHARE = {1: 0.3, 2: 0.25, 3: 0.2, 4: 0.15, 5: 0.1}  # of the configurations of the long form
 
 

@@ -8,14 +8,10 @@
 - an optimizer that is gone leaves neither threads nor files behind.
 """
 
-import functools
-
 import pytest
 import situation_workers as workers
 import torch
 from workers import run_together
-
-from fused_dlam import Gossip, GossipSGD
 
 OPTIONS = [{}, {"method": "pmsgd"}, {"topology": "exponential", "comm_dtype": torch.bfloat16},
            {"method": "decentlam", "topology": "ring"}]  # fmt: skip
@@ -23,17 +19,11 @@ TOUCHED = [(name, k, start) for name in workers.TOUCHES for k in range(len(OPTIO
 THAWED = ("frozen first", "frozen later", "back and forth")
 
 
-def awc(p):
-    return GossipSGD([p], lr=0.1, schedule="awc", timeout=5)
-
-
-def gossip_awc(p):
-    return Gossip(torch.optim.SGD([p], lr=0.1), schedule="awc", timeout=30)
-
-
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def overlaps(request):
-    calls = {t: (workers.touched, t[0], OPTIONS[t[1]], t[2]) for t in TOUCHED}
+    """Two ranks start at step 0 with half of the options and at step 4 with the others, three with all."""
+    crosswise = [t for t in TOUCHED if request.param == 3 or (t[1] + t[2] // 4) % 2 == 0]
+    calls = {t: (workers.touched, t[0], OPTIONS[t[1]], t[2]) for t in crosswise}
     calls |= {order: (workers.gan, order) for order in ("d first", "g first")}
     calls |= {what: (workers.thawed, what) for what in THAWED}
     return run_together(request.param, calls)
@@ -44,7 +34,7 @@ def threes():
     calls = {"adapters": (workers.adapters,), "bf16": (workers.bf16_loaded,), "means": (workers.fp16_means,)}
     calls |= {m: (workers.fp16_scaled, m) for m in ("pmsgd", "dmsgd")}
     calls |= {"rates": (workers.drifting_rates,), "row": (workers.in_a_row, False), "closed": (workers.in_a_row, True)}
-    calls |= {"gossip awc": (workers.awc_written, gossip_awc)}
+    calls |= {"gossip awc": (workers.awc_written, "gossip")}
     return run_together(3, calls)
 
 
@@ -97,7 +87,7 @@ def test_an_optimizer_gives_back_what_it_took(how, threes):
 def test_weights_written_while_they_are_in_flight(threes):
     """Gossip sends a copy: the mean is that of what was written. GossipSGD refuses, and says what to do."""
     assert all(mean == pytest.approx(2.0) for mean in threes["gossip awc"])
-    refusals = run_together(3, {"awc": (workers.awc_written, awc)})["awc"]
+    refusals = run_together(3, {"awc": (workers.awc_written, "gossip-sgd")})["awc"]
     assert all("synchronize()" in text or "gave up" in text or "closed" in text for text in refusals)
     assert any("synchronize()" in text for text in refusals)
 
@@ -123,11 +113,18 @@ METHODS = [{}, {"method": "da-dmsgd"}, {"method": "decentlam", "topology": "ring
            {"comm_dtype": torch.bfloat16}, {"topology": "full"}, {"fused": True}, {"method": "qg-dmsgd"}]  # fmt: skip
 
 
-def test_a_value_that_is_not_finite_reaches_no_second_rank():
+PLACES = [(p, k) for p in range(len(PLANTED)) for k in range(len(METHODS))]
+
+
+@pytest.mark.parametrize("places", [[pk for pk in PLACES if sum(pk) % 2 == 0],
+                                    pytest.param([pk for pk in PLACES if sum(pk) % 2], marks=pytest.mark.slow)],
+                         ids=["crosswise", "the rest"])  # fmt: skip
+def test_a_value_that_is_not_finite_reaches_no_second_rank(places):
     """Every place, with each of the methods, schedules and passes; one in a gradient does not stay on the first."""
     pytest.importorskip("numba")
-    calls = {(where, k): (workers.nan_planted, where, o) for where in PLANTED for k, o in enumerate(METHODS)}
-    for (where, k), ranks in run_together(4, calls).items():
+    calls = {(p, k): (workers.nan_planted, PLANTED[p], METHODS[k]) for p, k in places}
+    for (p, k), ranks in run_together(4, calls).items():
+        where = PLANTED[p]
         bad = [has for has, _, _ in ranks]
         assert not any(bad[1:]), (where, METHODS[k])
         if where.startswith("gradient"):
@@ -143,6 +140,5 @@ def test_nonfinite_raise_names_the_parameter():
 
 def test_scripts_differ_when_touched():
     """The touches above do something: without them the parameters are others."""
-    run = functools.partial(workers.touched)
-    a, b = (run_together(2, {name: (run, name, {}, 0)})[name][0][2] for name in ("clamp", "none"))
-    assert not torch.equal(a, b)
+    ranks = run_together(2, {name: (workers.touched, name, {}, 0) for name in ("clamp", "none")})
+    assert not torch.equal(ranks["clamp"][0][2], ranks["none"][0][2])
