@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..rules.scalars import Scalar, scalar, smallest
@@ -13,6 +15,7 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     """min(1, limit / norm) for the gradients in the flat buffers times `unscale`, as torch's clip_grad_norm_ has it.
 
     Where gradients are averaged the norm is that of the averaged one, where they are in shards that of all shards.
+    With a norm that is not finite it is 0: how far to shorten the elements that are finite is not known.
     """
     engine.bring(AVERAGING)
     squares = [
@@ -26,4 +29,7 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     first = squares[0].device
     square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
     norm = scalar(engine.place.sum_over_shards(square).sqrt())
-    return smallest(1.0, limit / (norm * unscale + 1e-6))
+    coefficient = smallest(1.0, limit / (norm * unscale + 1e-6))
+    if isinstance(coefficient, torch.Tensor):
+        return coefficient.nan_to_num(nan=0.0)
+    return 0.0 if math.isnan(norm) else coefficient

@@ -49,7 +49,7 @@ class GossipSGD(GossipOptimizer):
         params: parameters, groups, or named parameters, as for `torch.optim.SGD`.
         lr: learning rate; a number, or a tensor of one element. On a GPU the Triton kernels read a tensor there; every
             other pass on a GPU waits for it once per step.
-        momentum: beta, in [0, 1).
+        momentum: beta, in [0, 1). Unlike torch's, a step with momentum 0 leaves its gradient in the buffer.
         weight_decay: lambda, added to the gradient as lambda x.
         method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "pc-dmsgd" (the default) suits directed and
             one-peer graphs, "decentlam" symmetric ones.
@@ -60,7 +60,8 @@ class GossipSGD(GossipOptimizer):
         group: the process group of the workers; default: all ranks.
         overlap: "auto" (default) finds out in the first step whether messages can leave during the backward pass, True
             insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
-        max_grad_norm: clips the gradient of each worker to this norm, in `step`.
+        max_grad_norm: clips the gradient of each worker to this norm, in `step`. One whose norm is not finite counts as
+            zero.
         maximize: ascend instead of descend.
         layers: what runs around the rule, e.g. `[fused_dlam.layers.Lars(0.01), fused_dlam.SlowMo(every=12)]`.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):

@@ -113,6 +113,21 @@ def test_no_gradients_at_all_is_no_step():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_whose_norm_is_not_finite_counts_as_zero(value, on_device, monkeypatch):
+    """As torch's clip_grad_norm_ has it for infinity; and where the norm stays on a device, so does this."""
+    if on_device:
+        monkeypatch.setattr("fused_dlam.engine.clip.scalar", lambda value: torch.as_tensor(value))
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = GossipSGD([p], lr=0.1, max_grad_norm=1.0)
+    for k in range(2):
+        p.grad = torch.tensor([value if k else 1.0, 1.0, 1.0])
+        optimizer.step()
+    step = 0.1 / 3**0.5
+    torch.testing.assert_close(p.detach()[1:], torch.full((2,), 1 - step - 0.9 * step))
+
+
 def test_layouts():
     """Channels-last, 0-d, empty, transposed, expanded-and-cloned and complex parameters follow torch.optim.SGD."""
 

@@ -110,7 +110,8 @@ def test_a_step_that_is_left_out_is_named_when_somebody_waits_for_it():
 PLANTED = ["gradient nan", "gradient inf", "gradient -inf", "weight nan", "state inf"]
 METHODS = [{}, {"method": "da-dmsgd"}, {"method": "decentlam", "topology": "ring"}, {"method": "pmsgd"},
            {"method": "gradient-tracking", "topology": "ring"}, {"method": "adamw"}, {"schedule": "awc"},
-           {"comm_dtype": torch.bfloat16}, {"topology": "full"}, {"fused": True}, {"method": "qg-dmsgd"}]  # fmt: skip
+           {"comm_dtype": torch.bfloat16}, {"topology": "full"}, {"fused": True}, {"method": "qg-dmsgd"},
+           {"max_grad_norm": 1.0}]  # fmt: skip
 
 
 PLACES = [(p, k) for p in range(len(PLANTED)) for k in range(len(METHODS))]
