@@ -112,10 +112,12 @@ def test_killed_in_six_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_two_hundred_saves(tmp_path):
-    seen = kills(tmp_path, 200, random.SystemRandom().randrange(1 << 31))
-    check(seen, 200)
-    assert seen["one rank"] > 20 and seen["half written"] > 50
+def test_killed_in_many_saves(tmp_path):
+    """KILLS=200 pytest -m slow -k many_saves"""
+    count = int(os.environ.get("KILLS", "60"))
+    seen = kills(tmp_path, count, random.SystemRandom().randrange(1 << 31))
+    check(seen, count)
+    assert seen["one rank"] > count / 10 and seen["half written"] > count / 4
 
 
 def test_killed_before_each_file_operation(tmp_path):

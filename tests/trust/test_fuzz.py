@@ -43,5 +43,5 @@ def test_a_few_scripts(n):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", SHARE)
 def test_many_scripts(n):
-    count = int(int(os.environ.get("FUZZ_SEEDS", "200")) * SHARE[n])
+    count = int(int(os.environ.get("FUZZ_SEEDS", "100")) * SHARE[n])
     hold(n, range(1000, 1000 + count))
