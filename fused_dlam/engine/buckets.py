@@ -2,11 +2,7 @@
 
     parameters  p0 p1 p2 ...        ->  Bucket(x, g, state, messages, received), one Slot per parameter
 
-Parameters are never copied. After `zero_grad()` autograd makes a new gradient. It is copied into its slot. The view
-takes its place as `p.grad`, and autograd accumulates into that from then on. On a CPU this happens where the
-gradient is made: 8 bytes per parameter, still in cache, in place of the 16 of zeroing the slot and adding to it (8.4 MB
-of parameters: 0.5 against 1.1 ms per step, bench/train.py --own-cost). On a GPU one kernel copies all of a bucket, once
-the last is there: ResNet-50 has 161. After `zero_grad(set_to_none=False)` nothing is copied at all.
+Parameters are never copied; how gradients come here is told in gathering.py.
 
 Two kinds of parameters are not views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
 memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back.
@@ -18,14 +14,14 @@ by a layer before the rule sees it, that happens in a buffer beside it.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 
 from ..comm import sharded
 from ..rules.scalars import Scalar
+from .gathering import Gathering
 from .header import SIZE
 from .per_slot import PerSlot
 from .slot import Slot
@@ -34,12 +30,11 @@ from .slot import Slot
 # knows to be divisible by 16: with 8, half of all runs took a kernel with masked 32-bit accesses.
 ALIGN = 16
 PADDING = 1024  # elements; a bucket's length is a multiple, so that a kernel needs no mask
-GATHER = 32 << 20  # bytes of gradients on a GPU that wait for the rest of their bucket, beside the bucket's own
 Key = TypeVar("Key")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class Bucket(PerSlot):
+class Bucket(Gathering, PerSlot):
     """Parameters of one dtype and device and their flat buffers, all of one length N.
 
     x holds master values: the parameters themselves, or float32 copies of 16-bit ones (then `low` holds the
@@ -82,10 +77,7 @@ class Bucket(PerSlot):
         self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
         self.expected: set[int] = set()  # slots whose gradients arrived in the last step that was watched
-        self.streams: set[torch.cuda.Stream] = set()  # on which this step's gradients were written
-        self.gathers = self.x.is_cuda  # gradients that autograd makes anew are copied together
-        self._fresh: list[Slot] = []  # whose gradients have arrived, but not in their views
-        self._waiting = 0  # their bytes
+        Gathering.__init__(self)
         self.messages = self.received = torch.empty(0)
         for slot in self.slots:
             self._adopt(slot, gradients)
@@ -133,83 +125,6 @@ class Bucket(PerSlot):
             p.grad = had.to(getattr(p, "grad_dtype", None) or p.dtype) if had.layout == torch.strided else had
             self.collect([slot])
 
-    def arrived(self, slot: Slot) -> None:
-        """Autograd has accumulated a gradient: if it is not the view, it moves there, now or with others'.
-
-        One that has a graph of its own stays where it is until step(): the script means to differentiate it.
-        """
-        if slot.p.grad is not None and slot.p.grad.requires_grad:
-            return
-        if not self.gathers:
-            return self.collect([slot])
-        if self.x.is_cuda:
-            slot.stream = torch.cuda.current_stream(self.x.device)
-            self.streams.add(slot.stream)
-        if slot.p.grad is not slot.installed and slot.p.grad is not None:
-            if slot.fresh is None:
-                self._fresh.append(slot)
-                self._waiting += slot.numel * self.g.element_size()
-            slot.fresh = weakref.ref(slot.p.grad), slot.p.grad._version
-            if len(self._fresh) >= len(self.slots) or self._waiting >= GATHER:
-                self.gather()
-
-    def gather(self) -> None:
-        """Moves what has arrived into the views, on the current stream, after the streams that wrote it."""
-        if not self._fresh:
-            return
-        if self.x.is_cuda:
-            stream = torch.cuda.current_stream(self.x.device)
-            for slot in self._fresh:
-                if slot.stream not in (None, stream):
-                    stream.wait_stream(slot.stream)
-                    if slot.p.grad is not None:  # not to be given out again on its own stream before it is read here
-                        sharded.local(slot.p.grad).record_stream(stream)
-            self.streams.add(stream)
-        fresh = self._fresh
-        self._forget_fresh()
-        self.collect(fresh)
-
-    def _forget_fresh(self) -> None:
-        self._fresh, self._waiting = [], 0
-
-    def collect(self, slots: Iterable[Slot]) -> None:
-        """Copies gradients that are not the views into the views, in one operation, and puts the views back.
-
-        A gradient with a graph keeps its place.
-        """
-        fresh = []
-        for slot in slots:
-            grad, arrived, slot.fresh = slot.p.grad, slot.fresh, None
-            if grad is None or grad is slot.installed or slot.grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"parameter of shape {tuple(slot.p.shape)}: fused_dlam does not support sparse gradients; build the"
-                    " layer with sparse=False"
-                )
-            untouched = arrived is not None and arrived[0]() is grad and arrived[1] == grad._version
-            fresh.append((slot, slot.grad, grad, untouched))
-        if not fresh:
-            return
-        torch._foreach_copy_([view for _, view, _, _ in fresh], [sharded.local(g.detach()) for _, _, g, _ in fresh])
-        for slot, view, _, untouched in fresh:
-            if not slot.p.grad.requires_grad:  # type: ignore[union-attr]
-                slot.p.grad = slot.installed
-            if untouched and slot.arrived_at is not None:
-                slot.arrived_at = view._version
-
-    def zero_grad(self, set_to_none: bool) -> None:
-        """Forgets the gradients, or zeros them with one write and keeps the views installed."""
-        if not set_to_none:
-            self.grads.zero_()
-        self._forget_fresh()
-        for slot in self.slots:
-            slot.fresh = None
-            if set_to_none or slot.p.grad is None:
-                slot.p.grad = None
-            else:
-                slot.p.grad = slot.installed
-
     def refresh(self) -> None:
         """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
         dtype = self.x.dtype if self.low is None else self.low.dtype
@@ -222,9 +137,7 @@ class Bucket(PerSlot):
                     " built (model.to(...), load_state_dict(assign=True), p.data = ..., or another optimizer built over"
                     " it). Move the model first, then build the one optimizer; load checkpoints with assign=False."
                 )
-        if self._fresh:
-            self.gather()
-        self.collect([slot for slot in self.slots if slot.p.grad is not slot.installed])
+        self.collect_all()
 
     def active(self) -> list[bool]:
         """For each slot, whether its parameter has a gradient. As in torch zeros are one, and None is none."""

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..rules.scalars import Scalar, scalar, smallest
+from ..rules.scalars import Scalar, scalar
 from .engine import Engine
 from .flight import AVERAGING
 
@@ -29,7 +29,7 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     first = squares[0].device
     square = sum((s.to(first) for s in squares), torch.zeros((), dtype=torch.float64, device=first))
     norm = scalar(engine.place.sum_over_shards(square).sqrt())
-    coefficient = smallest(1.0, limit / (norm * unscale + 1e-6))
+    coefficient = limit / (norm * unscale + 1e-6)
     if isinstance(coefficient, torch.Tensor):
-        return coefficient.nan_to_num(nan=0.0)
-    return 0.0 if math.isnan(norm) else coefficient
+        return coefficient.clamp(max=1.0).nan_to_num(nan=0.0)
+    return 0.0 if math.isnan(coefficient) else min(1.0, coefficient)

@@ -48,10 +48,6 @@ def largest(a: Scalar, b: Scalar) -> Scalar:
     return b.clamp(min=a) if isinstance(b, torch.Tensor) else max(a, b)
 
 
-def smallest(a: Scalar, b: Scalar) -> Scalar:
-    return -largest(-a, -b)
-
-
 def ratio(a: Scalar, b: Scalar, where: Scalar) -> Scalar:
     """a / b where `where`, which is no larger than b, is above 0, else 0. A denormal learning rate counts as 0."""
     if isinstance(where, torch.Tensor):

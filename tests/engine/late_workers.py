@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fused_dlam import GossipSGD
-from fused_dlam.engine import buckets
+from fused_dlam.engine import gathering
 
 STEPS = 8
 HABITS = ("plain", "freeze", "some to None", "first used later", "model.zero_grad", "a large one", "replaced")
@@ -24,7 +24,7 @@ def train(rank, habit, gathers, overlap, method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     if habit == "a large one":  # of more bytes than may wait, which arrives before smaller ones of its bucket
-        buckets.GATHER = 60
+        gathering.GATHER = 60
         model = nn.Sequential(Scale(), *model)
     optimizer = GossipSGD(model.parameters(), lr=0.1, overlap=overlap, method=method, timeout=60.0)
     for b in optimizer._engine.buckets:
@@ -56,8 +56,8 @@ def train(rank, habit, gathers, overlap, method):
 
 
 def train_each(rank, cases):
-    kept, out = buckets.GATHER, []
+    kept, out = gathering.GATHER, []
     for case in cases:
         out.append(train(rank, *case))
-        buckets.GATHER = kept
+        gathering.GATHER = kept
     return out

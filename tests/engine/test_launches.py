@@ -51,7 +51,7 @@ def counted(run) -> Count:
             kinds[launch.kind] += launch.count
             if launch.kind == "kernel":
                 names[f"{launch.what} {launch.where}"] += launch.count
-    collected = sum(n for name, n in names.items() if name.startswith("_foreach_copy_ buckets.py"))
+    collected = sum(n for name, n in names.items() if name.startswith("_foreach_copy_ gathering.py"))
     buckets = len(run.optimizer._engine.buckets)
     return Count(buckets, kinds["triton"], kinds["kernel"], names, collected, kinds["nccl"], kinds["copy"])
 

@@ -1,6 +1,6 @@
 """PC-DmSGD on the graphs that beat all-reduce by bytes: one message to one neighbor per step, n = 8, 12, 16, 25, 64.
 
-Promises on the problem of test_regression.py (beta = 0.9, lr = 2e-3, n workers with unlike data), run with -s for the
+Promises on the problem of test_regression.py (beta = 0.9, lr = 2e-3, n workers with unlike data), with -n0 -s for the
 figures:
 - stable: the certificate is below one (an estimate plus two of its errors, where matchings are random);
 - its bias is below a tenth of DSGD's on the same graph;

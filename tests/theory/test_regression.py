@@ -1,5 +1,6 @@
 """The claims in numbers, on the paper's problem: full-batch linear regression in which every worker's data have another
-solution (b_i = A_i x_i + noise, x_i different), beta = 0.9, lr = 2e-3, n = 8, 16 and 64. Run with -s for the figures.
+solution (b_i = A_i x_i + noise, x_i different), beta = 0.9, lr = 2e-3, n = 8, 16 and 64. With -n0 -s it
+prints the figures.
 
 - symmetric exponential graph: DecentLaM ends at DSGD's bias, DmSGD about 1 / (1 - beta)^2 = 100 times higher;
 - one-peer exponential graph: DecentLaM diverges; PC-DmSGD takes all-reduce momentum SGD's steps and ends far below

@@ -15,7 +15,7 @@ The promise that every configuration is held against:
 A failure prints the configuration in one line, and comes again from its numbers:
 
     python tests/trust/fuzz_run.py --n 3 --seeds 17
-    FUZZ_SEEDS=5000 pytest tests/trust -m slow -s
+    FUZZ_SEEDS=5000 pytest tests/trust -m slow -n0 -s
 """
 
 import os
