@@ -47,6 +47,7 @@ def call(ranks: Sequence[int], what: str, facts: Mapping[str, object], timeout: 
     if store is None:
         counts[members] += 1
         return f"{which}_{number}"
+    attempt = counts[members, number] = counts[members, number] + 1
     mine = {"what": what, **{name: str(value) for name, value in facts.items()}}
     try:
         store.set(str(me), json.dumps([mine, uuid.uuid4().hex]))
@@ -54,11 +55,11 @@ def call(ranks: Sequence[int], what: str, facts: Mapping[str, object], timeout: 
         try:
             complete = _all_there(store, members, me, what, timeout)
         finally:
-            if not complete:
-                store.delete_key(str(me))  # whoever comes later waits for the next attempt
-                store.set(f"{me} came", "")
+            if not complete:  # whoever comes later waits for the next attempt
+                store.set(f"{me} came", str(attempt))  # first, lest one looks in between and names this rank
+                store.delete_key(str(me))
         if not complete:
-            _raise_missing(store, members, me, what, timeout)
+            _raise_missing(store, members, me, what, timeout, attempt)
         values = [value.decode() for value in store.multi_get([str(rank) for rank in members])]
     except RuntimeError as error:
         if isinstance(error, ExchangeError):
@@ -124,8 +125,12 @@ def _compare_ranks(elsewhere: dist.Store, rank: int, members: Sequence[int], me:
         )
 
 
-def _raise_missing(store: dist.Store, members: Sequence[int], me: int, what: str, timeout: float) -> None:
-    here = [rank for rank in members if store.check([str(rank)]) or store.check([f"{rank} came"])]
+def _raise_missing(store: dist.Store, members: Sequence[int], me: int, what: str, timeout: float, attempt: int) -> None:
+    def came(rank: int) -> bool:
+        """Whether a rank was here at this attempt, and has given up since."""
+        return store.check([f"{rank} came"]) and int(store.get(f"{rank} came")) >= attempt
+
+    here = [rank for rank in members if store.check([str(rank)]) or came(rank)]
     missing = [rank for rank in members if rank not in here] or [rank for rank in members if rank != me]
     here = [rank for rank in here if rank not in missing]
     verb = "has" if len(missing) == 1 else "have"

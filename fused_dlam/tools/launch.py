@@ -34,6 +34,17 @@ def run_workers(fn: Callable[..., Any], n: int, *args: Any, deadline: float = 60
     if n < 1:
         raise ValueError(f"the number of workers must be at least 1, not {n}")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    try:
+        return _run(fn, n, args, deadline)
+    except _NotConnected:  # seen once in a thousand starts, on a busy machine: nothing has run yet
+        return _run(fn, n, args, deadline)
+
+
+class _NotConnected(RuntimeError):
+    """A worker's process group could not be built."""
+
+
+def _run(fn: Callable[..., Any], n: int, args: tuple, deadline: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="fused_dlam-") as folder:
         context = mp.start_processes(
             _worker, (fn, n, args, folder, deadline), nprocs=n, join=False, start_method="forkserver"
@@ -43,6 +54,10 @@ def run_workers(fn: Callable[..., Any], n: int, *args: Any, deadline: float = 60
             while not context.join(timeout=1.0):
                 if time.monotonic() > end:
                     raise TimeoutError(f"{n} workers of {fn.__name__} were not done after {deadline:g} s")
+        except mp.ProcessRaisedException as error:
+            if Path(folder, f"connected{error.error_index}").exists():
+                raise
+            raise _NotConnected(str(error)) from error
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -56,6 +71,7 @@ def _worker(rank: int, fn: Callable[..., Any], n: int, args: tuple, folder: str,
     gc.freeze()  # what was imported is left out of every search: of 0.39 s for an optimizer and its end, 0.09 are left
     store = dist.FileStore(f"{folder}/store", n)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=deadline))
+    Path(folder, f"connected{rank}").touch()
     try:
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(fn(rank, *args)))
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import example_workers as workers
 import pytest
 
+from fused_dlam.tools import launch
 from fused_dlam.tools.launch import run_workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,3 +52,17 @@ def test_an_error_of_a_worker_is_raised():
         run_workers(workers.fails, 2, deadline=60)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         run_workers(workers.fails, 0)
+
+
+def test_a_start_that_did_not_connect_is_made_once_more(monkeypatch):
+    """And not twice; what the workers' function raises is no such start, see above."""
+    starts = []
+
+    def run(*args):
+        starts.append(args)
+        raise launch._NotConnected("closed by peer")
+
+    monkeypatch.setattr(launch, "_run", run)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run_workers(workers.fails, 2)
+    assert len(starts) == 2
