@@ -29,6 +29,7 @@ class _Hall:
     def __init__(self) -> None:
         self.groups: dict[float, dist.ProcessGroup] = {}  # by timeout
         self.last: list[str] = []  # the tokens of the last meeting: who still shows his is not at this one
+        self.calls = 0  # roll calls so far
 
 
 # By the default group in whose lifetime they were built, and their ranks.
@@ -129,12 +130,13 @@ class Meeting:
         finds its own there knows that everybody is here.
         """
         token, start = uuid.uuid4().hex[:8], time.monotonic()
+        self._hall.calls += 1
         store.set(f"rank{self.rank}", f"{token}|{self.what}|{int(has)}")
         pause, warned = 0.001, start
         while True:
             if self.rank == 0:
                 here = {rank: self._shown(store, rank) for rank in range(self.size)}
-                if all(shown is not None and shown[1] == self.what for shown in here.values()):
+                if all(shown is not None and shown[0] and shown[1] == self.what for shown in here.values()):
                     tokens = [shown[0] for shown in here.values() if shown]
                     all_have = all(shown[2] == "1" for shown in here.values() if shown)
                     store.set("all", "|".join([str(int(all_have)), *tokens]))
@@ -148,7 +150,8 @@ class Meeting:
             now = time.monotonic()
             if now - start > self.timeout:
                 missing, peer = self._missing(store)
-                store.set(f"rank{self.rank}", "")  # gone: who comes later must not take this rank for present
+                # Gone: who comes later must not take this rank for present, who still waits not for one that never came.
+                store.set(f"rank{self.rank}", f"|{self.what}|{self._hall.calls}")
                 raise self._error(
                     f"has waited {self.timeout:g} s (timeout=) for {missing}. All ranks must call it, at the same place"
                     " of the script",
@@ -161,13 +164,16 @@ class Meeting:
             pause = min(1.5 * pause, 0.05)
 
     def _shown(self, store: dist.Store, rank: int) -> tuple[str, str, str] | None:
-        """(token, what it called, whether it has a group) of a rank that has come to a meeting."""
+        """(token, what it called, whether it has a group) of a rank that has come to a meeting.
+
+        Without a token: of one that has given up at this roll call or a later one.
+        """
         if not store.check([f"rank{rank}"]):
             return None
-        token, _, rest = store.get(f"rank{rank}").decode().partition("|")
-        what, _, has = rest.partition("|")
+        token, what, more = store.get(f"rank{rank}").decode().split("|")
+        gone = not token and int(more) < self._hall.calls
         was_there = self._hall.last[rank : rank + 1] == [token]
-        return None if not token or was_there else (token, what, has)
+        return None if gone or was_there else (token, what, more)
 
     def _missing(self, store: dist.Store) -> tuple[str, int]:
         """Who is not here, in words, and the first of them."""

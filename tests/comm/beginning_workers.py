@@ -9,6 +9,7 @@ import torch.distributed as dist
 from fused_dlam import ExchangeError, GossipSGD, neighbor_allreduce
 from fused_dlam.comm import place
 from fused_dlam.comm.group import Group
+from fused_dlam.comm.meeting import Meeting
 
 
 def build(**options):
@@ -36,6 +37,14 @@ def missing(rank):
         out.append(optimizer.consensus_distance())
         dist.barrier()
     return out
+
+
+def meeting(rank):
+    """Rank 1 does not come, and rank 0 gives up first; then all meet."""
+    dist.barrier()
+    out = told(lambda: Meeting("save_checkpoint()", 3, (1.0, 0.0, 2.5)[rank])) if rank != 1 else None
+    dist.barrier()
+    return out, Meeting("save_checkpoint()", 3, 30.0).everybodys(rank)
 
 
 def one_is_refused(rank):

@@ -32,6 +32,13 @@ def test_a_missing_rank_is_named(fours):
             assert "ranks 0, 2, 3 have" in text and "2 s" in text
 
 
+def test_who_gave_up_waiting_is_not_named_as_missing():
+    for rank, (told, met) in enumerate(run_together(3, {"x": (beginning_workers.meeting,)})["x"]):
+        assert met == [0, 1, 2]
+        if rank != 1:
+            assert "for rank 1, which has not called it" in told[1], told
+
+
 def test_a_rank_may_correct_its_mistake_while_others_wait(fours):
     assert fours["one_is_refused"] == [0.0] * 4
 
