@@ -29,7 +29,6 @@ class _Hall:
     def __init__(self) -> None:
         self.groups: dict[float, dist.ProcessGroup] = {}  # by timeout
         self.last: list[str] = []  # the tokens of the last meeting: who still shows his is not at this one
-        self.calls = 0  # roll calls so far
 
 
 # By the default group in whose lifetime they were built, and their ranks.
@@ -130,7 +129,7 @@ class Meeting:
         finds its own there knows that everybody is here.
         """
         token, start = uuid.uuid4().hex[:8], time.monotonic()
-        self._hall.calls += 1
+        self._began = store.add("clock", 1)
         store.set(f"rank{self.rank}", f"{token}|{self.what}|{int(has)}")
         pause, warned = 0.001, start
         while True:
@@ -150,8 +149,8 @@ class Meeting:
             now = time.monotonic()
             if now - start > self.timeout:
                 missing, peer = self._missing(store)
-                # Gone: who comes later must not take this rank for present, who still waits not for one that never came.
-                store.set(f"rank{self.rank}", f"|{self.what}|{self._hall.calls}")
+                # Gone: who comes later must not take this rank for present, who waits now not for one that never came.
+                store.set(f"rank{self.rank}", f"|{self.what}|{store.add('clock', 1)}")
                 raise self._error(
                     f"has waited {self.timeout:g} s (timeout=) for {missing}. All ranks must call it, at the same place"
                     " of the script",
@@ -166,12 +165,12 @@ class Meeting:
     def _shown(self, store: dist.Store, rank: int) -> tuple[str, str, str] | None:
         """(token, what it called, whether it has a group) of a rank that has come to a meeting.
 
-        Without a token: of one that has given up at this roll call or a later one.
+        Without a token: of one that has given up since this rank began to wait.
         """
         if not store.check([f"rank{rank}"]):
             return None
         token, what, more = store.get(f"rank{rank}").decode().split("|")
-        gone = not token and int(more) < self._hall.calls
+        gone = not token and int(more) < self._began
         was_there = self._hall.last[rank : rank + 1] == [token]
         return None if gone or was_there else (token, what, more)
 

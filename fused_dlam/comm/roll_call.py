@@ -47,19 +47,19 @@ def call(ranks: Sequence[int], what: str, facts: Mapping[str, object], timeout: 
     if store is None:
         counts[members] += 1
         return f"{which}_{number}"
-    attempt = counts[members, number] = counts[members, number] + 1
     mine = {"what": what, **{name: str(value) for name, value in facts.items()}}
     try:
+        began = store.add("clock", 1)
         store.set(str(me), json.dumps([mine, uuid.uuid4().hex]))
         complete = False
         try:
             complete = _all_there(store, members, me, what, timeout)
         finally:
             if not complete:  # whoever comes later waits for the next attempt
-                store.set(f"{me} came", str(attempt))  # first, lest one looks in between and names this rank
+                store.set(f"{me} came", str(store.add("clock", 1)))  # first, lest one looks in between
                 store.delete_key(str(me))
         if not complete:
-            _raise_missing(store, members, me, what, timeout, attempt)
+            _raise_missing(store, members, me, what, timeout, began)
         values = [value.decode() for value in store.multi_get([str(rank) for rank in members])]
     except RuntimeError as error:
         if isinstance(error, ExchangeError):
@@ -125,10 +125,10 @@ def _compare_ranks(elsewhere: dist.Store, rank: int, members: Sequence[int], me:
         )
 
 
-def _raise_missing(store: dist.Store, members: Sequence[int], me: int, what: str, timeout: float, attempt: int) -> None:
+def _raise_missing(store: dist.Store, members: Sequence[int], me: int, what: str, timeout: float, began: int) -> None:
     def came(rank: int) -> bool:
-        """Whether a rank was here at this attempt, and has given up since."""
-        return store.check([f"{rank} came"]) and int(store.get(f"{rank} came")) >= attempt
+        """Whether a rank was here, and has given up since this one began to wait."""
+        return store.check([f"{rank} came"]) and int(store.get(f"{rank} came")) > began
 
     here = [rank for rank in members if store.check([str(rank)]) or came(rank)]
     missing = [rank for rank in members if rank not in here] or [rank for rank in members if rank != me]
