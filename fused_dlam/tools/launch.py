@@ -36,7 +36,7 @@ def run_workers(fn: Callable[..., Any], n: int, *args: Any, deadline: float = 60
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     try:
         return _run(fn, n, args, deadline)
-    except _NotConnected:  # seen once in a thousand starts, on a busy machine: nothing has run yet
+    except _NotConnected:  # seen once in a thousand starts, on a busy machine; on that worker nothing has run
         return _run(fn, n, args, deadline)
 
 
