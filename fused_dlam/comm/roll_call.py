@@ -5,6 +5,7 @@ the timeout, with an error about the store's keys; and those that disagree would
 
     prefix   fused_dlam/roll/<the ranks, hashed>/<number>     number: how many over these ranks were completed
     key      a rank's global number                           value: what it builds
+    key      the same and "came"                              value: when it gave up, by the store's "clock"
 
 A roll call that was not completed is withdrawn and not counted, so the next attempt stands at the same number; one that
 was completed is counted on all ranks, whatever comes of it. All values together name what is built then: a name that no

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -257,19 +257,16 @@ class GossipSGD(GossipOptimizer):
         self._counter.note(unsure=isinstance(skip, torch.Tensor))
         self._health.judge(self._step - 1)
 
-    def _hold_back(self) -> AbstractContextManager[None]:
-        return self._arrivals.hold()
-
     def close(self) -> None:
         if self._running is not None:
             self._arrivals.leave()
         super().close()
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Gradients accumulated within are not final: wrap all backward passes but the last before a step."""
-        with self._arrivals.hold():
-            yield
+        return self._arrivals.hold()
+
+    _hold_back = no_sync  # what `join` asks for
 
     def _name_of(self, slot: Slot) -> str:
         for i, group in enumerate(self.param_groups):

@@ -13,6 +13,7 @@ with g' = g + weight_decay x and u = momentum m + g'. A parameter without a grad
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def before(run: Any) -> Any:
             state = opt.state.get(p) or {}
             m = state.get("momentum_buffer")
             mine.append([value(opt, p), g, None if m is None else _wide(m), _held(opt, p)])
-    scale = 1.0 if clip is None else min(1.0, clip / (norm**0.5 + 1e-6))  # 0 where the norm is infinite
+    scale = 1.0 if clip is None else min(1.0, clip / (norm**0.5 + 1e-6)) if math.isfinite(norm) else 0.0
     ranks: list = [None] * run.c.n
     dist.all_gather_object(ranks, (mine, scale), group=run.tools.group)
     return ranks, opt.param_groups[0]["step"], [dict(group) for group in opt.param_groups]
