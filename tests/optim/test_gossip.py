@@ -1,7 +1,7 @@
 """Promises about `Gossip`, any torch optimizer made decentralized:
 
 - one worker is the inner optimizer, bit for bit, in float32 and bfloat16;
-- with real processes, n = 3 and 4, AdamW, SGD and Adafactor follow n float64 copies of the inner optimizer and a dense
+- with real processes, n = 2 to 4, AdamW, SGD and Adafactor follow n float64 copies of the inner optimizer and a dense
   W @ (X + D) or W @ X + D within 1e-5, Muon (whose orthogonalization is bfloat16) within 1e-2;
 - Gossip(SGD) is `GossipSGD`'s dmsgd within 1e-6;
 - without gradients disagreement contracts as W^k says; what torch expects of an optimizer holds.
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import workers
+from everyday import everyday
 from layers_of_users import spaced
 
 from fused_dlam import Gossip, GossipSGD, topology
@@ -28,8 +29,11 @@ MACHINES = [({"kind": kind, "schedule": s}, ddp) for s in SCHEDULES for kind in 
             for ddp in (False, True)]  # fmt: skip
 
 
-def dense_cases(n):
-    graph = "star" if n == 4 else "one-peer-exponential"
+ONE_PEER = "one-peer-exponential"
+DENSE = [(3, ONE_PEER), (4, "star"), (2, ONE_PEER), (4, ONE_PEER)]
+
+
+def dense_cases(graph):
     return [
         (name, {"topology": graph, "schedule": schedule, "bucket_mb": 1e-4})
         for name in gossip_workers.OPTIMIZERS
@@ -41,7 +45,7 @@ def dense_cases(n):
 def runs():
     """By the number of workers and a name, what the ranks return."""
     w = gossip_workers
-    calls = {n: {"dense": (w.train_each, dense_cases(n), STEPS)} for n in (3, 4)}
+    calls = {n: {"dense": (w.train_each, dense_cases(graph), STEPS)} for n, graph in DENSE[:2]}
     calls[2] = {"refused": (w.refused,)}
     for schedule, options in OURS.items():
         calls[3]["ours", schedule] = (w.train_ours, options, STEPS)
@@ -102,12 +106,16 @@ def test_one_worker_is_the_inner_optimizer(name, dtype, schedule):
         assert all(torch.equal(torch.as_tensor(p[k]), torch.as_tensor(q[k])) for k in p)
 
 
-@pytest.mark.parametrize("n", [3, 4])
-def test_follows_the_dense_oracle(n, runs):
+@pytest.mark.parametrize("n, graph", everyday(DENSE, DENSE[:2]))
+def test_follows_the_dense_oracle(n, graph, runs):
     """Directed one-peer and static graphs, both schedules, several buckets; unused parameters are only averaged."""
-    results = runs[n]["dense"]
+    cases = dense_cases(graph)
+    if (n, graph) in DENSE[:2]:
+        results = runs[n]["dense"]
+    else:
+        results = workers.run_together(n, {"dense": (gossip_workers.train_each, cases, STEPS)})["dense"]
     start = workers.Tied()
-    for c, (name, options) in enumerate(dense_cases(n)):
+    for c, (name, options) in enumerate(cases):
         expected = expected_path(name, topology.FAMILY[options["topology"]](n), options["schedule"])
         for rank in range(n):
             path, unused, distance = results[rank][c]
