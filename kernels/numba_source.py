@@ -41,7 +41,7 @@ def loop(equations: Equations, d: int | None, types: Types, guard: bool) -> str:
     c holds the scalars: h, the gradient's scale, the weights. s are the state buffers and r the messages. The names
     H, State, send and update must be there, and those of numba_tools.py.
     """
-    _, _, state, fields, messages = equations
+    _, _, state, fields, messages, halfway = equations
     real = _NUMPY[types.x]
 
     def read(element: str, dtype: torch.dtype) -> str:
@@ -71,7 +71,7 @@ def loop(equations: Equations, d: int | None, types: Types, guard: bool) -> str:
         ]
     load += [f"s = {f'State({old})' if state else '()'}", f"gi = {read('g[i]', types.g)} * scale", *finite("gi")]
     if d != 0:
-        load += ["y = send(xi, gi, s, h)"]
+        load += ["y = send(xi, gi, s, h)", *(["y = (h.theta * (xi + y[0]),)"] if halfway else [])]
     if d is None:
         return "\n".join(head + _pack_loop(buffers, rows, types.wire, load, write))
 

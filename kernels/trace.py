@@ -21,10 +21,11 @@ class Equations(NamedTuple):
     state: tuple[str, ...]
     fields: tuple[str, ...]  # of h
     messages: int
+    halfway: bool  # the message is h.theta (x + send)
 
     @classmethod
     def of(cls, rule: Rule) -> Equations:
-        return cls(rule.send.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages)
+        return cls(rule.whole.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages, rule.halfway)
 
 
 class Value:
@@ -133,7 +134,7 @@ def trace(
             scaled. Empty: nowhere.
         low: whether there is a buffer of 16-bit parameters, which x follows where they were written.
     """
-    send, update, state, fields, messages = equations
+    send, update, state, fields, messages, halfway = equations
     root = Value({}, "root")
 
     def scalar(source: str) -> Value:
@@ -154,7 +155,7 @@ def trace(
         g = g.finite()
     s = named("State", state)(*(buffer(f"s{k}") for k in range(len(state))))
     h = named("H", fields)(*(scalar(f"h[{k}]") for k in range(len(fields))))
-    own = [root.lift(y) for y in send(x, g, s, h)]
+    own = [root.lift(h.theta * (x + y) if halfway else y) for y in send(x, g, s, h)]
     if d is None:
         return [(f"r{k}", Value(root.table, "copy", (y,)) if cast_wire else y) for k, y in enumerate(own)]
     pull = [scalar("0.0")] * messages

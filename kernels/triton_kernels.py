@@ -100,20 +100,22 @@ def _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S: tl.constexpr, H: 
 
 
 @triton.jit
-def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr, S: tl.constexpr,
-                 H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
+def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr, HALFWAY: tl.constexpr,
+                 S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
                  GUARD: tl.constexpr):  # fmt: skip
-    """y = SEND(x, g, s, h)"""
+    """y = SEND(x, g, s, h), or halfway between x and that"""
     offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
     y = SEND(x, g, s, h)
+    if HALFWAY:
+        y = (h.theta * (x + y[0]),)
     for k in tl.static_range(len(y_ptrs)):
         _store(y_ptrs[k], offsets, y[k], n, EVEN)
 
 
 @triton.jit
 def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
-                    S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                    UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+                    HALFWAY: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+                    EVEN: tl.constexpr, UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
     """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
 
     r_ptrs are the messages of the first neighbor, of the second, and so on. The new x is written to copy_ptrs too, in
@@ -125,6 +127,8 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_p
             return
     offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
     y = SEND(x, g, s, h)
+    if HALFWAY:
+        y = (h.theta * (x + y[0]),)
     w = ()
     for k in tl.static_range(len(r_ptrs) // len(y)):
         w = w + (tl.load(scalars_ptr + 1 + len(H.names) + k),)  # type: ignore[assignment]

@@ -82,7 +82,10 @@ class TritonPasses:
         self._current: tuple[float, ...] = ()
         self._streams: set = set()  # those that have waited for the current values
         options = {**OPTIONS, "num_warps": warps}
-        constants = {"SEND": _equation(rule.send), "S": Fields(rule.state), "H": Fields(rule.H._fields), "GUARD": guard}
+        constants = {
+            "SEND": _equation(rule.whole), "HALFWAY": rule.halfway, "S": Fields(rule.state),
+            "H": Fields(rule.H._fields), "GUARD": guard,
+        }  # fmt: skip
         self._packing = Launcher(_pack_kernel, constants, block, options, self._check)
         constants.update(UPDATE=_equation(rule.update))
         self._combining = Launcher(_combine_kernel, constants, block, options, self._check)

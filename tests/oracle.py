@@ -4,8 +4,9 @@ Nothing here is shared with the package. Its kernels, CPU passes and simulator r
 written with pulls, so they cannot check each other; this file can check all of them.
 
     J g                        the exact mean of the workers' gradients (all-reduce)
-    combine(d) = W (x - d)     adapt then combine (atc)
-               = W x - d       adapt while communicating (awc)
+    combine(d) = W (x - d)          adapt then combine (atc)
+               = W (x - d/2) - d/2  midpoint
+               = W x - d            adapt while communicating (awc)
 
     psgd        x  = x - lr J g
     pmsgd       m  = beta m + J g;  x = x - lr m
@@ -17,6 +18,9 @@ written with pulls, so they cannot check each other; this file can check all of 
     decentlam   g~ = (x - combine(lr g)) / lr;  m = beta m + g~;  x = x - lr m
     pc-dmsgd    u  = beta m + g;  x+ = combine(lr u);  p = (1 - e/kappa) p + e (x+ - (x - lr u)) / den
                 m  = u - p;  x = x+
+    mi-dmsgd    u  = beta m + g;  d = lr u - rho p, rho = lr / (largest lr so far);  y = x - theta d is averaged
+                x  = W y - (1 - theta) d;  p = (1 - e rho/kappa) p + e (W y - y);  m = u
+    mi-adamw    the same with adamw's step in the place of lr u
     d2-dmsgd    m  = beta m + g;  x+ = combine(lr ((x_prev - x) / lr_prev + m - m_prev)), at first combine(lr m)
     exact-diffusion     the same with (W + I)/2 for W
     gradient-tracking   y = W y_prev + g - g_prev, at first g;  m = beta m + y;  x = W (x - lr m)
@@ -32,14 +36,15 @@ Layers around any of them:
     slowmo      every H steps: y = J x;  u = beta_s u + (x_0 - y) / lr;  x_0 = x_0 - alpha lr u;  x = x_0
 
 A worker without a gradient takes no local step: d = 0 in combine, and its m and v stay. What it sends in the place of
-its parameters are its parameters. What its neighbors integrate it integrates too: p of pc-dmsgd, what d2-dmsgd and
-exact-diffusion undo (their m_prev becomes minus the correction that it has), and y and c of the tracking methods, for
-which its gradient is its weight decay alone. So sums over the workers stay zero. Where gradients are averaged one that
+its parameters are its parameters. What its neighbors integrate it integrates too: p of pc- and mi-dmsgd, what d2-dmsgd
+and exact-diffusion undo (their m_prev becomes minus the correction that it has), and y and c of the tracking methods,
+for which its gradient is its weight decay alone. So sums over the workers stay zero. Where gradients are averaged one that
 is missing counts as zero; among workers that have joined (`optimizer.join`) the mean is over those that have one.
 """
 
 import numpy as np
 
+SCHEDULES = ("atc", "midpoint", "awc")
 ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking")
 
 
@@ -52,11 +57,11 @@ def run(
     Ws(step) is the mixing matrix, lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     without(step) has the workers that have no gradient; joined: see above.
-    hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc-dmsgd; `beta2`
-    and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
+    hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
+    `beta2` and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
     nesterov, method = method.startswith("nesterov-"), method.removeprefix("nesterov-")
-    if schedule not in ("atc", "awc") or (schedule == "awc" and method in ONLY_ATC):
+    if schedule not in SCHEDULES or (schedule != "atc" and method in ONLY_ATC):
         raise ValueError(f"{method} has no schedule {schedule!r}")
     x = np.array(x0, dtype=np.float64)
     n, beta = len(x), momentum
@@ -65,6 +70,7 @@ def run(
     c, u_prev, x_prev, y, g_prev, v = (np.zeros_like(x) for _ in range(6))
     x_0, slow_u = x, np.zeros_like(x)
     lr_max, lr_mean, undo = 0.0, None, None
+    theta = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}[schedule]
     W_prev = lr_prev = last_inverse = before_pull = mixed = None
     t = np.zeros((n, 1))
     trajectory = [x]
@@ -105,7 +111,7 @@ def run(
 
         def combine(d, W=W, x=x, here=here):
             d = here * d
-            return W @ (x - d) if schedule == "atc" else W @ x - d
+            return W @ (x - theta * d) - (1 - theta) * d
 
         if method == "psgd":
             x = x - lr * (M @ local + decay * x)
@@ -147,6 +153,10 @@ def run(
             moved = combine(lr * step)
             p = (1 - e / gain) * p + (e / den * (moved - (x - lr * step)) if den > 0 else 0.0)
             x, m = moved, u - p
+        elif method == "mi-dmsgd":
+            u = beta * m + g
+            x, p = midpoint_integral(lr * (g + beta * u if nesterov else u), combine, here, theta, p, lr, lr_max, hyper)
+            m = u
         elif method in ("d2-dmsgd", "exact-diffusion"):
             W = W if method == "d2-dmsgd" else (W + np.eye(n)) / 2
             m = beta * m + g
@@ -164,14 +174,18 @@ def run(
         elif method == "momentum-tracking":
             m = beta * m + g
             x, c = W @ x - here * lr * (m - c), W @ (c - m) + m
-        elif method in ("adam", "adamw"):
+        elif method in ("adam", "adamw", "mi-adamw"):
             b2, eps = hyper.get("beta2", 0.999), hyper.get("eps", 1e-8)
             t = t + here  # each worker's own
-            g = local if method == "adamw" else g
+            g = g if method == "adam" else local
             m, v = beta * m + (1 - beta) * g, b2 * v + (1 - b2) * g**2
             T = np.maximum(t, 1)
             step = (m / (1 - beta**T)) / (np.sqrt(v / (1 - b2**T)) + eps)
-            x = combine(lr * (step + decay * x if method == "adamw" else step))
+            step = lr * (step if method == "adam" else step + decay * x)
+            if method == "mi-adamw":
+                x, p = midpoint_integral(step, combine, here, theta, p, lr, lr_max, hyper)
+            else:
+                x = combine(step)
         else:
             raise ValueError(f"unknown method {method!r}")
         m, v = np.where(here, m, m_before), np.where(here, v, v_before)
@@ -184,6 +198,24 @@ def run(
             x_0 = x
         trajectory.append(x)
     return np.stack(trajectory)
+
+
+def midpoint_integral(step, combine, here, theta, p, lr, lr_max, hyper):
+    """x' and p' of MI: the local step is -d = step - rho p, and p integrates what averaging does to the message.
+
+    The message is x - theta d; combine(d) is W (x - theta d) - (1 - theta) d, so that plus d is W y - y + x.
+    """
+    e, gain = hyper["correction_rate"], hyper.get("correction_gain", 300.0)
+    rho = lr / lr_max if lr_max > 0 else 0.0
+    d = here * (step - rho * p)
+    x_new = combine(d)
+    pull = x_new + d - combine(np.zeros_like(d), np.eye(len(d)))  # combine at W = I and d = 0 is x
+    return x_new, (1 - e * rho / gain) * p + e * pull
+
+
+def displacement_rate(rho, static):
+    """What "auto" promises for MI; static: one symmetric matrix."""
+    return min(0.5, 2 * (1 - rho)) if static else (1 - rho) / (1 + rho)
 
 
 def auto_rate(momentum, rho):

@@ -106,7 +106,7 @@ def measure(record: Record, n: int) -> None:
                     if what == "combine" or d == 1:
                         ways[what, rule.name, d, short] = (run, floors[what])
         if 1 in b.degrees:
-            ahead = rule.adapt_while_communicating()
+            ahead = rule.under("awc")
             floor = combine_floor(ahead, "fp32", "fp32", 1).bytes
             ways["awc", rule.name, 1, "fp32"] = (b.passes(ahead, 1, full)["combine"], floor)
             floor = combine_floor(ahead, "fp32", "bf16", 1).bytes + 2
@@ -184,7 +184,7 @@ def baselines_agree(record: Record) -> None:
                 ours.passes(rule, 1, torch.float32)["step"]()
                 in_place.atc(t.x, t.g, t.state[0], r, t.messages[torch.float32][0], t.other, h, 0.5, few)()
             else:
-                ours.passes(rule.adapt_while_communicating(), 1, torch.float32)["combine"]()
+                ours.passes(rule.under("awc"), 1, torch.float32)["combine"]()
                 in_place.awc(t.x, t.g, t.state[0], r, t.messages[torch.float32][0], t.other, h, 0.5, few)()
             pairs = ((ours.x, t.x), (ours.state[0], t.state[0]))
             off = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

@@ -41,7 +41,7 @@ class Case(NamedTuple):
     def rule(self) -> Rule:
         name, _, schedule = self.name.partition(" ")
         rule = {"mix": mix, "mix-ahead": mix_ahead}.get(name) or rules.ALL[name]
-        return rule.adapt_while_communicating() if schedule else rule
+        return rule.under("awc") if schedule else rule
 
     def lengths(self) -> tuple[tuple[int, int], ...]:
         return LENGTHS + (ODD if self.d == 1 and self.grad == "float32" else ())

@@ -46,6 +46,7 @@ class Engine:
         fused: see `kernels.passes.choose`.
         message_dtype: type of the messages; None: that of the master values.
         bucket_mb: MiB from which a bucket is full; None: see layout.py.
+        clips: whether gradients far longer than usual are shortened, see spikes.py.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         fused: bool | None = None,
         message_dtype: torch.dtype | None = None,
         bucket_mb: float | None = None,
+        clips: bool = False,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology, place, message
         self.message_dtype, self.bucket_mb = message_dtype, bucket_mb
@@ -79,7 +81,7 @@ class Engine:
         self.flags = 0
         self.steps = 0  # of the last step that has begun, plus one
         self.hearing = Hearing(self)
-        self.local = Local(rule, self.layers, fused, self.guard, message.only_averages)
+        self.local = Local(rule, self.layers, fused, self.guard, message.only_averages, clips)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
         self.step: int | None = None  # the step that has begun
         self.skip: Scalar = 0.0

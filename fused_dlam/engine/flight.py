@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..comm.transfer import Mean, Transfer
+from ..rules.scalars import Scalar
 from ..topology import Peers
 from .buckets import Bucket
 from .header import Header
 from .message import Message
 from .observed import Observed
+from .spikes import Shortened
 from .stepless import average
 from .trace import begun, named
 
@@ -53,6 +55,7 @@ class Flight:
         self.average: Mean | None = None  # of the gradient
         self.next_written = False
         self._active: list[bool] | None = None
+        self._shortened: Shortened | None = None  # how the gradient is, once it is there
         self._prepared = self._arrived = False
         self.said: Header | None = None  # in the last bucket's message
         self._sent: Observed | None = None  # the parameters, if they are what is sent
@@ -89,7 +92,8 @@ class Flight:
         if self.talks and peers is not EVERYBODY:
             rows = [e.place.part(b.received[k]) for k in range(len(peers.sources))]
             self.transfer = Transfer(e.place.workers, rows, peers, self.step, b.index)
-        if message is Message.COPY and not self.follows:
+        if message.keeps_x and not self.follows:
+            b.absorb()
             b.state[0].copy_(b.x)  # not on the lane: the inner optimizer writes x next, on this stream
         if message.leaves_early and self.talks:
             if not self.follows:
@@ -140,6 +144,13 @@ class Flight:
                 self._recalled = float(self.b.g[self.b.recalled]) > 0
             self._active = self.b.lower_flags(self._active)
         return [False] * len(self.b.slots) if self.engine.skipped else self._active
+
+    @property
+    def factor(self) -> Scalar:
+        """What the gradient is multiplied by because it is far longer than usual."""
+        if self._shortened is None:
+            self._shortened = self.engine.local.shortened(self.b, self.active())
+        return self._shortened.factor
 
     @property
     def averaged(self) -> bool:
@@ -203,7 +214,8 @@ class Flight:
     def _pack(self, message: torch.Tensor) -> None:
         e, b = self.engine, self.b
         with named("pack", b.index, self.step):
-            for span, now in [(slice(0, b.N), True)] if e.message.is_x else e.local.runs(b, self.active()):
+            whole = e.message.is_x or e.message.only_averages
+            for span, now in [(slice(0, b.N), True)] if whole else e.local.runs(b, self.active(), self.factor):
                 if not now:
                     b.g[span].zero_()
                     b.absorb(span)
@@ -248,7 +260,7 @@ class Flight:
         with e.lanes[b.x.device].outbound(b.streams):
             if recalls:
                 self.wait_sent()
-                self._active, self._prepared = None, False
+                self._active, self._prepared, self._shortened = None, False, None
                 if self.average is not None:
                     self.average.wait_received()
                     self._start_average()
@@ -304,7 +316,7 @@ class Flight:
         after = e.local.after(b)
         here = () if after else copies  # a layer may change x once more: then they are written when it has
         active = [True] * len(b.slots) if e.message.only_averages else self.active()
-        for span, now in e.local.runs(b, active):
+        for span, now in e.local.runs(b, active, 1.0 if e.message.only_averages else self.factor):
             out = tuple(c[span] for c in here)
             if now:
                 e.local.combine(b, span, self.received[:d, :, span], out)
@@ -316,6 +328,8 @@ class Flight:
                 c.copy_(b.x[span])
         for slot, now in zip(b.slots, active, strict=True):
             slot.steps += now
+        if self._shortened is not None:
+            e.local.done(b, self._shortened.usual)
         for layer, group in after:
             layer.after(b, group, self.step, e.place.workers.finite_mean)
         for c in copies if after else ():

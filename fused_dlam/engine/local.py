@@ -12,6 +12,7 @@ from ..layers.layer import Layer, finishing
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from .buckets import Bucket
+from .spikes import Shortened, key, shortened
 
 
 class Local:
@@ -20,10 +21,20 @@ class Local:
     Args:
         guard: whether what is not finite is kept from spreading.
         only_averages: whether an inner optimizer steps x.
+        clips: whether gradients far longer than usual are shortened.
     """
 
-    def __init__(self, rule: Rule, layers: tuple[Layer, ...], fused: bool | None, guard: bool, only_averages: bool):
+    def __init__(
+        self,
+        rule: Rule,
+        layers: tuple[Layer, ...],
+        fused: bool | None,
+        guard: bool,
+        only_averages: bool,
+        clips: bool,
+    ):
         self.rule, self.layers, self.fused, self.guard, self.only_averages = rule, layers, fused, guard, only_averages
+        self.clips = clips
         # Per group, for it has scalars of its own: passes by device and type of the master values.
         self.passes: list[dict[tuple[torch.device, torch.dtype], Passes]] = []
         self._before = [layer for layer in layers if type(layer).before is not Layer.before]
@@ -74,20 +85,39 @@ class Local:
         """16-bit parameters, which a script may have written, for passes. An inner optimizer's steps are absorbed."""
         return None if self.only_averages else b.low
 
-    def runs(self, b: Bucket, active: list[bool]) -> Iterator[tuple[slice, bool]]:
+    def shortened(self, b: Bucket, active: list[bool]) -> Shortened:
+        """How a bucket's gradient is shortened, see spikes.py."""
+        if not self.clips:
+            return Shortened(1.0, None)
+        return shortened(b, active, self._scalars[b.group], self._groups[b.group]["memory"])
+
+    def done(self, b: Bucket, usual: Scalar | None) -> None:
+        """A bucket's step is done. usual: the running norm after it."""
+        if usual is not None:
+            self._groups[b.group]["memory"][key(b)] = usual
+
+    def runs(self, b: Bucket, active: list[bool], factor: Scalar = 1.0) -> Iterator[tuple[slice, bool]]:
         """Runs of a bucket that one pass can do, with the scalars set for it: (span, whether they take a local step).
+
+        factor: what its gradient is multiplied by beside the step's scale.
 
         A method that counts steps (Adam) counts those of each parameter, which may have got its first gradient late.
         """
         counted = self.rule.counts is not None and not self.only_averages
         count = self.counts[b.group] if counted else 0
-        if not counted or isinstance(count, torch.Tensor) or all(slot.steps == count for slot in b.slots):
+        alike = not counted or isinstance(count, torch.Tensor) or all(slot.steps == count for slot in b.slots)
+        if alike and not self.clips:
             yield from b.runs(active)
             return
         passes, usual = self.passes_of(b), self._scalars[b.group]
+        shorter = usual._replace(grad_scale=usual.grad_scale * factor) if self.clips else usual
         try:
+            if alike:
+                passes.set(shorter)
+                yield from b.runs(active)
+                return
             for span, (now, own) in b.runs([(now, slot.steps) for now, slot in zip(active, b.slots, strict=True)]):
-                passes.set(self._for_rule(usual._replace(h=self.scalars_at(b.group, own)), self._groups[b.group]))
+                passes.set(self._for_rule(shorter._replace(h=self.scalars_at(b.group, own)), self._groups[b.group]))
                 yield span, now
         finally:
             passes.set(self._for_rule(usual, self._groups[b.group]))

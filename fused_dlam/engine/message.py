@@ -11,14 +11,15 @@ class Message(Enum):
     """What a worker sends in a step."""
 
     GRADIENT = "its gradient, averaged over all workers by all-reduce"
-    PACKED = "what the rule's `send` makes of x, the gradient and the state (schedule atc)"
+    PACKED = "what the rule's `send` makes of x, the gradient and the state (schedules atc and midpoint)"
     PARAMETERS = "x itself, before this step's gradient is there (schedule awc)"
     STEPPED = "x itself, after an inner optimizer has stepped it (Gossip, atc)"
     COPY = "a copy of x, while an inner optimizer steps x (Gossip, awc)"
+    HALFWAY = "the middle of x before and after the inner optimizer's step (Gossip, midpoint)"
 
     @property
     def is_x(self) -> bool:
-        """Whether it needs no gradient."""
+        """Whether it is x, so that no equation makes it."""
         return self in (Message.PARAMETERS, Message.STEPPED, Message.COPY)
 
     @property
@@ -29,7 +30,12 @@ class Message(Enum):
     @property
     def only_averages(self) -> bool:
         """Whether x is stepped by somebody else, and only averaged here."""
-        return self in (Message.STEPPED, Message.COPY)
+        return self in (Message.STEPPED, Message.COPY, Message.HALFWAY)
+
+    @property
+    def keeps_x(self) -> bool:
+        """Whether x of before the inner optimizer's step is kept, as the rule's only buffer."""
+        return self in (Message.COPY, Message.HALFWAY)
 
 
 def message_of(rule: Rule) -> Message:

@@ -14,9 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from ..engine.engine import Engine
 from ..engine.slot import Slot
-from ..rules.scalars import Scalar
 
-Arguments = tuple[Scalar, float, float, float, dict[str, Any]]  # of `Rule.scalars`, from lr to hyper
+Arguments = dict[str, Any]  # of `Rule.scalars`, all but memory
 
 
 class Counter:
@@ -33,7 +32,9 @@ class Counter:
             return
         memories = [dict(group["memory"]) for group in groups]
         self.engine.local.counts = [memory.get(rule.counts, 0) for memory in memories]
-        self.engine.local.scalars_at = lambda g, count: rule.scalars_at(count, *arguments(groups[g]), memories[g])
+        self.engine.local.scalars_at = lambda g, count: rule.scalars_at(
+            count, memory=memories[g], **arguments(groups[g])
+        )
 
     def note(self, unsure: bool = False) -> None:
         """After a step: keeps in the groups' memories which parameters have taken another number of steps.

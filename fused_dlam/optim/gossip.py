@@ -20,7 +20,7 @@ from ..engine.health import Health
 from ..engine.message import Message
 from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
-from ..rules.averaging import mix, mix_ahead
+from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
 from ..topology import TopologyLike
 from . import mixed_precision, options
@@ -31,15 +31,23 @@ from .options import Options
 from .shared import GossipOptimizer
 from .state_dict import restore_copies
 
+AVERAGING_RULES = {
+    "atc": (mix, Message.STEPPED),
+    "midpoint": (mix_halfway, Message.HALFWAY),
+    "awc": (mix_ahead, Message.COPY),
+}
+
 
 class Gossip(GossipOptimizer):
     """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
 
-        atc    x' = W (x + d)      d the inner optimizer's step at x: adapt, then combine
-        awc    x' = W x + d        x is sent when the last step ends, behind the next forward and backward pass
+        atc       x' = W (x + d)          d the inner optimizer's step at x: adapt, then combine
+        midpoint  x' = W (x + d/2) + d/2  the middle of the step is sent
+        awc       x' = W x + d            x is sent when the last step ends, behind the next forward and backward pass
 
-    (Chen and Sayed, "Diffusion adaptation strategies for distributed optimization and learning over networks", 2012.)
-    With `torch.optim.SGD` that is DmSGD. What is averaged are the parameters; the inner optimizer's state (momentum,
+    (Chen and Sayed, "Diffusion adaptation strategies for distributed optimization and learning over networks", 2012;
+    midpoint is ours, see fused_dlam/theory/README.md: with momentum it keeps all-reduce's range of learning rates.)
+    With `torch.optim.SGD` atc is DmSGD. What is averaged are the parameters; the inner optimizer's state (momentum,
     second moments) stays each worker's own. Use it wherever an optimizer is used, learning rate schedulers included.
     It moves the parameters into flat buffers, as `GossipSGD` does, and broadcasts rank 0's.
 
@@ -78,6 +86,7 @@ class Gossip(GossipOptimizer):
         topology, _, _ = translate(old, topology)
         if old:
             raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(old))!r}")
+        schedule = "atc" if schedule == "auto" else schedule
         self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
         options.check_place(timeout, group, hierarchical)
         where = layout(group, hierarchical)
@@ -98,8 +107,8 @@ class Gossip(GossipOptimizer):
         options.check_parameters(everything)
         self._frozen = Frozen()
         place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
-        self._ahead = schedule == "awc"
-        rule, message = (mix_ahead, Message.COPY) if self._ahead else (mix, Message.STEPPED)
+        rule, message = AVERAGING_RULES[schedule]
+        self._ahead = message.leaves_early
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb)
         self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
         for g in self.param_groups:
@@ -199,8 +208,8 @@ class Gossip(GossipOptimizer):
             loss = self._local_step(closure, gradients, skip)
             engine.end()
             return loss
-        if self._ahead:
-            engine.bring(OPEN)  # a copy of x leaves before the inner optimizer steps x
+        if engine.message.keeps_x:
+            engine.bring(OPEN)  # before the inner optimizer steps x: a copy of it is kept, and leaves with awc
         loss = self._local_step(closure, gradients, skip)
         for b in engine.buckets:
             b.refresh()

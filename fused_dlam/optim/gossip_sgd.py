@@ -56,12 +56,15 @@ class GossipSGD(GossipOptimizer):
         topology: a name from `fused_dlam.topology.FAMILY`, a `Topology` for as many workers as there are, or a function
             of their number: `lambda n: topology.ring(n).every(4)` exchanges in every fourth step only, and
             `.with_global_average(48)` puts an exact average in the place of every 48th exchange (Gossip-PGA).
-        schedule: "atc" sends after the gradient is known, "awc" sends the parameters while it is computed.
+        schedule: "atc" sends x + d when the worker's own step d is known, "midpoint" x + d/2, "awc" x itself while the
+            gradient is computed. "auto" is the method's own: midpoint for "mi-dmsgd", else mostly atc.
         group: the process group of the workers; default: all ranks.
         overlap: "auto" (default) finds out in the first step whether messages can leave during the backward pass, True
             insists, False exchanges in step() alone. See `no_sync` for gradient accumulation.
         max_grad_norm: clips the gradient of each worker to this norm, in `step`. One whose norm is not finite counts as
             zero.
+        clip: "spikes" shortens a gradient to 1.5 times the running norm of this worker's own, message by message: at
+            large rates momentum would repeat a single one that is far longer. Nothing is sent for it, nothing to tune.
         maximize: ascend instead of descend.
         layers: what runs around the rule, e.g. `[fused_dlam.layers.Lars(0.01), fused_dlam.SlowMo(every=12)]`.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):
@@ -96,11 +99,12 @@ class GossipSGD(GossipOptimizer):
         weight_decay: float = 0.0,
         method: str | Rule = "pc-dmsgd",
         topology: TopologyLike = "one-peer-exponential",
-        schedule: str = "atc",
+        schedule: str = "auto",
         group: dist.ProcessGroup | None = None,
         *,
         overlap: bool | str = "auto",
         max_grad_norm: float | None = None,
+        clip: str | None = None,
         maximize: bool = False,
         layers: Sequence[Layer] = (),
         hierarchical: Any = None,
@@ -115,7 +119,7 @@ class GossipSGD(GossipOptimizer):
         topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
         rule.check_hyper(hyper, options.ARGUMENTS)
-        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite)
+        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip)
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         where = layout(group, hierarchical)
@@ -125,8 +129,8 @@ class GossipSGD(GossipOptimizer):
         self._choose(rule, graph, chosen, allow_unstable)
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
-        defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=schedule)
-        options.check({**defaults, "params": []}, rule, chosen.layers)
+        defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=self._rule.schedule)
+        options.check({**defaults, "params": []}, rule, chosen)
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
@@ -137,7 +141,7 @@ class GossipSGD(GossipOptimizer):
     def _choose(self, rule: Rule, graph: Topology, chosen: Options, allow_unstable: bool) -> None:
         """Keeps what was chosen, all that a copy is built from."""
         self._chosen = rule, graph, chosen
-        self._rule = rule.adapt_while_communicating() if chosen.schedule == "awc" else rule
+        self._rule = rule.under(chosen.schedule)
         self._topology, self._options = graph, chosen
         self._certificate = Certificate(self._rule, graph, allow_unstable)
 
@@ -145,8 +149,9 @@ class GossipSGD(GossipOptimizer):
         """Builds all that runs: flat buffers, passes, hooks."""
         o = self._options
         self._running = Engine(
-            self._rule, self._topology, place, message_of(self._rule), o.layers, o.fused, o.comm_dtype, o.bucket_mb
-        )
+            self._rule, self._topology, place, message_of(self._rule), o.layers, o.fused, o.comm_dtype, o.bucket_mb,
+            o.clip is not None,
+        )  # fmt: skip
         clips = o.max_grad_norm is not None
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
         self._counter = Counter(self, self._engine)
@@ -175,7 +180,7 @@ class GossipSGD(GossipOptimizer):
         group["memory"] = dict(group["memory"])
         group["step"] = self.param_groups[0]["step"]
         try:
-            options.check(group, self._rule, self._options.layers)
+            options.check(group, self._rule, self._options)
             options.check_parameters(group["params"])
             self._certificate.check(group)
             if self._running is not None:

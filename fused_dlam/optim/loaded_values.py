@@ -118,7 +118,7 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
             raise ValueError(f"Invalid {name}: {merged[name]!r}, must be a whole number from 0 on")
     if "method" in ours:
         _check_memory(merged["memory"])
-        options.check(merged, optimizer._rule, optimizer._options.layers)  # type: ignore[attr-defined]
+        options.check(merged, optimizer._rule, optimizer._options)  # type: ignore[attr-defined]
         optimizer._certificate.recheck(merged)  # type: ignore[attr-defined]
     elif "lr" in merged and not 0.0 <= float(merged["lr"]) < math.inf:  # what else its inner optimizer has is its own
         raise ValueError(f"Invalid learning rate: {merged['lr']}")

@@ -71,14 +71,17 @@ class Opening:
     def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
         options.check_rates(group)
-        return self.engine.rule.scalars(*self._arguments(group), memory)
+        return self.engine.rule.scalars(memory=memory, **self._arguments(group))
 
     def _arguments(self, group: dict[str, Any]) -> Arguments:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
-        lr, momentum, rho = scalar(group["lr"]), float(group["momentum"]), self.engine.topology.slowest_rho
-        return lr, momentum, weight_decay, rho, hyper
+        graph = self.engine.topology
+        return dict(
+            lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay,
+            rho=graph.slowest_rho, static=graph.is_static, hyper=hyper,
+        )  # fmt: skip
 
     def commit(self) -> None:
         """In step(): what the rule remembers of this step's scalars counts from here on, but of a skipped one nothing.

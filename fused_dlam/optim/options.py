@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from ..comm.sharded import is_sharded
 from ..engine.engine import Engine
-from ..layers.layer import Layer, checked
+from ..layers import spikes
+from ..layers.layer import Layer, checked, finishing
 from ..rules import scalars
-from ..rules.rule import COMMON, RESERVED, Rule
+from ..rules.rule import COMMON, RESERVED, Rule, check_schedule
 from ..rules.scalars import number
 from .overlaps import overlapping
 
@@ -26,7 +27,7 @@ FIRST = ("method", "topology", "schedule")  # of a group's entries, those that e
 
 #: What a constructor takes by name beside hyper-parameters: what an unknown name may have been meant to be.
 ARGUMENTS = (
-    *FIRST, "group", "overlap", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
+    *FIRST, "group", "overlap", "clip", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
     "bucket_mb", "timeout", "nonfinite", "allow_unstable",
 )  # fmt: skip
 
@@ -50,13 +51,16 @@ class Options:
     fused: bool | None = None
     bucket_mb: float | None = None
     nonfinite: str = "skip"
+    clip: str | None = None
 
     def __post_init__(self):
         if self.nonfinite not in ("skip", "raise"):
             raise ValueError(f"Invalid nonfinite: {self.nonfinite!r}, must be 'skip' or 'raise'")
         object.__setattr__(self, "layers", checked(self.layers))
-        if self.schedule not in ("atc", "awc"):
-            raise ValueError(f"Invalid schedule: {self.schedule!r}, must be 'atc' or 'awc'")
+        check_schedule(self.schedule)
+        spikes.check(self.clip)
+        if self.clip is not None and self.max_grad_norm is not None:
+            raise ValueError("clip='spikes' and max_grad_norm= both shorten gradients: choose one")
         if self.overlap not in (True, False, "auto"):
             raise ValueError(f"Invalid overlap: {self.overlap!r}, must be True, False or 'auto'")
         if self.max_grad_norm is not None and not number("max_grad_norm", self.max_grad_norm) > 0:
@@ -82,7 +86,7 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """What all ranks must have in common, as text."""
-        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite")
+        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip")
         return {name: str(getattr(self, name)) for name in names}
 
 
@@ -116,8 +120,9 @@ def check_names(rule: Rule, layers: tuple[Layer, ...]) -> None:
             raise ValueError(f"method {rule.name!r} and the layers {list(layers)} share {what}: {', '.join(twice)}")
 
 
-def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
+def check(group: dict[str, Any], rule: Rule, chosen: Options) -> None:
     """Raises TypeError or ValueError for a group's setting that makes no sense."""
+    layers = chosen.layers
     lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
     for name in ("momentum", "weight_decay"):
         if isinstance(group[name], torch.Tensor):
@@ -150,6 +155,10 @@ def check(group: dict[str, Any], rule: Rule, layers: tuple[Layer, ...]) -> None:
         layer.check(group)
         if layer.whole and layer.finishes(group) and any(is_sharded(p) for p in group["params"]):
             raise ValueError(f"{layer} needs the norms of whole layers, but FSDP shards them: build without it")
+    if chosen.clip and finishing(layers, group):
+        raise ValueError(f"clip={chosen.clip!r} shortens the gradient before the rule, and {layers} replaces it")
+    if chosen.clip and any(is_sharded(p) for p in group["params"]):
+        raise ValueError(f"clip={chosen.clip!r} needs the norms of whole gradients, but FSDP shards them")
 
 
 def _warn_of_misspelled(group: dict[str, Any], settable: Sequence[str]) -> None:

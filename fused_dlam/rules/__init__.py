@@ -1,27 +1,30 @@
 """Every method by name. A method is a `Rule` in one of the files below, and one entry in the list here.
 
-momentum.py has the momentum SGD methods, pc_dmsgd.py ours, corrected.py D2, exact diffusion and the tracking methods,
-nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write one.
+momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion and the
+tracking methods, nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write
+one.
 """
 
 from __future__ import annotations
 
 from .adaptive import adam, adamw
 from .corrected import d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking
+from .hyper import Hyper, did_you_mean
+from .mi_dmsgd import auto_displacement_rate, mi_adamw, mi_dmsgd, nesterov_mi_dmsgd
 from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
 from .pc_dmsgd import auto_correction_rate, pc_dmsgd
-from .rule import Hyper, Rule, did_you_mean
+from .rule import Rule
 
-__all__ = ["ALL", "Hyper", "Rule", "auto_correction_rate", "get", "inverse_lr"]
+__all__ = ["ALL", "Hyper", "Rule", "auto_correction_rate", "auto_displacement_rate", "get", "inverse_lr"]
 
 ALL = {
     rule.name: rule
     for rule in (
-        psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd,
+        psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd, mi_dmsgd,
         d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking,
         nesterov_pmsgd, nesterov_dmsgd, nesterov_awc_dmsgd, nesterov_qg_dmsgd, nesterov_pc_dmsgd,
-        adam, adamw,
+        nesterov_mi_dmsgd, adam, adamw, mi_adamw,
     )
 }  # fmt: skip
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from math import inf
 
+from .hyper import Hyper
 from .jit import jit
-from .rule import Hyper, Rule
+from .rule import Rule
 
 
 @jit

@@ -10,8 +10,9 @@ against float64 is 4.0e-7 this way and 5.3e-4 the other. And workers that are eq
 
 from __future__ import annotations
 
+from .hyper import Hyper
 from .jit import jit
-from .rule import Hyper, Rule, send_parameter
+from .rule import Rule, send_parameter
 from .scalars import Scalar, largest, ratio
 
 

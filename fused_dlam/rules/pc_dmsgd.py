@@ -17,9 +17,10 @@ fast and without a leak, and is unstable on many directed graphs. Momentum track
 
 from __future__ import annotations
 
+from .hyper import Hyper
 from .jit import jit
 from .momentum import send_momentum_step
-from .rule import Hyper, Rule
+from .rule import Rule
 from .scalars import largest, ratio
 
 

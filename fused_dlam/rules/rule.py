@@ -1,96 +1,47 @@
 """A method is two equations: what a worker sends, and how it updates once its neighbors have pulled on it.
 
-`Rule` holds the two equations, the names of the state buffers, and the hyper-parameters with their bounds. Everything
+`Rule` holds the two equations, the names of the state buffers, and the hyper-parameters. Everything
 else about a method (kernels, CPU passes, simulator, certificate, gate) is derived from this one object.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import inf, isnan
-from numbers import Real
 from typing import Any
 
 import torch
 
+from .hyper import Default, Hyper, did_you_mean
 from .jit import jit
 from .scalars import Scalar
 
-#: A hyper-parameter's default: a number, or a function of (momentum, rho). rho is the topology's contraction per step.
-Default = float | Callable[[float, float], float]
+SCHEDULES = ("atc", "midpoint", "awc")
 
 COMMON = ("lr", "momentum", "weight_decay")
 # An optimizer keeps hyper-parameters in its parameter groups, beside these entries.
 RESERVED = (*COMMON, "params", "method", "topology", "schedule", "step", "memory", "maximize", "layers")
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """A hyper-parameter of a method: its default and its bounds. A bound that is None does not exist.
-
-    Where the default is a function of (momentum, rho), the values "auto" and None both mean that function's value.
-    Where it is a number, None means that number and "auto" is refused.
-
-    Raises ValueError if the default is out of the bounds or no number, or if two bounds are on one side.
-    """
-
-    default: Default
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def __post_init__(self):
-        if None not in (self.at_least, self.above) or None not in (self.at_most, self.below):
-            raise ValueError("a hyper-parameter has one lower bound at most, and one upper bound")
-        if not callable(self.default) and not self._contains(self.default):
-            raise ValueError(f"Invalid default: {self.default!r}, must be {self.bounds}")
-
-    def allows(self, value: Any) -> bool:
-        """Whether a user may set this value. NaN, bool, tensors and strings other than "auto" are refused."""
-        if value is None or (isinstance(value, str) and value == "auto" and callable(self.default)):
-            return True
-        return self._contains(value)
-
-    def _contains(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            return False
-        number = float(value)
-        return (
-            not isnan(number)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
-
-    @property
-    def bounds(self) -> str:
-        """The bounds as text, such as "'auto' or in [0, 1)", "above 0 and finite" or "a number"."""
-        low = self.above if self.at_least is None else self.at_least
-        high = self.below if self.at_most is None else self.at_most
-        opening, closing = "(" if self.at_least is None else "[", ")" if self.at_most is None else "]"
-        if low is not None and high is not None and high < inf:
-            text = f"in {opening}{low:g}, {high:g}{closing}"
-        elif low is not None:
-            text = f"{'above' if opening == '(' else '>='} {low:g}"
-            text += " and finite" if self.below == inf else " (math.inf is allowed)"
-        elif high is not None:
-            text = f"{'below' if closing == ')' else '<='} {high:g}"
-        else:
-            text = "a number"
-        return f"'auto' or {text}" if callable(self.default) else text
-
-
 @jit
 def send_parameter(x, g, s, h):
     """The message of the adapt-while-communicating schedule: x itself."""
     return (x,)
+
+
+class Halfway:
+    """The message of the midpoint schedule, (x + y)/2 where y is that of adapt then combine.
+
+    It has the `fn` of an equation. What compiles equations takes that of y, `Rule.whole`, and adds the half itself.
+    """
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+
+    def fn(self, x, g, s, h):
+        return (h.theta * (x + self.whole.fn(x, g, s, h)[0]),)
 
 
 class Rule:
@@ -110,7 +61,8 @@ class Rule:
         send, update: the two equations.
         state: names of the state buffers, e.g. "momentum_buffer" (what `torch.optim.SGD` calls it).
         hyper: hyper-parameters beyond lr, momentum and weight_decay, by name. Each is a `Hyper`, or a default alone (a
-            number or a function of (momentum, rho)), which then has no bounds. They are fields of h.
+            number or a function of (momentum, rho) or (momentum, rho, static)), which then has no bounds. They are
+            fields of h.
         derive: `derive(h, memory) -> dict` adds scalars to h that the host computes once per step, such as a guarded
             1/lr. `h` is a dict. `memory` is a dict of floats that outlives the step and is saved in checkpoints.
             Where lr is a tensor on a GPU, h["lr"] and what is kept of it are 0-d float64 tensors there. + - * / and
@@ -121,6 +73,8 @@ class Rule:
             checkpoint for another number of workers starts them from zero.
         counts: the entry of `memory` in which `derive` counts steps, if it does. A parameter whose gradients came
             later than its group's then has bias corrections of its own: see `scalars_at`.
+        schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. None: "atc", or "awc"
+            where the message is x itself. `send` is the message of "atc" in any case.
 
     Raises TypeError if an equation is not decorated with `jit`. Raises ValueError if the results of an equation have
     the wrong form, if a hyper-parameter has a name that a parameter group needs for something else, or if `derive` does
@@ -138,13 +92,15 @@ class Rule:
         average: str = "neighbors",
         centered: tuple[str, ...] = (),
         counts: str | None = None,
+        schedule: str | None = None,
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
                 raise TypeError(f"rule {name!r}: {what} must be decorated with @fused_dlam.jit")
         if average not in ("neighbors", "gradient"):
             raise ValueError(f"rule {name!r}: average must be 'neighbors' or 'gradient', not {average!r}")
-        self.name, self.send, self.update, self.average = name, send, update, average
+        self.name, self.update = name, update
+        self.average, self._send = average, send
         self.state = tuple(state)
         self.centered = tuple(centered)
         if not set(self.centered) <= set(self.state):
@@ -154,7 +110,10 @@ class Rule:
             raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
         self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
         self.derive, self.counts = derive, counts
+        self.schedule = "awc" if send is send_parameter else "atc"
         self._try()
+        if schedule is not None:
+            self._follow(schedule)
 
     def _try(self) -> None:
         """Evaluates both equations on single numbers: tells the number of messages, and finds mistakes of form."""
@@ -166,10 +125,12 @@ class Rule:
                 f"rule {self.name!r}: counts={self.counts!r}, but derive leaves memory = {memory} after one step: it"
                 f" must count steps in memory[{self.counts!r}]"
             )
+        if "theta" in values:
+            raise ValueError(f"rule {self.name!r}: theta is the schedule's, see `under`: call it something else")
         self.H = named("H", tuple(values))
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         h, s = self.H(**values), self.State(*(zero for _ in self.state))
-        messages = self.send.fn(one, zero, s, h)
+        messages = self._send.fn(one, zero, s, h)
         if not isinstance(messages, tuple) or not messages:
             raise ValueError(f"rule {self.name!r}: send must return a non-empty tuple of messages, not {messages!r}")
         self.messages = len(messages)
@@ -194,23 +155,40 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(self, lr, momentum, weight_decay, rho, hyper, memory) -> dict[str, Any]:
+    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in self.defaults(hyper).items():
-            default = self.hyper[name].default
-            values[name] = default(momentum, rho) if callable(default) and value == "auto" else value
+            values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else value
         if self.derive is not None:
             values.update(self.derive(values, memory))
+        if self.halfway:
+            values["theta"] = 0.5
         return values
 
     def scalars(
-        self, lr: Scalar, momentum: float, weight_decay: float, rho: float = 0.0, hyper=None, memory=None
+        self,
+        lr: Scalar,
+        momentum: float,
+        weight_decay: float,
+        rho: float = 0.0,
+        hyper=None,
+        memory=None,
+        static: bool = False,
     ) -> Any:
-        """h for one step. `memory` is updated in place: call this once per step."""
-        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, {} if memory is None else memory))
+        """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`."""
+        memory = {} if memory is None else memory
+        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static))
 
     def scalars_at(
-        self, count: Scalar, lr: Scalar, momentum: float, weight_decay: float, rho: float = 0.0, hyper=None, memory=None
+        self,
+        count: Scalar,
+        lr: Scalar,
+        momentum: float,
+        weight_decay: float,
+        rho: float = 0.0,
+        hyper=None,
+        memory=None,
+        static: bool = False,
     ) -> Any:
         """h for a parameter that has taken `count` steps before this one; `memory` is left as it is.
 
@@ -218,7 +196,7 @@ class Rule:
         """
         if self.counts is None:
             raise ValueError(f"rule {self.name!r} counts no steps")
-        return self.scalars(lr, momentum, weight_decay, rho, hyper, {**(memory or {}), self.counts: count})
+        return self.scalars(lr, momentum, weight_decay, rho, hyper, {**(memory or {}), self.counts: count}, static)
 
     def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""
@@ -241,35 +219,57 @@ class Rule:
             if not self.hyper[name].allows(value):
                 raise ValueError(f"Invalid {name}: {value!r}, must be {self.hyper[name].bounds}")
 
-    def adapt_while_communicating(self) -> Rule:
-        """This rule under the AWC schedule: the message is x itself, and everything else stays.
+    def under(self, schedule: str) -> Rule:
+        """This rule with the message of a schedule; the update stays. One family: the message is x + theta d.
 
-        Raises ValueError for rules whose message is not one value in the place of the parameters.
+            atc        theta = 1     adapt then combine: y = x + d, the rule's `send`
+            midpoint   theta = 1/2   (x + y)/2: x' = W (x + d/2) + d/2
+            awc        theta = 0     adapt while communicating: x, which is there before d
+
+        d is the worker's own step. "auto" is the method's own schedule.
+
+        Raises ValueError for other names, and for rules whose message is not one value in the place of the parameters.
         """
+        if schedule == "auto" or schedule == self.schedule:
+            return self
+        check_schedule(schedule)
+        other = object.__new__(type(self))  # copy.copy would take the way of pickle, and return this one
+        vars(other).update(vars(self))
+        other._follow(schedule)
+        return other
+
+    def _follow(self, schedule: str) -> None:
+        check_schedule(schedule)
         if self.average != "neighbors" or self.messages != 1 or not self._sends_parameters:
             raise ValueError(
-                f"schedule='awc' needs a method with one message in the place of the parameters; {self.name!r} is not"
-                " one. Use schedule='atc'."
+                f"schedule={schedule!r} needs a method with one message in the place of the parameters; {self.name!r}"
+                " is not one. Use schedule='atc'."
             )
-        if self.send is send_parameter:
-            return self
-        return Rule(
-            self.name,
-            send_parameter,
-            self.update,
-            self.state,
-            hyper=self.hyper,
-            derive=self.derive,
-            average=self.average,
-            centered=self.centered,
-            counts=self.counts,
-        )
+        if self._send is send_parameter:
+            raise ValueError(f"method {self.name!r} sends x itself: its schedule is 'awc', not {schedule!r}")
+        self.schedule = schedule
+        fields = tuple(f for f in self.H._fields if f != "theta")
+        self.H = named("H", (*fields, "theta") if self.halfway else fields)
+
+    @property
+    def send(self) -> Any:
+        """The equation of the messages; `send.fn(x, g, s, h)` are the messages."""
+        return Halfway(self.whole) if self.halfway else self.whole
+
+    @property
+    def whole(self) -> Any:
+        """The equation to compile: of y where `halfway`, for the message is then h.theta (x + y)."""
+        return send_parameter if self.schedule == "awc" else self._send
+
+    @property
+    def halfway(self) -> bool:
+        return self.schedule == "midpoint"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message, ". Did you mean 'momentum'?", for a name that is almost a known one; else nothing."""
-    near = difflib.get_close_matches(name.lower(), list(known), 1, 0.7)
-    return f". Did you mean {near[0]!r}?" if near else ""
+def check_schedule(schedule: Any) -> None:
+    """Raises ValueError for what is no schedule."""
+    if schedule not in (*SCHEDULES, "auto"):
+        raise ValueError(f"Invalid schedule: {schedule!r}, must be 'auto', 'atc', 'midpoint' or 'awc'")
 
 
 def _find(module: str, name: str) -> Rule:

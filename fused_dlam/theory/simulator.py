@@ -10,6 +10,7 @@ import torch
 
 from .. import rules
 from .. import topology as topologies
+from ..layers import spikes
 from ..layers.layer import Layer, checked, finishing
 from ..layers.old_names import from_old_names
 from ..rules.jit import Array
@@ -26,8 +27,10 @@ class Simulation:
         topology: a `Topology` for n workers, or a name.
         x: the start, [n, d]: a numpy array (taken in float64), or a torch tensor (its type and device are kept).
         momentum, weight_decay: beta and lambda; may be set between steps.
-        schedule: "atc" (adapt then combine) or "awc" (adapt while communicating).
+        schedule: "atc", "midpoint" or "awc", see `Rule.under`; "auto" is the method's own.
         layers: what is around the rule, e.g. `[Lars(0.01, columns), SlowMo(12)]`.
+        clip: "spikes" shortens gradients far longer than a worker's recent ones, see layers/spikes.py. A row of x is
+            one bucket.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
     Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
@@ -40,15 +43,14 @@ class Simulation:
         x: Any,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        schedule: str = "atc",
+        schedule: str = "auto",
         layers: Sequence[Layer] = (),
+        clip: str | None = None,
         **hyper,
     ):
-        if schedule not in ("atc", "awc"):
-            raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
+        spikes.check(clip)
         layers = from_old_names(hyper, layers)
-        rule = rules.get(method)
-        self.rule = rule.adapt_while_communicating() if schedule == "awc" else rule
+        self.rule = rules.get(method).under(schedule)
         self.rule.check_hyper(hyper)
         self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
         self.topology = topologies.get(topology, len(x))
@@ -62,6 +64,8 @@ class Simulation:
             tuple(self.x if kind == "x" else 0.0 * self.x for kind in layer.state.values()) for layer in self.layers
         ]
         self.memory: dict[str, float] = {}
+        self.clip = clip
+        self.usual = torch.zeros(len(self.x), dtype=torch.float64)  # norms of gradients, see layers/spikes.py
         self.steps = 0
 
     def step(self, g: Any, lr: float) -> Any:
@@ -70,13 +74,15 @@ class Simulation:
             raise ValueError(f"grad returned shape {tuple(g.shape)}, expected {tuple(self.x.shape)}")
         averaged = self.rule.average == "gradient"
         decay = self.weight_decay
-        if averaged and finishing(self.layers, self.settings):
+        if averaged and (self.clip or finishing(self.layers, self.settings)):
             g = 0.0 * g + g.mean(0)
+        if self.clip:
+            g = self._shortened(g)
         for layer in self.layers:
             if layer.finishes(self.settings):
                 g, decay = layer.gradient(self.x, g, decay), 0.0
-        rho = self.topology.slowest_rho
-        h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory)
+        rho, static = self.topology.slowest_rho, self.topology.is_static
+        h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static)
         messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
@@ -85,6 +91,13 @@ class Simulation:
             self.x, self.extra[k] = layer.outer(self.x, self.extra[k], self.steps, lr, self.memory)
         self.steps += 1
         return self.x
+
+    def _shortened(self, g: Any) -> Any:
+        norms = (g**2).sum(-1) ** 0.5
+        factor, self.usual = spikes.shorten(torch.as_tensor(norms, dtype=torch.float64, device="cpu"), self.usual)
+        if isinstance(g, torch.Tensor):
+            return g * factor[:, None].to(g)
+        return g * factor.numpy()[:, None]
 
 
 def simulate(
@@ -96,7 +109,7 @@ def simulate(
     lr: float | Callable[[int], float],
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    schedule: str = "atc",
+    schedule: str = "auto",
     **options,
 ) -> np.ndarray:
     """Runs a method and returns every worker's parameters after every step, float64 [steps + 1, n, d].
@@ -108,7 +121,7 @@ def simulate(
         x0: the start, [n, d], or [d] for equal workers.
         steps: how many, 0 or more.
         lr: a number or a function of the step.
-        schedule: "atc" (adapt then combine) or "awc" (adapt while communicating).
+        schedule: "atc", "midpoint" or "awc", see `Rule.under`; "auto" is the method's own.
         options: layers and hyper-parameters, as for `Simulation`.
 
     No certificate is asked for: unstable choices run, and overflow.

@@ -8,11 +8,14 @@ disagreement that data and rounding stir up. Above one it overflows, whatever th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from .. import rules
 from ..rules.jit import Array
-from ..rules.rule import Rule, send_parameter
+from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology import spectrum
 from ..topology.topology import Topology
@@ -28,7 +31,7 @@ def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0
         topology: a `Topology`, e.g. `fused_dlam.topology.exponential(8)`.
         momentum: beta.
         hyper: the method's own hyper-parameters, e.g. `correction_rate`, `correction_gain`, `mu`; and
-            `schedule="atc"` or `"awc"`.
+            `schedule="atc"`, `"midpoint"` or `"awc"`, else the method's own.
 
     Methods that average gradients exactly keep equal workers equal: 0. Circulant topologies are decomposed into
     Fourier modes (65,536 workers take seconds), a single matrix into its eigenvalues. Otherwise the whole map is
@@ -43,40 +46,58 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     On a random graph it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more. These are
     the exchanges that training makes, so the estimate is the same on every rank up to rounding.
     """
+    rule, h = asked("consensus_growth", method, topology, momentum, hyper)
+    if rule.average == "gradient" or topology.n == 1:
+        return 0.0, 0.0
+    step = equations(rule, h)
+    if topology.period is None:
+        A, B, C = step.A, step.B, step.C
+        return spectrum.estimate(topology.phase, topology.n, A, B, C, 1 / (1 - momentum))[:2]
+    modes = topology.modes
+    return (_growth_of_modes(step, modes) if modes is not None else _growth_of_map(step, topology)), 0.0
+
+
+def asked(caller: str, method: str | Rule, topology: Topology, momentum: float, hyper: dict[str, Any]) -> tuple:
+    """(the rule, the scalars of its steps at rate 1), after a check of everything that a user gave."""
     if not isinstance(topology, Topology):
-        raise TypeError("consensus_growth needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
-    rule = rules.get(method)
-    schedule = hyper.pop("schedule", "atc")
-    if schedule not in ("atc", "awc"):
-        raise ValueError(f"schedule must be 'atc' or 'awc', not {schedule!r}")
-    if schedule == "awc":
-        rule = rule.adapt_while_communicating()
+        raise TypeError(f"{caller} needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
+    rule = rules.get(method).under(hyper.pop("schedule", "auto"))
     rule.check_hyper(hyper, ("schedule", "topology"))
     if not 0 <= number("momentum", momentum) < 1:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
-    if rule.average == "gradient" or topology.n == 1:
-        return 0.0, 0.0
-    h = rule.scalars(1.0, momentum, 0.0, topology.slowest_rho, hyper)
-    if topology.period is None:
-        factor, error, _ = spectrum.estimate(topology.phase, topology.n, *_coefficients(rule, h), 1 / (1 - momentum))
-        return factor, error
-    modes = topology.modes
-    return (_growth_of_modes(rule, h, modes) if modes is not None else _growth_of_map(rule, h, topology)), 0.0
+    rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
+    return rule, rule.scalars(1.0, momentum, 0.0, rho, hyper, static=topology.is_static)
 
 
-def _coefficients(rule: Rule, h) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A, B, C of one worker's step V' = A V + B pull(C V) at zero gradient, V = (x, state)."""
+class Equations(NamedTuple):
+    """A linear rule's step, V' = A V + G g + B pull(C V + S g), where V = (x, state) of one worker and g its gradient.
+
+    There are k values in V and m messages: A is [k, k], G is [k], B is [k, m], C is [m, k] and S is [m].
+    """
+
+    A: np.ndarray
+    G: np.ndarray
+    B: np.ndarray
+    C: np.ndarray
+    S: np.ndarray
+
+    def step(self, V: np.ndarray, curvature: Any, pull: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """V of shape [k, ...] after a step with the gradients curvature * x. `pull` maps [m, ...] to the same shape."""
+        g = curvature * V[0]
+        y = np.tensordot(self.C, V, 1) + np.multiply.outer(self.S, g)
+        return np.tensordot(self.A, V, 1) + np.multiply.outer(self.G, g) + np.tensordot(self.B, pull(y), 1)
+
+
+def equations(rule: Rule, h: Any) -> Equations:
+    """What a rule's equations do, read off unit vectors. Of a rule that is not linear this is nothing but that."""
     k, m = 1 + len(rule.state), rule.messages
-    units, pulls = np.eye(k).view(Array), np.eye(m).view(Array)  # every column is a unit vector
-
-    def update(x, state, pull):
-        x_new, state_new = rule.update.fn(x, 0.0 * x, rule.State(*state), pull, h)
-        return np.stack([value + 0.0 * x for value in (x_new, *state_new)]).view(np.ndarray)
-
-    A = update(units[0], units[1:], (0.0 * units[0],) * m)
-    B = update(0.0 * pulls[0], [0.0 * pulls[0]] * (k - 1), tuple(pulls))
-    C = np.stack(rule.send.fn(units[0], 0.0 * units[0], rule.State(*units[1:]), h)).view(np.ndarray)
-    return A, B, C
+    units = np.eye(k + 1 + m).view(Array)  # V, g and the pulls; every column is a unit vector
+    x, *state = units[:k]
+    g, pull = units[k], tuple(units[k + 1 :])
+    x_new, state_new = rule.update.fn(x, g, rule.State(*state), pull, h)
+    V = np.stack([value + 0.0 * x for value in (x_new, *state_new)]).view(np.ndarray)
+    y = np.stack([value + 0.0 * x for value in rule.send.fn(x, g, rule.State(*state), h)]).view(np.ndarray)
+    return Equations(V[:, :k], V[:, k], V[:, k + 1 :], y[:, :k], y[:, k])
 
 
 def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) -> bool:
@@ -85,13 +106,12 @@ def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) 
     return factor + 2 * error < REFUSED
 
 
-def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
+def _growth_of_modes(step: Equations, modes: np.ndarray) -> float:
     """The growth per step when every phase acts on a mode as a number, `modes` [period, modes].
 
     Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
     """
-    A, B, C = _coefficients(rule, h)
-    BC, worst, period = B @ C, 0.0, len(modes)
+    A, BC, worst, period = step.A, step.B @ step.C, 0.0, len(modes)
     for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
         product = np.broadcast_to(np.eye(len(A), dtype=complex), (chunk.shape[1], *A.shape))
         log_scale = np.zeros(chunk.shape[1])
@@ -105,16 +125,15 @@ def _growth_of_modes(rule: Rule, h, modes: np.ndarray) -> float:
     return worst
 
 
-def _growth_of_map(rule: Rule, h, topology: Topology) -> float:
+def _growth_of_map(step: Equations, topology: Topology) -> float:
     """The growth per step from the dense map, on the quotient by the vectors that are equal on all workers."""
-    A, B, C = _coefficients(rule, h)
-    n, k = topology.n, len(A)
+    n, k = topology.n, len(step.A)
     # Q is an orthonormal basis of the vectors that sum to zero. Rows sum to one, so all-equal vectors are invariant. So
     # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
     Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
     one, product, log_scale = np.eye(n - 1), np.eye(k * (n - 1)), 0.0
     for phase in topology.phases:
-        product = (np.kron(A, one) + np.kron(B @ C, Q.T @ phase.dense() @ Q - one)) @ product
+        product = (np.kron(step.A, one) + np.kron(step.B @ step.C, Q.T @ phase.dense() @ Q - one)) @ product
         scale = abs(product).max()
         if scale == 0:
             return 0.0
@@ -129,9 +148,11 @@ def remedies(rule: Rule, topology: Topology, momentum: float, factor: float, err
     factor, error: the growth and its standard error, as from `growth`.
     """
     found = []
-    ours = rules.pc_dmsgd if rule.send is not send_parameter else rules.pc_dmsgd.adapt_while_communicating()
-    if rule.name != ours.name and is_stable(ours, topology, momentum):
-        found.append("method='pc-dmsgd', which is stable here")
+    schedule = "awc" if rule.schedule == "awc" else "auto"
+    for ours in (rules.mi_dmsgd, rules.pc_dmsgd):
+        if rule.name != ours.name and is_stable(ours, topology, momentum, schedule=schedule):
+            found.append(f"method={ours.name!r}, which is stable here")
+            break
     symmetric = topology.symmetrize() if topology.is_doubly_stochastic and not topology.is_symmetric else None
     if symmetric is not None and is_stable(rule, symmetric, momentum, **hyper):
         found.append("a symmetric graph such as 'symmetric-exponential' or topology.symmetrize()")

@@ -167,7 +167,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     try:
         for rule in map(rules.get, options.methods):
             if options.schedule == "awc" and rule.average == "neighbors":
-                rule.adapt_while_communicating()
+                rule.under("awc")
         names = options.topology or GRAPHS
         return options, [topologies.get(name.replace("_", "-"), options.n) for name in names]
     except ValueError as error:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .topology import Topology
 
 EXACT = 1e-13  # disagreement that shrinks by this factor in one step has vanished, but for rounding
-VANISHED = 0.22  # what an exact average counts as: changes made after it are only averaged the next time
+# What an average that is exact, or better than this, counts as: changes made after it are only averaged the next time.
+VANISHED = 0.22
 EXCHANGES = 2048  # to follow, at least: the error of rho is then below 0.01 with 8 to 4,096 workers
 LOCAL = 64  # the most steps to follow per exchange
 PARTS = 8  # of the path, compared for the error. 16 parts made the error 5 times as large at momentum 0.99
@@ -28,7 +29,7 @@ MOST_PHASES = 64  # for which a common basis of eigenvectors is searched
 class Growth(NamedTuple):
     growth: float  # the factor by which disagreement grows per step; 0 if it vanishes sooner or later
     error: float  # the standard error of `growth`; 0 where it is not an estimate
-    slowest: float  # equal to `growth` unless disagreement vanishes; then each time counts as VANISHED
+    slowest: float  # `growth`, but at least VANISHED^(1/T), see `Topology.slowest_rho`
 
 
 def contraction(topology: Topology) -> Growth:
@@ -39,23 +40,24 @@ def contraction(topology: Topology) -> Growth:
         one = np.ones((1, 1))
         return estimate(topology.phase, topology.n, one, one, one)
     shared = all(isinstance(phase, Circulant) for phase in topology.phases)
-    rho, exact_after = (_contraction_of_modes if shared else _contraction_of_product)(topology)
-    return Growth(rho, 0.0, max(rho, VANISHED ** (1 / exact_after)) if exact_after else rho)
+    rho, soon = (_contraction_of_modes if shared else _contraction_of_product)(topology)
+    return Growth(rho, 0.0, max(rho, VANISHED ** (1 / soon)) if soon else rho)
 
 
 def _contraction_of_modes(topology: Topology) -> tuple[float, int]:
-    """(rho, the number of steps until the average is exact, or 0) of circulant matrices, one Fourier mode at a time.
+    """(rho, T) of circulant matrices, one Fourier mode at a time. T: see `Topology.slowest_rho`, 0 if not in a period.
 
     Sizes are logarithms, because over 2,000 steps any graph contracts to less than the smallest float. For the same
     reason an average counts as exact only where the disagreement vanishes within a single step.
     """
-    log_sizes = np.zeros(topology.n - 1)
+    log_sizes, soon = np.zeros(topology.n - 1), 0
     for t, phase in enumerate(topology.phases):
         size = abs(phase.symbol()[1:])  # type: ignore[union-attr]
         log_sizes += np.log(size, out=np.full(topology.n - 1, -np.inf), where=size > EXACT)
+        soon = soon or (t + 1 if log_sizes.max() <= math.log(VANISHED) else 0)
         if log_sizes.max() == -np.inf:
-            return 0.0, t + 1
-    return float(np.exp(log_sizes.max() / len(topology.phases))), 0
+            return 0.0, soon
+    return float(np.exp(log_sizes.max() / len(topology.phases))), soon
 
 
 def _contraction_of_product(topology: Topology) -> tuple[float, int]:
@@ -68,22 +70,26 @@ def _contraction_of_product(topology: Topology) -> tuple[float, int]:
     if not topology.is_doubly_stochastic:
         for phase in topology.phases[:0:-1]:
             limits.insert(1, limits[1 % len(limits)] @ phase.dense())
-    product, log_size = np.eye(topology.n), 0.0
+    product, log_size, soon = np.eye(topology.n), 0.0, 0
     for t, phase in enumerate(topology.phases):
         limit = limits[t % len(limits)]
         # The factors W - limit multiply to the product of the W, less its limit.
         product = product + phase.pull(product) - limit @ product
         size = float(np.linalg.norm(product))
         if size < EXACT:
-            return 0.0, t + 1
+            return 0.0, soon or t + 1
+        # The Frobenius norm is at most sqrt(n) times the spectral one, which takes longer to compute.
+        if not soon and log_size + math.log(size) <= math.log(VANISHED * math.sqrt(topology.n)):
+            spectral = float(np.linalg.norm(product, 2))
+            soon = t + 1 if log_size + math.log(spectral) <= math.log(VANISHED) else 0
         product, log_size = product / size, log_size + math.log(size)
     steps = len(topology.phases)
     for _ in range(12):
         norm = float(np.linalg.norm(product, 2))
         if norm == 0:
-            return 0.0, steps
+            return 0.0, soon or steps
         if math.log(norm) + log_size < 0:
-            return math.exp((math.log(norm) + log_size) / steps), 0
+            return math.exp((math.log(norm) + log_size) / steps), soon
         product, log_size, steps = product @ product, 2 * log_size, 2 * steps
     return 1.0, 0
 

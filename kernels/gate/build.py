@@ -58,7 +58,8 @@ def build(
         "n": "i32",
     }
     constants = {
-        "SEND": rule.send, "UPDATE": update or rule.update, "S": Fields(rule.state), "H": Fields(rule.H._fields),
+        "SEND": rule.whole, "HALFWAY": rule.halfway, "UPDATE": update or rule.update,
+        "S": Fields(rule.state), "H": Fields(rule.H._fields),
         "BLOCK": block, "VECTOR": vector, "EVEN": even,
         "GUARD": guard,
         "SKIP": SKIP if case.pass_ == "skips" else 0,

@@ -17,7 +17,7 @@ class Case(NamedTuple):
     """One row of the table."""
 
     rule: Rule
-    schedule: str  # "atc", "awc"
+    schedule: str  # "atc", "midpoint", "awc"
     # "pack", "combine"; "emit": combine that also writes x in the messages' type; "follow", "packlow": combine and pack
     # that also read x in that type, which combine writes; "skips": combine that reads a flag.
     pass_: str
@@ -59,18 +59,18 @@ class Case(NamedTuple):
 
 
 def cases(rule: Rule, degrees: Sequence[int] = DEGREES, types: Sequence[tuple[str, str]] = TYPES) -> Iterator[Case]:
-    """Every pass of a rule, under both schedules if it has both.
+    """Every pass of a rule, under its own schedule and under "awc" if it has that.
 
     Where x itself is the message and has its type, x is sent as it lies: no pass packs it or emits it.
     """
     if rule.average == "gradient":  # the optimizer averages gradients itself and combines with no neighbors
         degrees = (0, *degrees)
     for m, g in types:
-        yield Case(rule, "atc", "pack", m, g, 0)
+        yield Case(rule, rule.schedule, "pack", m, g, 0)
         for d in degrees:
-            yield Case(rule, "atc", "combine", m, g, d)
+            yield Case(rule, rule.schedule, "combine", m, g, d)
     try:
-        awc = rule.adapt_while_communicating()
+        awc = rule.under("awc")
     except ValueError:
         return
     for m, g in types:

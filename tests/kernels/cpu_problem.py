@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("backend", [TorchPasses, pytest.param(NumbaPasses
 F, D, B, H = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (parameters and state, gradient, messages)
 TYPES = {"fff": (F, F, F), "fbb": (F, B, B), "ffb": (F, F, B), "fhf": (F, H, F), "ddd": (D, D, D), "dfb": (D, F, B)}
-AWC = rules.decentlam.adapt_while_communicating()
+AWC = rules.decentlam.under("awc")
 
 
 # -- Rules of a user's own: the forms that the built-in ones do not have ---------------------------------------------

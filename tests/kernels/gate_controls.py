@@ -27,10 +27,11 @@ def update_with_a_sum(x, g, s, pull, h):
 
 @triton.jit
 def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
-                   S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                   UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
-    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND, S, H, BLOCK, VECTOR, EVEN,
-                    UPDATE, GUARD, SKIP)  # fmt: skip
+                   HALFWAY: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                   VECTOR: tl.constexpr, EVEN: tl.constexpr, UPDATE: tl.constexpr, GUARD: tl.constexpr,
+                   SKIP: tl.constexpr):  # fmt: skip
+    _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND, HALFWAY, S, H, BLOCK,
+                    VECTOR, EVEN, UPDATE, GUARD, SKIP)  # fmt: skip
     tl.atomic_add(scalars_ptr, 1.0)
 
 

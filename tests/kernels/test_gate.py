@@ -169,7 +169,7 @@ def test_what_the_controls_change_is_what_is_refused():
 @pytest.mark.parametrize("message", ["bf16", "fp16"])
 def test_a_copy_costs_its_bytes_and_is_rounded_to_nearest_even(message):
     """For AWC it is the next message, and saves a pass that reads x and writes it; for others a 16-bit parameter."""
-    for rule, d in ((rules.decentlam.adapt_while_communicating(), 2), (rules.adamw, 0), (rules.psgd, 0)):
+    for rule, d in ((rules.decentlam.under("awc"), 2), (rules.adamw, 0), (rules.psgd, 0)):
         plain, case = (Case(rule, "awc", p, message, "bf16", d) for p in ("combine", "emit"))
         built = build(case, "sm_90")
         assert judge(case, "sm_90", built).failures == []

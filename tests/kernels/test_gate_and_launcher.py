@@ -88,7 +88,7 @@ def test_the_gate_compiles_what_runs(launches):
 
 
 def test_the_gate_compiles_what_runs_with_copies_a_flag_and_low_parameters(launches):
-    rule = rules.decentlam.adapt_while_communicating()
+    rule = rules.decentlam.under("awc")
     half = aligned(4096, torch.bfloat16)
     for d, passes, more in (
         (2, ("pack", "emit"), {"copies": (half,)}),

@@ -35,14 +35,14 @@ blend = fused_dlam.Rule(
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-RULES = [*rules.ALL.values(), blend, mix_ahead]
+RULES = [*rules.ALL.values(), blend, mix_ahead, rules.dmsgd.under("midpoint"), rules.adamw.under("midpoint")]
 for rule in list(RULES):
     try:
-        if rule.adapt_while_communicating() is not rule:
-            RULES.append(rule.adapt_while_communicating())
+        if rule.schedule != "awc" and rule.under("awc").name not in (r.name for r in RULES if r.schedule == "awc"):
+            RULES.append(rule.under("awc"))
     except ValueError:
         pass
-IDS = [f"{rule.name}-{'awc' if rule in RULES[len(rules.ALL) + 2 :] else 'atc'}" for rule in RULES]
+IDS = [f"{rule.name}-{rule.schedule}" for rule in RULES]
 
 WEIGHTS = (0.3, 0.1, 0.2, 0.05, 0.15, 0.125)
 TYPES = (torch.float32, torch.bfloat16)

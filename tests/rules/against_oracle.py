@@ -12,7 +12,8 @@ from fused_dlam import Topology, rules, simulate, topology
 STEPS, LR = 200, 0.02
 METHODS = list(rules.ALL)
 AWC = [m for m in METHODS if m not in oracle.ONLY_ATC and "awc" not in m]
-VARIANTS = [(method, "atc") for method in METHODS] + [(method, "awc") for method in AWC]
+VARIANTS = [(m, "awc" if "awc" in m else "atc") for m in METHODS]
+VARIANTS += [(m, s) for m in AWC for s in ("midpoint", "awc")]
 
 LRS = {
     "constant": lambda k: LR,
@@ -55,6 +56,14 @@ def matrices(top):
     return functools.cache(top.weights)
 
 
+def auto_rate(method, top, momentum):
+    """The rate e that a method takes by itself. rho is at least 0.22^(1/T), see test_spectrum.py."""
+    rho = top.slowest_rho
+    if "mi-" in method:
+        return oracle.displacement_rate(rho, top.period == 1 and top.is_symmetric)
+    return oracle.auto_rate(momentum, rho)
+
+
 def growing_scale(trajectory):
     """The largest entry so far. An error is compared with it step by step, so that the comparison is as strict at the
     start as at the end, also where a method is unstable on a topology and the workers end 1e45 apart."""
@@ -69,7 +78,7 @@ def disagreement_with_oracle(method, schedule, top, lr, steps=STEPS, momentum=0.
     x0 = np.tile(start, (n, 1))
     ours = simulate(method, top, grad, start, steps, lr, momentum, 0.01, schedule, **hyper)
     if "correction_rate" in rules.ALL[method].hyper:
-        hyper.setdefault("correction_rate", oracle.auto_rate(momentum, top.rho))
+        hyper.setdefault("correction_rate", auto_rate(method, top, momentum))
     theirs = oracle.run(
         method, Ws or matrices(top), grad, x0, lr, momentum, 0.01, steps=steps, schedule=schedule, **hyper
     )

@@ -17,13 +17,14 @@ from fused_dlam import Rule, consensus_growth, rules, simulate, topology
 from fused_dlam.rules import Hyper
 from fused_dlam.rules import rule as rule_module
 
-PC = ("pc-dmsgd", "nesterov-pc-dmsgd")
+CORRECTED = ("pc-dmsgd", "nesterov-pc-dmsgd", "mi-dmsgd", "nesterov-mi-dmsgd", "mi-adamw")
+ADAM = ("adam", "adamw", "mi-adamw")
 BOUNDS = {  # hyper-parameter: methods, inside, outside, how its bounds are told
     "mu": (("qg-dmsgd", "nesterov-qg-dmsgd"), (0, 0.5, 0.999), (-0.1, 1, 1.5), r"'auto' or in \[0, 1\)"),
-    "correction_rate": (PC, (0.0, 1, 0.3), (-1e-9, 2.0), r"'auto' or in \[0, 1\]"),
-    "correction_gain": (PC, (1, 10.0, math.inf), (0.5, -1), r">= 1 \(math.inf is allowed\)"),
-    "beta2": (("adam", "adamw"), (0, 0.999), (1.0, -0.1), r"in \[0, 1\)"),
-    "eps": (("adam", "adamw"), (1e-30, 1, np.float32(0.5)), (0.0, -1.0, math.inf), "above 0 and finite"),
+    "correction_rate": (CORRECTED, (0.0, 1, 0.3), (-1e-9, 2.0), r"'auto' or in \[0, 1\]"),
+    "correction_gain": (CORRECTED, (1, 10.0, math.inf), (0.5, -1), r">= 1 \(math.inf is allowed\)"),
+    "beta2": (ADAM, (0, 0.999), (1.0, -0.1), r"in \[0, 1\)"),
+    "eps": (ADAM, (1e-30, 1, np.float32(0.5)), (0.0, -1.0, math.inf), "above 0 and finite"),
 }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def test_a_users_rule_has_no_bounds_but_its_own():
 )
 def test_bounds_of_a_users_rule(bounds, inside, outside, text):
     mixed = mine(boost=Hyper(1, **bounds))
-    for rule in (mixed, mixed.adapt_while_communicating()):
+    for rule in (mixed, mixed.under("awc")):
         for value in inside:
             rule.check_hyper({"boost": value})
         for value in outside:
@@ -148,9 +149,28 @@ def test_names_that_the_optimizer_needs_are_refused(name):
 def test_awc_keeps_all_that_a_rule_has():
     for rule in rules.ALL.values():
         try:
-            awc = rule.adapt_while_communicating()
+            awc = rule.under("awc")
         except ValueError:
             continue
         for what in ("name", "update", "state", "hyper", "derive", "average", "centered", "counts"):
             assert getattr(awc, what) == getattr(rule, what), (rule, what)
-        assert awc.H._fields == rule.H._fields and awc.adapt_while_communicating() is awc
+        assert awc.H._fields == tuple(f for f in rule.H._fields if f != "theta") and awc.under("awc") is awc
+        assert awc.under(rule.schedule).send.fn(1.0, 1.0, *_numbers(rule)) == rule.send.fn(1.0, 1.0, *_numbers(rule))
+
+
+def _numbers(rule):
+    values = torch.ones(1 + len(rule.state), dtype=torch.float64)
+    return rule.State(*values[1:]), rule.scalars(0.1, 0.9, 0.01, 0.5)
+
+
+def test_a_default_may_ask_for_the_graph():
+    """Functions of (momentum), of (momentum, rho) and of (momentum, rho, static)."""
+    rule = mine(a=lambda beta, rho: beta + rho, b=lambda beta, rho, static: beta + rho + 10 * static, c=7.0)
+    h = rule.scalars(0.1, 0.5, 0.0, 0.25, static=True)
+    assert (h.a, h.b, h.c) == (0.75, 10.75, 7.0)
+    assert rule.scalars(0.1, 0.5, 0.0, 0.25).b == 0.75
+
+
+def test_theta_is_the_schedules():
+    with pytest.raises(ValueError, match="rule 'mine': theta is the schedule's"):
+        mine(theta=1.0)

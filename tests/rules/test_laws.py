@@ -24,7 +24,8 @@ from against_oracle import (
 )
 from everyday import everyday
 
-from fused_dlam import simulate, topology
+from fused_dlam import rules, simulate, topology
+from fused_dlam.rules.jit import Array
 
 
 def heavy_ball(gradients, x0, lr, momentum, weight_decay):
@@ -37,7 +38,7 @@ def heavy_ball(gradients, x0, lr, momentum, weight_decay):
 
 
 @pytest.mark.parametrize("lr", [LRS["constant"], LRS["cosine to zero"], everything], ids=["constant", "cosine", "all"])
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
+@pytest.mark.parametrize("schedule", oracle.SCHEDULES)
 @pytest.mark.parametrize(
     "top",
     [
@@ -50,12 +51,14 @@ def heavy_ball(gradients, x0, lr, momentum, weight_decay):
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("method", ["dmsgd", "decentlam", "pc-dmsgd", "exact-diffusion", "momentum-tracking"])
+@pytest.mark.parametrize(
+    "method", ["dmsgd", "decentlam", "pc-dmsgd", "mi-dmsgd", "exact-diffusion", "momentum-tracking"]
+)
 def test_the_mean_moves_like_all_reduce_momentum_sgd(method, top, schedule, lr):
     """With doubly stochastic W the pulls cancel: the mean is momentum SGD on the mean of the workers' gradients, to
     1e-12, whatever the graph and the noise. (beta = 0.5 for DecentLaM, which diverges on most of these at 0.9: the
     law would still hold, but drown in the rounding of the huge disagreement.)"""
-    if schedule == "awc" and method in oracle.ONLY_ATC:
+    if schedule != "atc" and method in oracle.ONLY_ATC:
         pytest.skip("has no such schedule")
     momentum = 0.5 if method == "decentlam" else 0.9
     grad = oracle.LeastSquares(top.n, gradient_noise=1.0)
@@ -83,13 +86,35 @@ def test_pc_dmsgd_with_exact_averaging_is_all_reduce_momentum_sgd(gain, lr):
     assert abs(pc - pm).max() <= 1e-12 * abs(pm).max()
 
 
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
+@pytest.mark.parametrize("schedule", oracle.SCHEDULES)
+@pytest.mark.parametrize("method", ["pc-dmsgd", "mi-dmsgd", "nesterov-pc-dmsgd", "nesterov-mi-dmsgd"])
 @pytest.mark.parametrize("top", [topology.exponential(5), row_stochastic(5, 3)], ids=repr)
-def test_pc_dmsgd_without_correction_is_dmsgd(top, schedule):
-    """Bit for bit."""
+def test_without_correction_they_are_dmsgd(top, method, schedule):
+    """Bit for bit: PC-DmSGD and MI-DmSGD are corrections of one method, under each schedule of the family."""
     grad = oracle.LeastSquares(5, gradient_noise=1.0)
-    pc = simulate("pc-dmsgd", top, grad, np.ones(3), STEPS, everything, 0.9, 0.01, schedule, correction_rate=0.0)
-    assert np.array_equal(pc, simulate("dmsgd", top, grad, np.ones(3), STEPS, everything, 0.9, 0.01, schedule))
+    run = (top, grad, np.ones(3), STEPS, everything, 0.9, 0.01, schedule)
+    ours = simulate(method, *run, correction_rate=0.0)
+    assert np.array_equal(ours, simulate("nesterov-dmsgd" if "nesterov" in method else "dmsgd", *run))
+
+
+@pytest.mark.parametrize("method", ["dmsgd", "pc-dmsgd", "mi-dmsgd", "adamw", "exact-diffusion"])
+def test_the_family_of_schedules(method):
+    """The message is x + theta d with theta = 1, 1/2, 0, where d is the worker's own step; to 1e-15 of x."""
+    x, g, pull = (np.random.default_rng(k).standard_normal((4, 3)).view(Array) for k in range(3))
+    rule = rules.get(method)
+    s = rule.State(
+        *(np.abs(np.random.default_rng(9 + k).standard_normal((4, 3))).view(Array) for k in range(len(rule.state)))
+    )
+    d = None
+    for schedule, theta in (("atc", 1.0), ("midpoint", 0.5), ("awc", 0.0)):
+        of = rule.under(schedule)
+        h = of.scalars(0.1, 0.9, 0.01, 0.5)
+        (message,) = of.send.fn(x, g, s, h)
+        d = message - x if d is None else d
+        assert abs(message - (x + theta * d)).max() <= 1e-15 * abs(x).max(), schedule
+        new_x, new_s = of.update.fn(x, g, s, (pull,), h)
+        same_x, same_s = rule.update.fn(x, g, s, (pull,), rule.scalars(0.1, 0.9, 0.01, 0.5))
+        assert np.array_equal(new_x, same_x) and all(map(np.array_equal, new_s, same_s)), schedule
 
 
 TORCH = {  # what every method is with one worker
@@ -98,7 +123,7 @@ TORCH = {  # what every method is with one worker
         [m for m in METHODS if m.startswith("nesterov")], (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})
     ),
     "adam": (torch.optim.Adam, {}),
-    "adamw": (torch.optim.AdamW, {}),
+    **dict.fromkeys(["adamw", "mi-adamw"], (torch.optim.AdamW, {})),
 }
 SELF_AVERAGING = ("qg-dmsgd", "nesterov-qg-dmsgd")  # their momentum is a mean of displacements
 

@@ -37,10 +37,13 @@ def test_schedules_are_checked(certify):
         return simulate_two_steps(method, schedule=schedule)
 
     for method in oracle.ONLY_ATC:
-        with pytest.raises(ValueError, match=f"'awc' needs .*'{method}' is not one"):
-            attempt(method, "awc")
-    with pytest.raises(ValueError, match="'atc' or 'awc', not 'overlap'"):
+        for schedule in ("midpoint", "awc"):
+            with pytest.raises(ValueError, match=f"'{schedule}' needs .*'{method}' is not one"):
+                attempt(method, schedule)
+    with pytest.raises(ValueError, match="Invalid schedule: 'overlap', must be 'auto', 'atc', 'midpoint' or 'awc'"):
         attempt("dmsgd", "overlap")
+    with pytest.raises(ValueError, match="'awc-dmsgd' sends x itself: its schedule is 'awc', not 'atc'"):
+        attempt("awc-dmsgd", "atc")
 
 
 def test_shapes_are_checked():

@@ -30,19 +30,20 @@ def test_every_method_with_its_messages_state_and_schedules():
         assert messages == ("" if rule.average == "gradient" else str(rule.messages)), name
         assert state == str(len(rule.state)), name
         try:
-            awc = rule.adapt_while_communicating()
+            awc = rule.under("awc")
         except ValueError:
             assert schedules == "atc", name
         else:
-            assert schedules == ("awc" if awc is rule else "atc, awc"), name
+            own = {"midpoint": "midpoint, atc, awc", "atc": "atc, midpoint, awc", "awc": "awc"}[rule.schedule]
+            assert schedules == own, name
             assert (sends == "x") == (awc is rule), name
 
 
 def test_every_hyper_parameter_with_its_methods_and_default():
-    rows = {names(row[0])[0]: row for row in table("| hyper-parameter |")[1:]}
-    assert set(rows) == {name for rule in rules.ALL.values() for name in rule.hyper}
-    for name, (_, methods, default, bounds) in rows.items():
-        assert set(names(methods)) == {rule.name for rule in rules.ALL.values() if name in rule.hyper}
+    rows = [(names(row[0])[0], *row[1:]) for row in table("| hyper-parameter |")[1:]]
+    told = [(name, method) for name, methods, *_ in rows for method in names(methods)]
+    assert sorted(told) == sorted((name, rule.name) for rule in rules.ALL.values() for name in rule.hyper)
+    for name, methods, default, bounds in rows:
         for rule in map(rules.get, names(methods)):
             hyper = rule.hyper[name]
             assert default.startswith('"auto"') if callable(hyper.default) else float(default) == hyper.default

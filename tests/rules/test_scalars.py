@@ -18,7 +18,7 @@ from fused_dlam import GossipSGD, Rule, rules
 from fused_dlam.rules.scalars import SMALLEST, number, ratio
 
 
-@pytest.mark.parametrize("rule", [rules.adam, rules.adamw, rules.adamw.adapt_while_communicating()])
+@pytest.mark.parametrize("rule", [rules.adam, rules.adamw, rules.adamw.under("awc")])
 def test_scalars_of_a_parameter_that_came_later(rule):
     memory, common = {}, (0.01, 0.9, 0.1, 0.0, {"beta2": 0.99})
     in_turn = [rule.scalars(*common, memory) for _ in range(7)]
@@ -59,7 +59,7 @@ def test_a_count_on_a_device_stays_there():
 
 def test_rules_that_count_no_steps():
     counting = {name for name, rule in rules.ALL.items() if rule.counts is not None}
-    assert counting == {"adam", "adamw"}
+    assert counting == {"adam", "adamw", "mi-adamw"}
     with pytest.raises(ValueError, match="rule 'dmsgd' counts no steps"):
         rules.dmsgd.scalars_at(3, 0.1, 0.9, 0.0)
 

@@ -76,6 +76,8 @@ def loaded(given: dict[str, Any]) -> frozenset[str] | None:
     s = given["S"](*(Symbol(f"s_ptrs {k}") for k in range(len(given["S"].names))))
     h = given["H"](*(Symbol() for _ in given["H"].names))
     messages = send(x, g, s, h)
+    if given.get("HALFWAY"):
+        messages = (messages[0]._with(x),)
     if update is None:
         return messages[0]._with(*messages).buffers
     pull = tuple(m if given["r_ptrs"] else Symbol() for m in messages)
