@@ -33,13 +33,14 @@ written with pulls, so they cannot check each other; this file can check all of 
 Layers around any of them:
 
     lars        g <- r (g + lambda x), r = eta |x| / (|g| + lambda |x| + 1e-8) for every layer; then no other decay
+    spikes      r = |g| at first;  g <- g min(1, 1.5 r / |g|);  r <- .95 r + .05 |shortened g|, for every bucket
     slowmo      every H steps: y = J x;  u = beta_s u + (x_0 - y) / lr;  x_0 = x_0 - alpha lr u;  x = x_0
 
 A worker without a gradient takes no local step: d = 0 in combine, and its m and v stay. What it sends in the place of
 its parameters are its parameters. What its neighbors integrate it integrates too: p of pc- and mi-dmsgd, what d2-dmsgd
 and exact-diffusion undo (their m_prev becomes minus the correction that it has), and y and c of the tracking methods,
-for which its gradient is its weight decay alone. So sums over the workers stay zero. Where gradients are averaged one that
-is missing counts as zero; among workers that have joined (`optimizer.join`) the mean is over those that have one.
+for which its gradient is its weight decay alone. So sums over the workers stay zero. Where gradients are averaged one
+that is missing counts as zero; among workers that have joined (`optimizer.join`) the mean is over those that have one.
 """
 
 import numpy as np
@@ -50,7 +51,7 @@ ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", 
 
 def run(
     method, Ws, grad, x0, lrs, momentum, weight_decay, *,
-    steps, schedule="atc", lars=None, slowmo=None, skips=(), without=None, joined=False, **hyper,
+    steps, schedule="auto", lars=None, spikes=None, slowmo=None, skips=(), without=None, joined=False, **hyper,
 ):  # fmt: skip
     """Every worker's parameters before and after each of `steps` steps, [steps + 1, n, d].
 
@@ -60,6 +61,7 @@ def run(
     hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
     `beta2` and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
+    schedule = own_schedule(method) if schedule == "auto" else schedule
     nesterov, method = method.startswith("nesterov-"), method.removeprefix("nesterov-")
     if schedule not in SCHEDULES or (schedule != "atc" and method in ONLY_ATC):
         raise ValueError(f"{method} has no schedule {schedule!r}")
@@ -72,7 +74,7 @@ def run(
     lr_max, lr_mean, undo = 0.0, None, None
     theta = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}[schedule]
     W_prev = lr_prev = last_inverse = before_pull = mixed = None
-    t = np.zeros((n, 1))
+    t, usual = np.zeros((n, 1)), {}
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
@@ -94,6 +96,15 @@ def run(
                 continue
             here[:] = True  # everybody steps
         m_before, v_before = m, v
+        if spikes:
+            local = M @ local if method in ("psgd", "pmsgd") else local.copy()
+            for i in np.flatnonzero(here[:, 0]):
+                for bucket in spikes:
+                    size = np.linalg.norm(local[i, bucket])
+                    if size > 0:
+                        r = usual.get((i, bucket.start), size)
+                        local[i, bucket] *= min(1.0, 1.5 * r / size)
+                        usual[i, bucket.start] = 0.95 * r + 0.05 * min(size, 1.5 * r)
         if lars:
             if method in ("psgd", "pmsgd"):
                 local = M @ local
@@ -213,13 +224,23 @@ def midpoint_integral(step, combine, here, theta, p, lr, lr_max, hyper):
     return x_new, (1 - e * rho / gain) * p + e * pull
 
 
-def displacement_rate(rho, static):
-    """What "auto" promises for MI; static: one symmetric matrix."""
+def own_schedule(method):
+    """What schedule="auto" promises."""
+    return "midpoint" if "mi-" in method else "awc" if "awc" in method else "atc"
+
+
+def auto_rate(method, top, momentum):
+    """What `correction_rate="auto"` promises. rho, the contraction per step, is at least 0.22^(1/T), see
+    tests/topology/test_spectrum.py."""
+    rho = top.slowest_rho
+    if "mi-" not in method:
+        return pull_rate(momentum, rho)
+    static = top.period == 1 and np.allclose(top.weights(), top.weights().T)
     return min(0.5, 2 * (1 - rho)) if static else (1 - rho) / (1 + rho)
 
 
-def auto_rate(momentum, rho):
-    """What `correction_rate="auto"` promises; rho is the contraction of disagreement per step."""
+def pull_rate(momentum, rho):
+    """PC-DmSGD's."""
     return min((1 - momentum) / 10, (1 - momentum) ** 2, (1 - momentum) * (1 - rho))
 
 

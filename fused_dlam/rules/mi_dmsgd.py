@@ -118,7 +118,8 @@ def update_mi_adamw(x, g, s, pull, h):
     return y + pull[0], (m, v, h.leak * s.correction_buffer + h.correction * pull[0])
 
 
-# AdamW's step in the place of momentum's. The integral asks for nothing but a step in units of x.
+# AdamW's step in the place of momentum's. The integral asks for nothing but a step in units of x. It ends where the
+# workers' steps sum to zero, which with second moments of their own is not quite where their gradients do.
 mi_adamw = Rule(
     "mi-adamw",
     send_mi_adamw,

@@ -57,7 +57,7 @@ def expected_path(machines, size, kind, schedule, clip=None):
             norm = np.linalg.norm(g, axis=1, keepdims=True)
             return g * np.minimum(1.0, clip / (norm + 1e-6)) if clip else g
 
-        hyper = {"correction_rate": oracle.auto_rate(0.9, graph.rho)} if kind == "pc-dmsgd" else {}
+        hyper = {"correction_rate": oracle.auto_rate(kind, graph, 0.9)} if kind in ("pc-dmsgd", "mi-dmsgd") else {}
         return oracle.run(
             kind, graph.weights, clipped, X, lambda step: 0.05, 0.9, 1e-2, steps=STEPS, schedule=schedule, **hyper
         )
@@ -90,7 +90,7 @@ def test_shards_follow_the_oracle(size, request):
     """Every step's parameters, gathered from the shards, and the consensus distance over all of them."""
     results = request.getfixturevalue({2: "fours", 3: "sixes"}[size])["train"]
     for c, (kind, options) in enumerate(CASES):
-        expected = expected_path(2, size, kind, options.get("schedule", "atc"), options.get("max_grad_norm"))
+        expected = expected_path(2, size, kind, options.get("schedule", "auto"), options.get("max_grad_norm"))
         spread = np.sqrt(((expected[-1] - expected[-1].mean(0)) ** 2).sum(-1).mean())
         ahead = options.get("schedule") == "awc"
         for rank in range(2 * size):

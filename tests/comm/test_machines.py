@@ -27,7 +27,7 @@ def expected_path(method, graph, machine_of, schedule):
         each = single(step, X[machine_of])
         return np.stack([each[m].mean(axis=0) for m in members])
 
-    hyper = {"correction_rate": oracle.auto_rate(0.9, graph.rho)} if method == "pc-dmsgd" else {}
+    hyper = {"correction_rate": oracle.auto_rate(method, graph, 0.9)} if method in ("pc-dmsgd", "mi-dmsgd") else {}
     x0 = np.tile(workers.trained(workers.Tied(torch.float64)).numpy(), (graph.n, 1))
     return oracle.run(
         method, graph.weights, grad, x0, workers.lr_at, 0.9, 1e-2, steps=STEPS, schedule=schedule, **hyper
@@ -60,7 +60,7 @@ def test_machines_follow_the_oracle(n, size, use_mesh, options, of_ranks):
     name = options.get("topology", "one-peer-exponential")
     graph = topology.FAMILY[name](n)
     machine_of = [r % n if use_mesh else r // size for r in range(n * size)]
-    expected = expected_path(options["method"], graph, machine_of, options.get("schedule", "atc"))
+    expected = expected_path(options["method"], graph, machine_of, options.get("schedule", "auto"))
     results = of_ranks[str((n, size, use_mesh, options))]
     for rank, (path, sent, moved, distance) in enumerate(results):
         machine = machine_of[rank]

@@ -83,6 +83,11 @@ MODES = {
     "atc, bf16 parameters": (gossip_sgd(), dict(dtype=BF16)),
     "atc, missing gradients": (gossip_sgd(), dict(absent=(2, 5))),
     "atc, other gradients missing in every step": (gossip_sgd(), dict(each=other_gradients_missing)),
+    "midpoint": (gossip_sgd(method="mi-dmsgd"), {}),
+    "spikes": (gossip_sgd(clip="spikes"), {}),
+    "spikes, missing gradients": (gossip_sgd(method="mi-dmsgd", clip="spikes"), dict(absent=(2, 5))),
+    "spikes, machines": (gossip_sgd(clip="spikes", hierarchical=True), MACHINES),
+    "awc, spikes": (gossip_sgd(schedule="awc", clip="spikes"), {}),
     "awc": (gossip_sgd(schedule="awc"), {}),
     "awc, zero_grad(set_to_none=False)": (gossip_sgd(schedule="awc"), dict(to_none=False)),
     "awc, bf16 messages": (gossip_sgd(schedule="awc", comm_dtype=BF16), {}),
@@ -90,6 +95,7 @@ MODES = {
     "awc, missing gradients": (gossip_sgd(schedule="awc"), dict(absent=(2, 5))),
     "a learning rate schedule": (gossip_sgd(), dict(each=schedule)),
     "lr on the device": (lr_on_device(), {}),
+    "lr on the device, mi-dmsgd": (lr_on_device(method="mi-dmsgd", clip="spikes"), {}),
     "lr on the device, lars": (lr_on_device(layers=[Lars(0.01)]), {}),
     "lr on the device, slowmo": (lr_on_device(layers=[SlowMo(2)]), {}),
     "nesterov": (gossip_sgd(method="nesterov-pc-dmsgd"), {}),
@@ -108,6 +114,7 @@ MODES = {
     "machines, awc": (gossip_sgd(hierarchical=True, schedule="awc"), MACHINES),
     "two devices": (gossip_sgd(), dict(devices=("cuda:0", "cuda:1"), threads=True)),
     "Gossip": (gossip(), {}),
+    "Gossip, midpoint": (gossip(schedule="midpoint"), {}),
     "Gossip, awc": (gossip(schedule="awc"), {}),
     "Gossip, machines": (gossip(hierarchical=True), MACHINES),
     "one worker": (gossip_sgd(), dict(ranks=1)),
@@ -148,6 +155,7 @@ BY_DESIGN = {
 
 KINDS = ("atc", "atc, torch passes", "atc, bf16 parameters", "atc, other gradients missing in every step",
          "awc, bf16 messages", "awc, missing gradients", "lr on the device, slowmo", "groups of weight decay",
+         "midpoint", "spikes, missing gradients", "lr on the device, mi-dmsgd", "Gossip, midpoint",
          "max_grad_norm, machines", "lars, bf16 parameters", "pmsgd", "global averages", "machines, awc", "two devices",
          "Gossip, awc", "one worker", "messages through the host")  # fmt: skip
 

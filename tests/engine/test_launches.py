@@ -78,6 +78,8 @@ MODES = {
     "atc, nesterov, weight decay": (gossip_sgd(method="nesterov-dmsgd", weight_decay=0.1), {}, 2),
     "atc, two messages": (gossip_sgd(method="da-dmsgd"), {}, 2),
     "atc, exponential graph": (gossip_sgd(method="dmsgd", topology="exponential"), dict(ranks=8), 2),
+    "midpoint": (gossip_sgd(method="mi-dmsgd"), {}, 2),
+    "midpoint, bf16 parameters": (gossip_sgd(method="mi-dmsgd"), dict(dtype=BF16), 2),
     "awc": (gossip_sgd(schedule="awc"), {}, 1),
     "awc, bf16 messages": (gossip_sgd(schedule="awc", comm_dtype=BF16), {}, 1),
     "awc, bf16 parameters": (gossip_sgd(schedule="awc"), dict(dtype=BF16), 1),
@@ -85,7 +87,7 @@ MODES = {
 }
 
 
-KINDS = ("atc", "atc, bf16 parameters and messages", "atc, two messages", "atc, exponential graph", "awc",
+KINDS = ("atc", "atc, bf16 parameters and messages", "atc, two messages", "atc, exponential graph", "midpoint", "awc",
          "awc, bf16 messages")  # fmt: skip
 
 

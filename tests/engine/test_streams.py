@@ -44,6 +44,13 @@ MODES = {
     "atc, bf16 parameters": dict(dtype=BF16),
     "atc, zero_grad(set_to_none=False)": dict(to_none=False),
     "atc, missing gradients": dict(absent=(2, 5)),
+    "midpoint": dict(method="mi-dmsgd"),
+    "midpoint, bf16 messages, torch passes": dict(method="mi-dmsgd", comm_dtype=BF16, fused=False),
+    "spikes": dict(clip="spikes", overlap=True),
+    "spikes, bf16 parameters": dict(clip="spikes", method="mi-dmsgd", dtype=BF16),
+    "awc, spikes": dict(schedule="awc", clip="spikes"),
+    "Gossip, midpoint": dict(make=gossip, schedule="midpoint"),
+    "Gossip, midpoint, bf16 messages": dict(make=gossip, schedule="midpoint", comm_dtype=BF16),
     "awc": dict(schedule="awc"),
     "awc, torch passes": dict(schedule="awc", fused=False),
     "awc, bf16 messages": dict(schedule="awc", comm_dtype=BF16),
@@ -117,6 +124,7 @@ RECALLED = {
     "gradients changed, bf16 messages": dict(meddle=clipped, comm_dtype=BF16, overlap=True),
     "gradients changed, two messages": dict(meddle=clipped, method="da-dmsgd", overlap=True),
     "gradients changed, bf16 parameters": dict(meddle=clipped, dtype=BF16, overlap=True),
+    "gradients changed, spikes": dict(meddle=clipped, method="mi-dmsgd", clip="spikes", overlap=True),
     "gradients changed, lars": dict(meddle=clipped, layers=[Lars(0.01)], overlap=True),
     "gradients changed, global averages": dict(
         meddle=clipped, topology=partial(spaced, exact=2), ranks=4, overlap=True
@@ -128,6 +136,7 @@ RECALLED = {
 
 KINDS = ("atc", "atc, overlap=True", "atc, bf16 messages, torch passes", "atc, bf16 parameters",
          "atc, zero_grad(set_to_none=False)", "awc", "awc, bf16 messages", "awc, missing gradients", "da-dmsgd",
+         "midpoint", "spikes", "Gossip, midpoint",
          "max_grad_norm, pmsgd", "lars, bf16 parameters", "slowmo, awc", "scaler", "local steps, awc",
          "global averages, awc", "synchronize between, awc", "averaged between", "consensus_distance between, awc",
          "Gossip", "Gossip, awc, bf16 messages", "exponential graph", "machines, overlap=True", "machines, awc",

@@ -2,7 +2,7 @@
 
 - one worker is the inner optimizer, bit for bit, in float32 and bfloat16;
 - with real processes, n = 2 to 4, AdamW, SGD and Adafactor follow n float64 copies of the inner optimizer and a dense
-  W @ (X + D) or W @ X + D within 1e-5, Muon (whose orthogonalization is bfloat16) within 1e-2;
+  W @ (X + D), W @ (X + D/2) + D/2 or W @ X + D within 1e-5, Muon (whose orthogonalization is bfloat16) within 1e-2;
 - Gossip(SGD) is `GossipSGD`'s dmsgd within 1e-6;
 - without gradients disagreement contracts as W^k says; what torch expects of an optimizer holds.
 """
@@ -21,7 +21,7 @@ from layers_of_users import spaced
 from fused_dlam import Gossip, GossipSGD, topology
 
 STEPS = 20
-SCHEDULES = ("atc", "awc")
+SCHEDULES = ("atc", "midpoint", "awc")
 OURS = {
     s: {"topology": partial(spaced, every=2, exact=5), "schedule": s, "comm_dtype": torch.bfloat16} for s in SCHEDULES
 }
@@ -74,7 +74,8 @@ def expected_path(name, graph, schedule):
             s.step()
         stepped = torch.stack([workers.trained(m) for m in models])
         W = torch.from_numpy(graph.weights(step))
-        X = W @ stepped if schedule == "atc" else W @ X + (stepped - X)
+        D, theta = stepped - X, {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}[schedule]
+        X = W @ (X + theta * D) + (1 - theta) * D
         with torch.no_grad():
             for model, x in zip(models, X, strict=True):
                 parts = x.split([getattr(model, k).numel() for k in workers.TRAINED])
@@ -86,7 +87,7 @@ def expected_path(name, graph, schedule):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", gossip_workers.OPTIMIZERS)
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_worker_is_the_inner_optimizer(name, dtype, schedule):
     """Bit for bit after every step, and so is its state; schedulers count the same steps."""
     models = [workers.Tied(dtype), workers.Tied(dtype)]
@@ -160,7 +161,7 @@ def test_machines_average_their_gradients(runs):
     """
     results = runs[4]["machines"]
     for c, (options, ddp) in enumerate(MACHINES):
-        first = 0 if options["schedule"] == "atc" else 4
+        first = 4 * SCHEDULES.index(options["schedule"])
         for rank in range(4):
             x, averages, _ = results[rank][c]
             assert averages is not ddp

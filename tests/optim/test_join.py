@@ -137,7 +137,7 @@ def expected(n, case):
     hyper = {"correction_rate": case.options["correction_rate"]} if method == "pc-dmsgd" else {}
     path = workers.oracle.run(
         method, top.weights, gradient, np.ones((n // size, workers.DIMENSION)), lambda k: workers.LR,
-        workers.MOMENTUM, workers.DECAY, steps=len(without), schedule=case.options.get("schedule", "atc"),
+        workers.MOMENTUM, workers.DECAY, steps=len(without), schedule=case.options.get("schedule", "auto"),
         skips=() if case.overflow is None else (case.overflow[1],), without=nobody, joined=True, **hyper,
     )  # fmt: skip
     return np.repeat(path, size, axis=1)

@@ -50,10 +50,10 @@ def pairs():
 def expected(options, skips):
     graph, problem = topology.one_peer_exponential(N), workers.problem(N)
     method = options.get("method", "pc-dmsgd")
-    hyper = {"correction_rate": oracle.auto_rate(0.9, graph.rho)} if method == "pc-dmsgd" else {}
+    hyper = {"correction_rate": oracle.auto_rate(method, graph, 0.9)} if method in ("pc-dmsgd", "mi-dmsgd") else {}
     return oracle.run(
         method, graph.weights, problem, np.ones((N, workers.DIMENSION)), lambda k: workers.LR, 0.9, 0.0,
-        steps=workers.STEPS, schedule=options.get("schedule", "atc"), skips=skips, **hyper,
+        steps=workers.STEPS, schedule=options.get("schedule", "auto"), skips=skips, **hyper,
     )  # fmt: skip
 
 

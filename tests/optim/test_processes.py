@@ -48,12 +48,17 @@ def cases_of(n):
     cases = []
     for method, name, extra in [
         *((m, g, {}) for m in rules.ALL for g in graphs),
-        *((m, graphs[0], {"schedule": "awc", "bucket_mb": 1e-4}) for m in AWC),
+        *(
+            (m, graphs[0], {"schedule": s, "bucket_mb": 1e-4})
+            for m in AWC
+            for s in ("midpoint", "awc")
+            if s != rules.ALL[m].schedule
+        ),
     ]:
-        graph, schedule = topology.FAMILY[name](n), extra.get("schedule", "atc")
+        graph, schedule = topology.FAMILY[name](n), extra.get("schedule", "auto")
         momentum = 0.9 if consensus_growth(method, graph, 0.9, schedule=schedule) < 1 else 0.4
         if consensus_growth(method, graph, momentum, schedule=schedule) >= 1 - 1e-9:
-            continue  # D2 and exact diffusion, on directed graphs and where x itself is sent: refused
+            continue  # D2 and exact diffusion, on directed graphs and where less is sent: refused
         cases.append((method, name, {"weight_decay": 1e-2, "momentum": momentum, **extra}))
     return cases
 
@@ -117,10 +122,10 @@ def network_gradient(n):
     return grad
 
 
-def reference(method, graph, weight_decay, schedule="atc", momentum=0.9, **layers):
+def reference(method, graph, weight_decay, schedule="auto", momentum=0.9, **layers):
     model = workers.Tied(torch.float64)
     corrected = "correction_rate" in rules.ALL[method].hyper
-    hyper = {"correction_rate": oracle.auto_rate(momentum, graph.rho)} if corrected else {}
+    hyper = {"correction_rate": oracle.auto_rate(method, graph, momentum)} if corrected else {}
     return oracle.run(
         method, graph.weights, network_gradient(graph.n), np.tile(workers.trained(model).numpy(), (graph.n, 1)),
         workers.lr_at, momentum, weight_decay, steps=STEPS, schedule=schedule, **layers, **hyper,
@@ -138,7 +143,7 @@ def test_every_method_follows_the_oracle(n, request):
     start = workers.Tied()
     for c, (method, name, options) in enumerate(cases):
         graph = topology.FAMILY[name](n)
-        expected = reference(method, graph, 1e-2, options.get("schedule", "atc"), options["momentum"])
+        expected = reference(method, graph, 1e-2, options.get("schedule", "auto"), options["momentum"])
         for rank in range(n):
             got = results[rank][c]
             error = abs(got["path"][-1].double().numpy() - expected[-1, rank]).max() / abs(expected[-1]).max()

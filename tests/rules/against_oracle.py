@@ -56,14 +56,6 @@ def matrices(top):
     return functools.cache(top.weights)
 
 
-def auto_rate(method, top, momentum):
-    """The rate e that a method takes by itself. rho is at least 0.22^(1/T), see test_spectrum.py."""
-    rho = top.slowest_rho
-    if "mi-" in method:
-        return oracle.displacement_rate(rho, top.period == 1 and top.is_symmetric)
-    return oracle.auto_rate(momentum, rho)
-
-
 def growing_scale(trajectory):
     """The largest entry so far. An error is compared with it step by step, so that the comparison is as strict at the
     start as at the end, also where a method is unstable on a topology and the workers end 1e45 apart."""
@@ -78,7 +70,7 @@ def disagreement_with_oracle(method, schedule, top, lr, steps=STEPS, momentum=0.
     x0 = np.tile(start, (n, 1))
     ours = simulate(method, top, grad, start, steps, lr, momentum, 0.01, schedule, **hyper)
     if "correction_rate" in rules.ALL[method].hyper:
-        hyper.setdefault("correction_rate", auto_rate(method, top, momentum))
+        hyper.setdefault("correction_rate", oracle.auto_rate(method, top, momentum))
     theirs = oracle.run(
         method, Ws or matrices(top), grad, x0, lr, momentum, 0.01, steps=steps, schedule=schedule, **hyper
     )

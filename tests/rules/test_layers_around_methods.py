@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from against_oracle import LR, METHODS, STEPS, auto_rate, everything, growing_scale, matrices
+from against_oracle import LR, METHODS, STEPS, everything, growing_scale, matrices
 
 from fused_dlam import Simulation, SlowMo, rules, simulate, topology
 from fused_dlam.layers.lars import Lars
@@ -32,7 +32,7 @@ def test_layers_around_every_method(method, layer):
         got = simulate(method, top, grad, start, STEPS, lr, 0.5, 0.01, layers=[ours])
         hyper = {}
         if "correction_rate" in rules.ALL[method].hyper:
-            hyper["correction_rate"] = auto_rate(method, top, 0.5)
+            hyper["correction_rate"] = oracle.auto_rate(method, top, 0.5)
         x0 = np.tile(start, (n, 1))
         want = oracle.run(
             method,
@@ -43,7 +43,6 @@ def test_layers_around_every_method(method, layer):
             0.5,
             0.01,
             steps=STEPS,
-            schedule=rules.ALL[method].schedule,
             **theirs,
             **hyper,
         )

@@ -30,8 +30,8 @@ def measured_growth(method, top, momentum, schedule="atc", **hyper):
     Ws, T, columns = [top.weights(k) for k in range(top.period)], top.period, 5 * top.n
     kicked, seen = math.ceil(4 / T) * T, T + 4
     kicks = np.random.default_rng(0).standard_normal((kicked + 1, top.n, columns))
-    if method == "pc-dmsgd":
-        hyper.setdefault("correction_rate", oracle.auto_rate(momentum, top.rho))
+    if method in ("pc-dmsgd", "mi-dmsgd"):
+        hyper.setdefault("correction_rate", oracle.auto_rate(method, top, momentum))
     x = oracle.run(
         method,
         lambda k: Ws[k % T],

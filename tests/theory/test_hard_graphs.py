@@ -50,5 +50,5 @@ def test_the_third_term_of_the_automatic_rate_is_needed(top):
 def test_the_automatic_rate():
     for momentum, rho in itertools.product((0.0, 0.3, 0.9, 0.95, 0.99), (0.0, 0.5, 0.95, 0.999)):
         h = rules.pc_dmsgd.scalars(1.0, momentum, 0.0, rho)
-        assert h.correction_rate == pytest.approx(oracle.auto_rate(momentum, rho), rel=1e-12)
+        assert h.correction_rate == pytest.approx(oracle.pull_rate(momentum, rho), rel=1e-12)
         assert rules.pc_dmsgd.scalars(1.0, momentum, 0.0, rho, {"correction_rate": "auto"}) == h

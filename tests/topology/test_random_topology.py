@@ -239,8 +239,8 @@ def test_training_is_the_simulation(name, options, fives):
     model = workers.Tied(torch.float64)
     expected = oracle.run(
         "pc-dmsgd", top.weights, network_gradient(n), np.tile(workers.trained(model).numpy(), (n, 1)), workers.lr_at,
-        0.9, 0.0, steps=STEPS, schedule=options.get("schedule", "atc"),
-        correction_rate=oracle.auto_rate(0.9, top.slowest_rho),
+        0.9, 0.0, steps=STEPS, schedule=options.get("schedule", "auto"),
+        correction_rate=oracle.auto_rate("pc-dmsgd", top, 0.9),
     )  # fmt: skip
     for rank, got in enumerate(fives[name]):
         error = abs(got["path"][-1].double().numpy() - expected[-1, rank]).max() / abs(expected[-1]).max()
