@@ -10,6 +10,7 @@ from .optim.gossip import Gossip
 from .optim.gossip_sgd import GossipSGD
 from .optim.mixed_precision import GradScaler
 from .rules.rule import Rule, jit
+from .theory.limits import rate_limit
 from .theory.simulator import Simulation, simulate
 from .theory.stability import consensus_growth
 from .topology import Topology
@@ -30,6 +31,7 @@ __all__ = [
     "layers",
     "load_checkpoint",
     "neighbor_allreduce",
+    "rate_limit",
     "rules",
     "save_checkpoint",
     "simulate",

@@ -133,7 +133,7 @@ def load_checkpoint(
     """Loads what `save_checkpoint` saved, on any number of workers, and returns how many had saved it.
 
     As many as now: each has its own back and the run goes on bit for bit. Otherwise all start from the mean of the
-    workers' parameters, buffers and optimizer state, with PC-DmSGD's correction zero, as its mean is, and go on in
+    workers' parameters, buffers and optimizer state, with MI-DmSGD's correction zero, as its mean is, and go on in
     their own topology from the step that was saved; what is in `stateful` is worker 0's. `mean=True` does so although
     they are as many, for another topology or schedule. Other arguments as there.
 

@@ -18,7 +18,7 @@ class DecentLaM(GossipSGD):
 
     For constant lr this is x'_i = sum_j w_ij (x_j - lr g_j) + beta (x_i - previous x_i). Proved for symmetric positive
     definite W; stable for any symmetric static one. On directed and one-peer graphs it diverges at usual momenta, so
-    the constructor refuses them: use `GossipSGD(method="pc-dmsgd")` there. Arguments as `GossipSGD`.
+    the constructor refuses them: use `GossipSGD` with its own method there. Arguments as `GossipSGD`.
     """
 
     def __init__(

@@ -51,8 +51,8 @@ class GossipSGD(GossipOptimizer):
             other pass on a GPU waits for it once per step.
         momentum: beta, in [0, 1). Unlike torch's, a step with momentum 0 leaves its gradient in the buffer.
         weight_decay: lambda, added to the gradient as lambda x.
-        method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "pc-dmsgd" (the default) suits directed and
-            one-peer graphs, "decentlam" symmetric ones.
+        method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "mi-dmsgd" (the default) suits any graph,
+            "decentlam" symmetric ones.
         topology: a name from `fused_dlam.topology.FAMILY`, a `Topology` for as many workers as there are, or a function
             of their number: `lambda n: topology.ring(n).every(4)` exchanges in every fourth step only, and
             `.with_global_average(48)` puts an exact average in the place of every 48th exchange (Gossip-PGA).
@@ -80,7 +80,7 @@ class GossipSGD(GossipOptimizer):
             is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
             in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
         allow_unstable: run although disagreement between workers grows.
-        hyper: the method's own hyper-parameters, such as `correction_gain` of "pc-dmsgd" or `mu` of "qg-dmsgd"; see
+        hyper: the method's own hyper-parameters, such as `correction_gain` of "mi-dmsgd" or `mu` of "qg-dmsgd"; see
             fused_dlam/rules/README.md.
 
     Raises ValueError or TypeError for bad input, also if the method is unstable on the topology (the message says what
@@ -97,7 +97,7 @@ class GossipSGD(GossipOptimizer):
         lr: float | torch.Tensor = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        method: str | Rule = "pc-dmsgd",
+        method: str | Rule = "mi-dmsgd",
         topology: TopologyLike = "one-peer-exponential",
         schedule: str = "auto",
         group: dist.ProcessGroup | None = None,

@@ -210,7 +210,7 @@ class GossipOptimizer(Joining, Optimizer):
     def consensus_state_dict(self) -> dict[str, Any]:
         """A `state_dict` of the workers' mean, equal on all of them, for any number of workers. All ranks must call it.
 
-        Every tensor of the state is averaged, except what has mean zero over the workers by definition (PC-DmSGD's
+        Every tensor of the state is averaged, except what has mean zero over the workers by definition (MI-DmSGD's
         correction), which is zero in it. It belongs to the mean of the parameters:
 
             with optimizer.averaged(model):

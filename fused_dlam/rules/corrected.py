@@ -32,8 +32,11 @@ def update_d2_dmsgd(x, g, s, pull, h):
 
 
 # D2 (Tang et al., ICML 2018) with the momentum m in the place of the gradient. A symmetric static W needs every
-# eigenvalue above -1/3. The ring of 8 has one of exactly -1/3, and the certificate refuses it. At momentum 0.9 the
-# certificate also refuses the exponential, the one-peer exponential and the one-peer hypercube graph of 8.
+# eigenvalue above -1/3; rings of an even number have one of exactly -1/3. Of the graphs of the package with 3, 4, 8,
+# 12, 16, 25, 32 and 64 workers `consensus_growth` accepts, at momentum 0 and 0.9: full, star, odd rings,
+# symmetric-exponential up to 32, od-equidyn up to 12 and at 25, exponential of 12, and of the others only some with 3
+# or 4 workers. It is 1.2599 on one-peer-exponential 8 and 1.3660 on the hypercube of 8 (`fused-dlam topology NAME -n N`
+# has both certificates). Where D2 is stable `rate_limit` is all-reduce's, 2 (1 + beta), for equal curvature.
 d2_dmsgd = Rule(
     "d2-dmsgd",
     send_corrected,
@@ -52,8 +55,17 @@ def update_exact_diffusion(x, g, s, pull, h):
 
 
 # Exact diffusion (Yuan et al. 2019) is D2 with the lazy (I + W)/2 in the place of W: half of every pull. With momentum
-# it is EDM (Hu et al. 2025); momentum=0 is the original. It is stable on symmetric static graphs. At momentum 0.9 it is
-# stable on the one-peer exponential graph of 8 too (growth 0.9437), but not on that of 64 (1.0878).
+# it is EDM (Hu et al. 2025); momentum=0 is the original. On the graphs of the package with 3 to 64 workers
+# `consensus_growth` says, at momentum 0.9 as at 0 (`fused-dlam topology NAME -n N` has both certificates):
+#   accepted at every size: all symmetric static graphs, one-peer-ring, random-match, od-equidyn, ou-equidyn
+#   accepted up to          8 workers: d-equistatic (12: 1.0424), inner-outer-exponential (12: 1.0398)
+#                          12 workers: exponential (16: 1.0313)
+#                          16 workers: one-peer-exponential (0.9911; 25: 1.0258), one-peer-hypercube (32: 1.0553)
+#   base-k                 3, 4, 8 and 16 are accepted; 12: 1.0553, 25: 1.1330
+#   refused                one-way-ring (8: 1.2557)
+# Where it is accepted, `rate_limit` is all-reduce's, 3.80, for equal curvature: W's half is the midpoint. Exceptions at
+# momentum 0.9 are 0.31 on one-peer-exponential 12 and 16, one-peer-hypercube 16 and base-k 16, where disagreement grows
+# up to 1.01-fold per step between 0.31 and 0.46, and 0.65 on the one-peer-ring of 3.
 exact_diffusion = Rule(
     "exact-diffusion",
     send_corrected,

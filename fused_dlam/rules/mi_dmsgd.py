@@ -46,7 +46,7 @@ def auto_displacement_rate(momentum: float, rho: float, static: bool) -> float:
 
     rho is the contraction per step. For a directed static W of eigenvalues within a circle of radius rho the first is
     half the largest that is stable without gradients, exactly; with a symmetric one any e below 2 is stable at a
-    constant rate. There 2(1-rho) bounds what a rate that toggles in resonance can do (bench/midpoint.py).
+    constant rate, and with 2(1-rho) no schedule of rates makes disagreement grow (theory/README.md, theorems 2 to 4).
     """
     return min(0.5, 2 * (1 - rho)) if static else (1 - rho) / (1 + rho)
 

@@ -8,7 +8,9 @@ disagreement that data and rounding stir up. Above one it overflows, whatever th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +20,12 @@ from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology import spectrum
+from ..topology.matrix import Circulant, Phase
 from ..topology.topology import Topology
 
 REFUSED = 1 - 1e-9  # a method is refused from this growth on
+
+Growth = Callable[[np.ndarray], np.ndarray]  # per step, at each of several values of lr * curvature
 
 
 def consensus_growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hyper) -> float:
@@ -53,8 +58,9 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     if topology.period is None:
         A, B, C = step.A, step.B, step.C
         return spectrum.estimate(topology.phase, topology.n, A, B, C, 1 / (1 - momentum))[:2]
-    modes = topology.modes
-    return (_growth_of_modes(step, modes) if modes is not None else _growth_of_map(step, topology)), 0.0
+    modes, alike, apart = half_of_modes(topology), np.ones(topology.n), [True] * len(step.A)
+    ours: Growth = Map(step, topology, alike, apart) if modes is None else partial(of_modes, step, modes)
+    return float(ours(np.zeros(1))[0]), 0.0
 
 
 def asked(caller: str, method: str | Rule, topology: Topology, momentum: float, hyper: dict[str, Any]) -> tuple:
@@ -106,42 +112,6 @@ def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) 
     return factor + 2 * error < REFUSED
 
 
-def _growth_of_modes(step: Equations, modes: np.ndarray) -> float:
-    """The growth per step when every phase acts on a mode as a number, `modes` [period, modes].
-
-    Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
-    """
-    A, BC, worst, period = step.A, step.B @ step.C, 0.0, len(modes)
-    for chunk in np.array_split(modes, max(1, modes.shape[1] // 8192), axis=1):
-        product = np.broadcast_to(np.eye(len(A), dtype=complex), (chunk.shape[1], *A.shape))
-        log_scale = np.zeros(chunk.shape[1])
-        for lam in chunk:
-            product = (A + (lam - 1)[:, None, None] * BC) @ product  # on this mode, pull = (lam - 1) * message
-            scale = abs(product).max(axis=(1, 2))
-            scale[scale == 0] = 1.0
-            product, log_scale = product / scale[:, None, None], log_scale + np.log(scale)
-        radius = abs(np.linalg.eigvals(product)).max(axis=1)
-        worst = max(worst, float((radius ** (1 / period) * np.exp(log_scale / period)).max()))
-    return worst
-
-
-def _growth_of_map(step: Equations, topology: Topology) -> float:
-    """The growth per step from the dense map, on the quotient by the vectors that are equal on all workers."""
-    n, k = topology.n, len(step.A)
-    # Q is an orthonormal basis of the vectors that sum to zero. Rows sum to one, so all-equal vectors are invariant. So
-    # Q^T A Q is the map on what differs, also where the weights are not doubly stochastic.
-    Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
-    one, product, log_scale = np.eye(n - 1), np.eye(k * (n - 1)), 0.0
-    for phase in topology.phases:
-        product = (np.kron(step.A, one) + np.kron(step.B @ step.C, Q.T @ phase.dense() @ Q - one)) @ product
-        scale = abs(product).max()
-        if scale == 0:
-            return 0.0
-        product, log_scale = product / scale, log_scale + np.log(scale)
-    radius = float(abs(np.linalg.eigvals(product)).max())
-    return float(np.exp((np.log(radius) + log_scale) / len(topology.phases))) if radius > 0 else 0.0
-
-
 def remedies(rule: Rule, topology: Topology, momentum: float, factor: float, error: float = 0.0, **hyper) -> str:
     """What to tell a user whose choice is unstable. Every remedy is tried before it is named.
 
@@ -171,3 +141,84 @@ def remedies(rule: Rule, topology: Topology, momentum: float, factor: float, err
         + ("; ".join(found) if found else "nothing we know of")
         + ". (allow_unstable=True overrides this.)"
     )
+
+
+# -- the growth per step at each of several rates a, on quadratics; a = 0 is without gradients -------------------------
+
+
+def half_of_modes(topology: Topology) -> np.ndarray | None:
+    """`topology.modes`, without those that are the complex conjugates of others."""
+    modes = topology.modes
+    if modes is not None and all(isinstance(phase, Circulant) for phase in topology.phases):
+        return modes[:, : topology.n // 2]
+    return modes
+
+
+def of_each_mode(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """[modes, rates], for equal curvature 1, when every phase acts on a mode as a number, `modes` [period, modes].
+
+    Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
+    """
+    k, period, parts = len(step.A), len(modes), []
+    for chunk in np.array_split(modes, math.ceil(modes.shape[1] * len(a) / 8192), axis=1):
+        shape = (k, k, chunk.shape[1], len(a))
+        V = np.broadcast_to(np.eye(k, dtype=chunk.dtype)[..., None, None], shape)
+        log_scale = np.zeros(shape[2:])
+        for factor in chunk[..., None] - 1:
+            V = step.step(V, a, partial(np.multiply, factor))
+            V, log_scale = _scaled(V, log_scale)
+        parts.append(_root(np.moveaxis(V, (0, 1), (-2, -1)), log_scale, period))
+    return np.concatenate(parts)
+
+
+def of_modes(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+    return of_each_mode(step, modes, a).max(axis=0)
+
+
+class Map:
+    """For curvatures h: by eigenvalues of the map of all workers' values over a period.
+
+    zero_mean: the values of V whose mean over the workers is left out. With equal curvature these may be all.
+    """
+
+    def __init__(self, step: Equations, topology: Topology, h: np.ndarray, zero_mean: list[bool]):
+        self.step, self.phases, self.h, n = step, topology.phases, h[:, None, None], topology.n
+        # Q is an orthonormal basis of the vectors that sum to zero. Rows of W sum to one, so values that are equal on
+        # all workers stay equal, and the map of the rest is that of what differs, whatever the columns sum to.
+        Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
+        self.bases, self.zero_mean = [Q if zero else np.eye(n) for zero in zero_mean], np.array(zero_mean)
+        self.rows = sum(basis.shape[1] for basis in self.bases)
+        self.at_once = int(np.clip(2_000_000 // (self.rows * n * len(zero_mean)), 2, 32))
+
+    def __call__(self, a: np.ndarray) -> np.ndarray:
+        k, n = len(self.bases), len(self.h)
+        V, column = np.zeros((k, n, self.rows, len(a))), 0
+        for value, basis in zip(V, self.bases, strict=True):
+            value[:, column : column + basis.shape[1]] = basis[..., None]
+            column += basis.shape[1]
+        log_scale = np.zeros(len(a))
+        for phase in self.phases:
+            V = self.step.step(V, self.h * a, partial(pulls, phase))
+            # Rounding brings the mean back. It does not shrink as the rest does, which it would swamp in 1,000 steps.
+            V[self.zero_mean] -= V[self.zero_mean].mean(axis=1, keepdims=True)
+            V, log_scale = _scaled(V, log_scale)
+        maps = np.concatenate([np.tensordot(basis.T, v, 1) for basis, v in zip(self.bases, V, strict=True)])
+        return _root(np.moveaxis(maps, -1, 0), log_scale, len(self.phases))
+
+
+def pulls(phase: Phase, messages: np.ndarray) -> np.ndarray:
+    return np.stack([phase.pull(y) for y in messages])
+
+
+def _scaled(V: np.ndarray, log_scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """V with largest entries of one: long periods neither overflow nor vanish. The last axes are those of log_scale."""
+    scale = abs(V).max(axis=tuple(range(V.ndim - log_scale.ndim)))
+    scale[scale == 0] = 1.0
+    return V / scale, log_scale + np.log(scale)
+
+
+def _root(maps: np.ndarray, log_scale: np.ndarray, period: int) -> np.ndarray:
+    """The spectral radii per step of maps over a period, [..., rows, rows]."""
+    radius = abs(np.linalg.eigvals(maps)).max(axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.exp((np.log(radius) + log_scale) / period)

@@ -1,8 +1,8 @@
 """`fused-dlam compare`: which method gets how near to the optimum, and how fast, on full-batch linear regression.
 
 Every worker's data have another solution, the case in which momentum and gossip part ways: DmSGD is faster than DSGD
-and more biased; DecentLaM is as fast as DmSGD and as accurate as DSGD, on symmetric graphs; PC-DmSGD on directed and
-one-peer ones too. Every method of the optimizer can be compared. Adam's start is slow in this picture: it moves each
+and more biased; DecentLaM is as fast as DmSGD and as accurate as DSGD, on symmetric graphs; MI-DmSGD and
+PC-DmSGD on directed and one-peer ones too. Every method of the optimizer can be compared. Adam's start is slow in this picture: it moves each
 parameter by at most about the learning rate per step, whatever the gradient is.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from .. import rules
 from .. import topology as topologies
+from ..rules.rule import SCHEDULES
 from ..theory.regression import Regression
 from ..theory.simulator import simulate
 from ..theory.stability import consensus_growth
@@ -25,7 +26,7 @@ from ..topology import Topology
 from .cli import Parser, count, need, picture
 from .plain import BLACK, BLUE, GREEN, OLIVE, ORANGE, PINK, RED, SKY, table
 
-METHODS = ("dsgd", "dmsgd", "decentlam", "pc-dmsgd")
+METHODS = ("dsgd", "dmsgd", "decentlam", "pc-dmsgd", "mi-dmsgd")
 GRAPHS = ("symmetric-exponential", "one-peer-exponential")
 TARGETS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 YARDSTICK = "pmsgd"  # all-reduce momentum SGD: in every panel
@@ -48,15 +49,16 @@ class Run(NamedTuple):
 def run(
     method: str, graph: Topology, problem: Regression, steps: int, lr: float, momentum: float, schedule: str
 ) -> Run:
+    of = "auto" if rules.get(method).average == "gradient" else schedule
     with np.errstate(all="ignore"):
         x = simulate(
             method, graph, lambda k, x: problem.grad(x), np.zeros((problem.n, problem.d)), steps, lr, momentum,
-            schedule="atc" if rules.get(method).average == "gradient" else schedule,
+            schedule=of,
         )  # fmt: skip
         error = problem.error(x)
     bad = ~np.isfinite(error) | (error > 1e6)
     error[np.logical_or.accumulate(bad)] = np.inf
-    return Run(method, graph.name, consensus_growth(method, graph, momentum), error)
+    return Run(method, graph.name, consensus_growth(method, graph, momentum, schedule=of), error)
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -150,7 +152,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     parser.add_argument("--steps", type=count, default=8000, help="steps of each method (8000)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate, constant (2e-3)")
     parser.add_argument("--momentum", type=float, default=0.9, help="beta (0.9)")
-    parser.add_argument("--schedule", choices=("atc", "awc"), default="atc", help="of the gossip methods (atc)")
+    parser.add_argument("--schedule", choices=("auto", *SCHEDULES), default="auto", help="each method's own (auto)")
     parser.add_argument("--spread", type=float, default=1.0, help="how far apart the workers' solutions are (1)")
     parser.add_argument("--seed", type=int, default=3, help="of the data (3)")
     parser.add_argument("--out", type=picture, default="fused-dlam-compare.png", help="the picture's file")
@@ -166,8 +168,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
         parser.error(f"unknown method {unknown[0]!r}; known: {', '.join(rules.ALL)}")
     try:
         for rule in map(rules.get, options.methods):
-            if options.schedule == "awc" and rule.average == "neighbors":
-                rule.under("awc")
+            if rule.average == "neighbors":
+                rule.under(options.schedule)
         names = options.topology or GRAPHS
         return options, [topologies.get(name.replace("_", "-"), options.n) for name in names]
     except ValueError as error:

@@ -8,7 +8,7 @@
 
 The same network is trained four ways: by all-reduce, and by gossip with three methods. Each of eight workers has
 images of two or three digits only, so its own gradient drags it away from the others. Momentum amplifies the drag:
-DmSGD's workers stay apart and hold their mean back. PC-DmSGD and DecentLaM correct it. How large the difference is
+DmSGD's workers stay apart and hold their mean back. MI-DmSGD and DecentLaM correct it. How large the difference is
 depends on the setting, so try others: `--lr`, `--steps`, `--workers`.
 """
 
@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from .. import topology
 from ..optim.decentlam import DecentLaM
 from ..optim.gossip_sgd import GossipSGD
+from ..rules.rule import SCHEDULES
 from ..theory.stability import consensus_growth
 from .cli import Parser, count, need, picture
 from .launch import run_workers
@@ -39,7 +40,7 @@ from .plain import BLACK, BLUE, GREEN, RED, spread, table
 METHODS: dict[str, Callable[..., GossipSGD]] = {
     "all-reduce momentum SGD": partial(GossipSGD, method="pmsgd"),
     "DmSGD, one-peer": partial(GossipSGD, method="dmsgd", topology="one-peer-exponential"),
-    "PC-DmSGD, one-peer": partial(GossipSGD, method="pc-dmsgd", topology="one-peer-exponential"),
+    "MI-DmSGD, one-peer": partial(GossipSGD, method="mi-dmsgd", topology="one-peer-exponential"),
     "DecentLaM, symmetric": partial(DecentLaM, topology="symmetric-exponential"),
 }
 COLORS = (BLACK, RED, BLUE, GREEN)
@@ -250,7 +251,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=count, default=200, help="steps of each training (200)")
     parser.add_argument("--seeds", type=count, default=1, help="repetitions with other images and starts (1)")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate at the start, cosine to zero (0.1)")
-    parser.add_argument("--schedule", choices=("atc", "awc"), default="atc", help="of the gossip methods (atc)")
+    parser.add_argument("--schedule", choices=("auto", *SCHEDULES), default="auto", help="each method's own (auto)")
     parser.add_argument("--out", type=picture, default="fused-dlam-demo.png", help="the picture's file")
     options = parser.parse_args(argv)
     need(parser, "sklearn.datasets", "matplotlib", "tqdm")

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import rules
 from .. import topology as topologies
 from ..rules.rule import Rule
+from ..theory.limits import rate_limit
 from ..theory.stability import REFUSED, growth
 from ..topology import Circulant, Topology
 from .cli import Parser, count, need, picture
@@ -18,7 +19,9 @@ LARGEST = 1 << 20  # workers, of circulant graphs: half a minute
 LARGEST_DENSE = 1024  # of the others, whose [n, n] matrices are formed and decomposed
 LARGEST_MAP = 256  # of those without common eigenvectors: the whole map of x and state is decomposed
 LARGEST_RANDOM = 16384  # of random ones, whose workers are followed through thousands of steps
+LARGEST_LIMIT = (1024, 24)  # whose rate limits are computed, with common eigenvectors and without: a second a method
 LARGEST_DRAWN = 64
+ALONE = topologies.ring(1)
 
 
 # -- what it costs and whether it is stable ----------------------------------------------------------------------------
@@ -66,7 +69,8 @@ def describe(topology: Topology, momentum: float) -> str:
     }
     lines = [f"{topology.name} over {n:,} workers, momentum {momentum:g}"]
     lines += [f"  {name:<18} {value}" for name, value in facts.items()]
-    header = ("method", "growth of disagree-\nment per step", "steps to\na tenth", "", "bytes sent\nper step")
+    header = ("method", "growth of disagree-\nment per step", "steps to\na tenth", "", "largest lr\nx curvature",
+              "bytes sent\nper step")  # fmt: skip
     rows = [verdict(rule, topology, momentum, volume) for rule in rules.ALL.values()]
     return "\n".join([*lines, "", table(header, rows)])
 
@@ -83,21 +87,37 @@ def _contraction(topology: Topology) -> str:
 
 def verdict(rule: Rule, topology: Topology, momentum: float, volume: float) -> tuple[str, ...]:
     """One method's row of the table."""
+    limit = largest_rate(rule, topology, momentum)
     if rule.average == "gradient":
-        return rule.name, "exact", "", "", f"{all_reduce(topology.n):.4g} M"
+        return rule.name, "exact", "", "", limit, f"{all_reduce(topology.n):.4g} M"
     cost = f"{rule.messages * volume:.4g} M"
     random = topology.period is None
     if not random and topology.n > LARGEST_MAP and topology.modes is None:
-        return rule.name, "too large to tell", "", "", cost
+        return rule.name, "too large to tell", "", "", limit, cost
     factor, error = growth(rule, topology, momentum)
     figure = _near_one(factor) + (f" ± {error:.4f}" if random else "")
     if factor + 2 * error >= REFUSED:
         # The optimizer refuses all three; a graph may also be so slow that nothing is forgotten in a lifetime.
         why = "unstable" if factor > 2 - REFUSED else "too near to tell" if error else "too slow"
-        return rule.name, figure, "never", why, cost
+        return rule.name, figure, "never", why, limit, cost
     per_step = factor or (topology.slowest_rho if random else 0.0)
     tenth = max(topology.period or 1, math.ceil(math.log(0.1) / math.log(per_step)) if per_step > 0 else 1)
-    return rule.name, figure, f"{tenth:,}", "stable", cost
+    return rule.name, figure, f"{tenth:,}", "stable", limit, cost
+
+
+def largest_rate(rule: Rule, topology: Topology, momentum: float) -> str:
+    """The limit of lr times curvature, where every worker has the same; blank for rules that are not linear."""
+    try:
+        if rule.average == "gradient":
+            return f"{rate_limit(rule, topology, momentum):.2f}"
+        rate_limit(rule, ALONE, momentum)  # takes no time, and tells whether the rule is linear
+    except ValueError:
+        return ""
+    if topology.period is None:
+        return "see rate_limit"  # which takes seconds for each method
+    if topology.n > LARGEST_LIMIT[topology.modes is None]:
+        return "too large to tell"
+    return f"{rate_limit(rule, topology, momentum):.2f}"
 
 
 def _near_one(value: float) -> str:

@@ -1,5 +1,6 @@
 """Promises about learning rates that come and go, on linear regression with unlike workers: the guards of PC-DmSGD and
 DecentLaM keep warm restarts and toggling rates bounded, with bfloat16 messages too; without the guards those blow up.
+MI-DmSGD has no division to guard. Its default rate of correction is one that no rhythm can pump.
 """
 
 import math
@@ -92,3 +93,35 @@ def test_decentlam_restarts_warm():
     assert peak_error("decentlam", topology.ring(16), restart) < 1
     assert peak_error(guarded, topology.ring(16), restart) < 1
     assert peak_error(unguarded, topology.ring(16), restart) > 1e3
+
+
+# -- MI-DmSGD ----------------------------------------------------------------------------------------------------------
+
+
+def off(on, without, low=0.0, lr=LR):
+    return lambda k: lr * (1 if k % (on + without) < on else low)
+
+
+SCHEDULES = {
+    "restart": restart,
+    "toggle": toggle,
+    "10 on 28 off": off(10, 28, lr=0.02),  # at 0.05 this rhythm pumps momentum itself, all-reduce's too
+    "30 on 100 off": off(30, 100),
+    "zeros": lambda k: 0.0 if 700 <= k < 800 else LR,
+    "cosine restarts": lambda k: LR * (1 + math.cos(math.pi * (k % 100) / 100)) / 2,
+    "random": lambda k: LR * 10 ** -np.random.default_rng(k).uniform(0, 6),
+}
+
+
+@pytest.mark.parametrize("what", SCHEDULES)
+@pytest.mark.parametrize(("name", "bound"), [("one-peer-exponential", 0.15), ("exponential", 0.15), ("ring", 0.45)])
+def test_mi_dmsgd_stays_bounded_under_any_schedule(name, bound, what):
+    """n = 16. Most of these peaks are what is left of the start at step 50."""
+    assert peak_error("mi-dmsgd", topology.get(name, 16), SCHEDULES[what]) < bound
+
+
+def test_a_rate_of_correction_that_a_rhythm_pumps():
+    """Ring of 16, 10 steps on and 28 off: the control, e = 1/2 = 9.9 mu, overflows; the default, 2 mu, does not."""
+    rhythm = off(10, 28, lr=0.02)
+    assert peak_error("mi-dmsgd", topology.ring(16), rhythm) < 0.45
+    assert not peak_error("mi-dmsgd", topology.ring(16), rhythm, correction_rate=0.5) < 1e6

@@ -74,7 +74,7 @@ def measured_growth(method, top, momentum, schedule="atc", **hyper):
 def test_the_certificate_is_what_a_simulation_measures(top, momentum):
     """For every method and schedule, growing or shrinking, to 1e-5 per step."""
     for method in GOSSIP:
-        for schedule in ("atc", "awc")[: 1 if method == "da-dmsgd" else 2]:
+        for schedule in {"da-dmsgd": ("atc",), "awc-dmsgd": ("awc",)}.get(method, ("atc", "awc")):
             growth = consensus_growth(method, top, momentum, schedule=schedule)
             measured = measured_growth(method, top, momentum, schedule)
             if method == "qg-dmsgd":  # momentum on a mode that W kills is never seen in x; it decays by mu = beta
@@ -163,7 +163,8 @@ def test_long_periods_neither_overflow_nor_vanish():
     once = one_way_ring(16)
     for k in (500, 3000):
         growth = consensus_growth("pc-dmsgd", Topology([*once.phases] * k))
-        assert growth == pytest.approx(consensus_growth("pc-dmsgd", once), abs=1e-6)
+        # Within the long period disagreement falls below 0.22, in the short one not: `slowest_rho` differs a little.
+        assert growth == pytest.approx(consensus_growth("pc-dmsgd", once), abs=1e-4)
 
 
 def test_the_error_is_that_of_an_estimate():

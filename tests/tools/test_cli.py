@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 
-from fused_dlam import Topology, consensus_growth, rules, topology
+from fused_dlam import Topology, consensus_growth, rate_limit, rules, topology
 from fused_dlam.theory.stability import growth
 from fused_dlam.tools.cli import COMMANDS, main
 from fused_dlam.tools.describe import load
@@ -157,8 +157,13 @@ def test_topology_prints_the_growth_that_the_library_computes(name, n, momentum,
     for method, rule in rules.ALL.items():
         row = cells(text, method)
         if rule.average == "gradient":
-            assert row == ["exact", f"{2 * (n - 1) / n:.4g} M"]
+            assert row == ["exact", f"{rate_limit(method, graph, momentum):.2f}", f"{2 * (n - 1) / n:.4g} M"]
             continue
+        if "adam" in method:
+            assert len(row) == 4  # no such limit
+        else:
+            assert row[3] == f"{rate_limit(method, graph, momentum):.2f}"
+            assert (row[3] == "0.00") == (method in unstable)
         growth = consensus_growth(method, graph, momentum)
         assert row[0] == f"{growth:.4f}" and row[2] == ("unstable" if method in unstable else "stable")
         assert (growth >= 1) == (method in unstable) == (row[1] == "never")
@@ -180,7 +185,7 @@ def test_topology_prints_estimates_with_their_error():
     for method, verdict in (("pc-dmsgd", "stable"), ("dsgd", "stable"), ("decentlam", "unstable")):
         factor, error = growth(method, graph, 0.9)
         row = cells(text, method)
-        assert row[0] == f"{factor:.4f} ± {error:.4f}" and row[2] == verdict, method
+        assert row[0] == f"{factor:.4f} ± {error:.4f}" and row[2:4] == [verdict, "see rate_limit"], method
     text, graph = call("topology", "random-match", "-n", 4), topology.random_match(4)
     assert (
         f"sooner or later the drawn steps average exactly; contraction per step until then: {graph.slowest_rho:.4f}"
@@ -196,7 +201,8 @@ def test_topology_of_65536_workers_forms_no_matrix(monkeypatch):
     monkeypatch.setattr(Circulant, "dense", dense)
     for name in ("one-peer-exponential", "full", "ring"):
         text = call("topology", name.replace("-", "_"), "-n", 65536)
-        assert "65,536 workers" in text and cells(text, "dmsgd")[2] == "stable"
+        assert "65,536 workers" in text and cells(text, "dmsgd")[2:4] == ["stable", "too large to tell"]
+        assert cells(text, "pmsgd")[1] == "3.80"
     assert cells(text, "pc-dmsgd")[2] == "too slow"  # the ring: the optimizer refuses growth 1 - 3e-11
 
 

@@ -16,19 +16,19 @@ from fuzz_script import Script
 
 #: What may be raised, as long as it is raised on all ranks and whatever overlap= says.
 REFUSALS = (
-    "schedule='awc' needs a method with one message",
+    "needs a method with one message",
     "unstable",  # certified configurations that are not
     "never brings its",  # Gossip on a graph that does not mix
     "consensus_state_dict",  # of states with different entries
     "state_dict() averages",
 )
-SGD = ("pc-dmsgd", "dmsgd", "decentlam", "pmsgd", "awc-dmsgd", "psgd", "dsgd")
+SGD = ("pc-dmsgd", "mi-dmsgd", "dmsgd", "decentlam", "pmsgd", "awc-dmsgd", "psgd", "dsgd")
 
 
 def variants(c: Config) -> list:
     if c.kind == "gossip":
         return [False, "torch"] if c.n == 1 else [False]
-    plain = not c.low and not c.layers and c.kind == "sgd" and c.method in SGD
+    plain = not c.low and not c.layers and not c.clip and c.kind == "sgd" and c.method in SGD
     plain = plain and not any(e.name == "state_replace" for e in c.events)  # torch has no entries before a step
     # Where gradients stay, torch's are clipped and unscaled in place, and this package's are as the script left them.
     closes = any(kind == "closure" for kind, _ in c.backward)
@@ -141,4 +141,10 @@ def equal_workers(c: Config) -> bool:
     if c.same:
         return True
     alone = any(e.rank is not None and not e.name.startswith(("g_", "clip")) for e in c.events)
-    return c.kind == "sgd" and c.method in AVERAGE_GRADIENTS and not alone and not c.scaler and c.max_grad_norm is None
+    return (
+        c.kind == "sgd"
+        and c.method in AVERAGE_GRADIENTS
+        and not alone
+        and not c.scaler
+        and not (c.max_grad_norm or c.clip)
+    )

@@ -10,9 +10,10 @@ import random
 from dataclasses import dataclass, field
 
 METHODS = (
-    "pc-dmsgd", "pc-dmsgd", "pc-dmsgd", "dmsgd", "dmsgd", "decentlam", "dsgd", "psgd", "pmsgd", "pmsgd", "da-dmsgd",
-    "awc-dmsgd", "qg-dmsgd", "d2-dmsgd", "exact-diffusion", "gradient-tracking", "momentum-tracking", "nesterov-pmsgd",
-    "nesterov-dmsgd", "nesterov-awc-dmsgd", "nesterov-qg-dmsgd", "nesterov-pc-dmsgd", "adam", "adamw",
+    "mi-dmsgd", "mi-dmsgd", "mi-dmsgd", "pc-dmsgd", "pc-dmsgd", "dmsgd", "dmsgd", "decentlam", "dsgd", "psgd", "pmsgd",
+    "pmsgd", "da-dmsgd", "awc-dmsgd", "qg-dmsgd", "d2-dmsgd", "exact-diffusion", "gradient-tracking",
+    "momentum-tracking", "nesterov-pmsgd", "nesterov-dmsgd", "nesterov-awc-dmsgd", "nesterov-qg-dmsgd",
+    "nesterov-pc-dmsgd", "nesterov-mi-dmsgd", "adam", "adamw", "mi-adamw",
 )  # fmt: skip
 AVERAGE_GRADIENTS = ("psgd", "pmsgd", "nesterov-pmsgd")
 GRAPHS = (
@@ -72,7 +73,7 @@ class Config:
     inner: str = "SGD"
     method: str = "dmsgd"
     graph: str = "ring"
-    schedule: str = "atc"
+    schedule: str = "auto"
     steps: int = 5
     lr: float = 0.05
     momentum: float = 0.9
@@ -82,6 +83,7 @@ class Config:
     bucket_mb: float | None = None
     fused: bool | None = False
     max_grad_norm: float | None = None
+    clip: str | None = None
     layers: str = ""
     hierarchical: bool = False
     same: bool = False  # all workers have one set of data, and do the same
@@ -100,7 +102,8 @@ class Config:
     def __str__(self) -> str:
         parts = [f"n={self.n} seed={self.seed} {self.kind} {self.inner if self.kind == 'gossip' else self.method}"]
         parts.append(f"{self.graph} {self.schedule} steps={self.steps} lr={self.lr:g} momentum={self.momentum:g}")
-        for name in ("weight_decay", "maximize", "comm_dtype", "bucket_mb", "max_grad_norm", "layers", "hierarchical",
+        for name in ("weight_decay", "maximize", "comm_dtype", "bucket_mb", "max_grad_norm", "clip", "layers",
+                     "hierarchical",
                      "same", "certified", "scaler", "tied", "empty_group", "hook"):  # fmt: skip
             if getattr(self, name):
                 parts.append(f"{name}={getattr(self, name)}")
@@ -132,7 +135,9 @@ def draw(n: int, seed: int) -> Config:
     c.inner = r.choice(("SGD", "AdamW", "RMSprop"))
     c.method = r.choice(METHODS)
     c.graph = r.choice(GRAPHS)
-    c.schedule = "awc" if r.random() < 0.2 and c.method not in AVERAGE_GRADIENTS else "atc"
+    c.schedule = "auto"
+    if c.method not in AVERAGE_GRADIENTS and "awc" not in c.method:
+        c.schedule = r.choice(("auto",) * 7 + ("midpoint",) * 2 + ("awc",) * 2)
     c.lr = r.choice((0.05, 0.02, 0.1, 0.0))
     c.momentum = r.choice((0.9, 0.9, 0.5, 0.0))
     c.weight_decay = r.choice((0.0, 0.0, 0.01))
@@ -143,6 +148,8 @@ def draw(n: int, seed: int) -> Config:
     c.max_grad_norm = 0.5 if r.random() < 0.08 else None
     c.layers = r.choice(("",) * 8 + ("lars", "slowmo", "lars slowmo")) if c.kind != "gossip" else ""
     c.max_grad_norm = None if c.kind == "gossip" else c.max_grad_norm
+    plain = c.kind != "gossip" and c.max_grad_norm is None and "lars" not in c.layers
+    c.clip = "spikes" if plain and r.random() < 0.2 else None
     c.hierarchical = n == 4 and r.random() < 0.2 and c.method not in AVERAGE_GRADIENTS
     c.same = r.random() < 0.12
     c.certified = r.random() < 0.15 and not c.graph.startswith("random")

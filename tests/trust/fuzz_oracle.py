@@ -26,7 +26,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1 / 128, 
 def fits(c: Any) -> bool:
     """Whether a configuration's steps can be predicted."""
     return (
-        c.kind == "sgd" and c.method in METHODS and not c.layers and not c.hierarchical and c.n > 1
+        c.kind == "sgd" and c.method in METHODS and not c.layers and c.clip is None and not c.hierarchical and c.n > 1
         and not (c.method in ("psgd", "pmsgd") and c.max_grad_norm)  # clips by the norm of the mean
     )  # fmt: skip
 
@@ -110,7 +110,8 @@ def _predicted(
             u = descent if c.method == "dsgd" or m_j is None else beta * m_j + descent
             d = lr * u
             sends_x = c.schedule == "awc" or c.method == "awc-dmsgd"
-            y = x_j if sends_x else x_j - (lr * descent if c.method in ("dsgd", "decentlam") else d)
+            share = 0.0 if sends_x else 0.5 if c.schedule == "midpoint" else 1.0
+            y = x_j - share * (lr * descent if c.method in ("dsgd", "decentlam") else d)
         messages.append(y)
         steps.append(d)
     if not (held or thaws):

@@ -71,7 +71,8 @@ class Script:
         with self._machines():
             return fused_dlam.GossipSGD(
                 groups, **common, method=c.method, topology=self.graph, schedule=c.schedule, overlap=self.overlap,
-                max_grad_norm=c.max_grad_norm, layers=layers, hierarchical=c.hierarchical or None, timeout=TIMEOUT,
+                max_grad_norm=c.max_grad_norm, clip=c.clip, layers=layers, hierarchical=c.hierarchical or None,
+                timeout=TIMEOUT,
                 allow_unstable=not c.certified, **self._wire(),
             )  # fmt: skip
 

@@ -19,9 +19,10 @@ from fuzz_run import report
 from fused_dlam.tools.launch import run_workers
 
 PLAIN = {
-    "weight_decay": 0.0, "maximize": False, "comm_dtype": None, "max_grad_norm": None, "layers": "", "scaler": None,
+    "weight_decay": 0.0, "maximize": False, "comm_dtype": None, "max_grad_norm": None, "clip": None, "layers": "",
+    "scaler": None,
     "tied": False, "empty_group": False, "hook": None, "momentum": 0.0, "fused": False, "method": "dmsgd",
-    "graph": "one-peer-exponential", "schedule": "atc", "certified": False, "hierarchical": False, "same": False,
+    "graph": "one-peer-exponential", "schedule": "auto", "certified": False, "hierarchical": False, "same": False,
 }  # fmt: skip
 
 

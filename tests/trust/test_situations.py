@@ -92,7 +92,7 @@ def test_weights_written_while_they_are_in_flight(threes):
     assert any("synchronize()" in text for text in refusals)
 
 
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
+@pytest.mark.parametrize("schedule", ["atc", "midpoint", "awc"])
 def test_ranks_that_count_other_steps_are_named(schedule):
     """In the first step whose message is another one's, by the ranks that hear of it, with both ranks and steps."""
     told = run_together(4, {"steps": (workers.out_of_step, "other steps", schedule)})["steps"]
@@ -111,7 +111,7 @@ PLANTED = ["gradient nan", "gradient inf", "gradient -inf", "weight nan", "state
 METHODS = [{}, {"method": "da-dmsgd"}, {"method": "decentlam", "topology": "ring"}, {"method": "pmsgd"},
            {"method": "gradient-tracking", "topology": "ring"}, {"method": "adamw"}, {"schedule": "awc"},
            {"comm_dtype": torch.bfloat16}, {"topology": "full"}, {"fused": True}, {"method": "qg-dmsgd"},
-           {"max_grad_norm": 1.0}]  # fmt: skip
+           {"max_grad_norm": 1.0}, {"method": "mi-dmsgd"}, {"method": "mi-dmsgd", "clip": "spikes"}]  # fmt: skip
 
 
 PLACES = [(p, k) for p in range(len(PLANTED)) for k in range(len(METHODS))]
