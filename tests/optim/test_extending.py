@@ -149,8 +149,8 @@ def test_no_hyper_parameter_of_another_method_is_taken_in_silence():
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ({"nesterov": True}, {"method": "nesterov-pc-dmsgd"}, "method='nesterov-pc-dmsgd'"),
-        ({"nesterov": False}, {}, "method='pc-dmsgd'"),
+        ({"nesterov": True}, {"method": "nesterov-mi-dmsgd"}, "method='nesterov-mi-dmsgd'"),
+        ({"nesterov": False}, {}, "method='mi-dmsgd'"),
         ({"lars": 0.05}, {"layers": [Lars(0.05)]}, r"layers=\[fused_dlam.layers.Lars\(coefficient=0.05\)\]"),
         ({"slowmo": SlowMo(3)}, {"layers": [SlowMo(3)]}, r"layers=\[fused_dlam.layers.SlowMo\(every=3"),
         ({"communicate_every": 3}, {"topology": functools.partial(mine.spaced, every=3)}, r"\.every\(3\)"),

@@ -33,7 +33,7 @@ PC = {"method": "pc-dmsgd", "correction_rate": 0.04}
 def cases(n):
     def case(kind, scaler="", **options):
         extra = {k: options.pop(k) for k in ("apart", "overflow", "unscale", "between") if k in options}
-        if kind == "pc-dmsgd":
+        if kind in ("pc-dmsgd", "mi-dmsgd"):
             options["correction_rate"] = 0.04
         return Case(kind, options, EPOCHS[n], scaler, **extra)
 
@@ -44,6 +44,8 @@ def cases(n):
         case("pc-dmsgd", **rests),
         case("pc-dmsgd", **rests, schedule="awc"),
         case("pc-dmsgd", **one_peer, overlap=True, between=2),
+        case("mi-dmsgd", **one_peer),
+        case("mi-dmsgd", **rests),
         case("pc-dmsgd", **one_peer, schedule="awc", between=2),
         case("decentlam", topology="symmetric-exponential"),
         case("decentlam", topology="symmetric-exponential", schedule="awc"),
@@ -56,6 +58,7 @@ def cases(n):
         case("adamw", **one_peer),
         case("adamw", **rests, schedule="awc"),
         case("sgd", **one_peer),
+        case("sgd", **one_peer, schedule="midpoint"),
         case("sgd", **one_peer, schedule="awc"),
         case("sgd", **rests, between=2),
         case("AdamW", topology="ring"),
@@ -134,7 +137,7 @@ def expected(n, case):
         return [w for w in range(n // size) if all(w * size + i in without[k] for i in range(size))]
 
     method = {"sgd": "dmsgd", "AdamW": "adamw"}.get(case.kind, case.kind)
-    hyper = {"correction_rate": case.options["correction_rate"]} if method == "pc-dmsgd" else {}
+    hyper = {"correction_rate": case.options["correction_rate"]} if method in ("pc-dmsgd", "mi-dmsgd") else {}
     path = workers.oracle.run(
         method, top.weights, gradient, np.ones((n // size, workers.DIMENSION)), lambda k: workers.LR,
         workers.MOMENTUM, workers.DECAY, steps=len(without), schedule=case.options.get("schedule", "auto"),

@@ -49,7 +49,7 @@ def pairs():
 
 def expected(options, skips):
     graph, problem = topology.one_peer_exponential(N), workers.problem(N)
-    method = options.get("method", "pc-dmsgd")
+    method = options.get("method", "mi-dmsgd")
     hyper = {"correction_rate": oracle.auto_rate(method, graph, 0.9)} if method in ("pc-dmsgd", "mi-dmsgd") else {}
     return oracle.run(
         method, graph.weights, problem, np.ones((N, workers.DIMENSION)), lambda k: workers.LR, 0.9, 0.0,

@@ -246,7 +246,7 @@ def test_checkpoints_of_torch_sgd_load_and_others_are_refused():
         assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
         assert not ours.state[p]["correction_buffer"].any()
     assert ours.param_groups[0]["lr"] == 0.1
-    with pytest.raises(ValueError, match="of method 'dmsgd'.*of 'pc-dmsgd'"):
+    with pytest.raises(ValueError, match="of method 'dmsgd'.*of 'mi-dmsgd'"):
         ours.load_state_dict(GossipSGD(network().parameters(), method="dmsgd").state_dict())
     adam = torch.optim.Adam(twin.parameters()).state_dict()
     with pytest.raises(ValueError, match="of one of torch's Adams.*fused_dlam.Gossip"):

@@ -200,5 +200,5 @@ def test_flags(table):
 
 def test_repr(table):
     text = repr(GossipSGD(network().parameters(), lr=torch.tensor(0.5)))
-    assert "momentum: 0.9" in text and "method: pc-dmsgd" in text
+    assert "momentum: 0.9" in text and "method: mi-dmsgd" in text
     table.works(33, "keys are text, values numbers, text and tensors")

@@ -50,7 +50,7 @@ def assert_png(path):
 
 # -- the demo ----------------------------------------------------------------------------------------------------------
 
-METHODS = ["all-reduce momentum SGD", "DmSGD, one-peer", "PC-DmSGD, one-peer", "DecentLaM, symmetric"]
+METHODS = ["all-reduce momentum SGD", "DmSGD, one-peer", "MI-DmSGD, one-peer", "DecentLaM, symmetric"]
 WORKERS = 3
 
 
