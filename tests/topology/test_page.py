@@ -61,7 +61,7 @@ def test_the_figures_are_the_librarys():
     for name, (_, volume, rho, *verdicts) in rows("| | bytes sent per step | rho |").items():
         top = topology.get(name, 16)
         assert (volume, float(rho)) == (f"{top.most_messages} M", round(top.rho, 4)), name
-        for method, verdict in zip(("decentlam", "pc-dmsgd"), verdicts, strict=True):
+        for method, verdict in zip(("decentlam", "mi-dmsgd"), verdicts, strict=True):
             assert ("stable" if consensus_growth(method, top, 0.9) < 1 else "unstable") == verdict, (name, method)
     assert "12 workers: 5 steps" in PAGE and (topology.base_k(12).period, topology.base_k(12).rho) == (5, 0)
 
