@@ -1,11 +1,13 @@
-"""Images for bench/large_batch.py: digits and CIFAR-10, dealt to workers, and the networks that learn them.
+"""Images for bench/large_batch.py and midpoint.py, dealt to workers, and the networks that learn them.
 
 Digits are scikit-learn's 1,797 handwritten ones, 8x8, with a network of two convolutions. CIFAR-10 is read from its
 *binary* layout (https://www.cs.toronto.edu/~kriz/cifar.html: `cifar-10-batches-bin`), with ResNet-20 of He et al. 2016.
+Fashion-MNIST's 70,000 images, 28x28 (https://github.com/zalandoresearch/fashion-mnist), are read from idx files.
 """
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,12 @@ DIGITS_TEST = 597  # of 1,797; 1,200 are trained on
 CIFAR10_FILES = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
 RECORD = 1 + 3 * 32 * 32  # a label, then the red, the green and the blue plane, row by row
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images
+FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the training images
+FASHION_FOLDERS = (
+    Path(__file__).resolve().parents[2] / "shared/data/fashion-mnist",  # beside the checkout
+    Path("/usr/share/datasets/fashion-mnist"),  # Debian's and Ubuntu's package dataset-fashion-mnist
+    Path("data/FashionMNIST/raw"),  # torchvision.datasets.FashionMNIST("data", download=True)
+)
 
 
 class Images(NamedTuple):
@@ -68,6 +76,46 @@ def cifar10(folder: Path) -> tuple[Images, Images]:
         return Images((x - mean) / std, torch.from_numpy(records[:, 0].astype(np.int64)))
 
     return images(np.concatenate(parts[:-1])), images(parts[-1])
+
+
+def fashion_mnist(folder: Path | None = None) -> tuple[Images, Images]:
+    """60,000 images to train on and 10,000 to test with, of mean 0 and deviation 1.
+
+    folder: where the four idx files are, compressed or not; else the first of FASHION_FOLDERS that exists.
+
+    Raises ValueError where there are none, or where a file is not in idx format.
+    """
+    folders = FASHION_FOLDERS if folder is None else (Path(folder),)
+    found = next((f for f in folders if f.is_dir()), None)
+    if found is None:
+        raise ValueError(
+            f"Fashion-MNIST is in none of {', '.join(map(str, folders))}: install Debian's package"
+            " dataset-fashion-mnist, or name the folder of train-images-idx3-ubyte.gz"
+        )
+
+    def images(part: str) -> Images:
+        x, y = read_idx(found / f"{part}-images-idx3-ubyte"), read_idx(found / f"{part}-labels-idx1-ubyte")
+        if x.ndim != 3 or x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or y.max() > 9:
+            raise ValueError(
+                f"{found}: {part} has images {x.shape} and labels {y.shape}, not [m, 28, 28] and [m], 0 to 9"
+            )
+        pixels = torch.from_numpy(x[:, None]).float() / 255
+        return Images((pixels - FASHION_MEAN) / FASHION_STD, torch.from_numpy(y.astype(np.int64)))
+
+    return images("train"), images("t10k")
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Unsigned bytes in idx format: 0, 0, 8, the number of axes, their sizes in big-endian int32, the values."""
+    packed = path.with_name(path.name + ".gz")
+    if not path.is_file() and not packed.is_file():
+        raise ValueError(f"there is neither {path} nor {packed.name}")
+    raw = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
+    axes = raw[3] if len(raw) > 3 and raw[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(raw[4 : 4 + 4 * axes], ">i4") if len(raw) >= 4 + 4 * axes else ()
+    if not axes or len(raw) != 4 + 4 * axes + math.prod(map(int, shape)):
+        raise ValueError(f"{path} is no idx file of unsigned bytes")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
 def crop_and_flip(x: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
