@@ -236,7 +236,7 @@ def auto_rate(method, top, momentum):
     if "mi-" not in method:
         return pull_rate(momentum, rho)
     static = top.period == 1 and np.allclose(top.weights(), top.weights().T)
-    return min(0.5, 2 * (1 - rho)) if static else (1 - rho) / (1 + rho)
+    return min(0.5, 2 * (1 - rho)) if static else min((1 - rho) / (1 + rho), 5 * (1 - momentum))
 
 
 def pull_rate(momentum, rho):

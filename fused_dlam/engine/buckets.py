@@ -75,6 +75,7 @@ class Bucket(Gathering, PerSlot):
         self.g = torch.zeros_like(self.grads) if gradients and beside else self.grads
         self.state: tuple[torch.Tensor, ...] = ()
         self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
+        self.name = ""  # by what is in it, see spikes.py
         self.watched = False  # whether anybody asks what was written into parameters since `publish`
         self.expected: set[int] = set()  # slots whose gradients arrived in the last step that was watched
         Gathering.__init__(self)

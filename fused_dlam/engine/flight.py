@@ -92,7 +92,7 @@ class Flight:
         if self.talks and peers is not EVERYBODY:
             rows = [e.place.part(b.received[k]) for k in range(len(peers.sources))]
             self.transfer = Transfer(e.place.workers, rows, peers, self.step, b.index)
-        if message.keeps_x and not self.follows:
+        if message is Message.COPY and not self.follows:
             b.absorb()
             b.state[0].copy_(b.x)  # not on the lane: the inner optimizer writes x next, on this stream
         if message.leaves_early and self.talks:

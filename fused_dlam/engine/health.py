@@ -83,7 +83,8 @@ class Health:
     def _fate(self) -> str:
         if self.engine.message.only_averages:
             return "no other rank gets them, and nothing puts them right here"
-        return "they count as zero, and no other rank gets them. nonfinite='raise' stops there"
+        what = "their whole message's gradient counts" if self.engine.local.clips else "they count"
+        return f"{what} as zero, and no other rank gets them. nonfinite='raise' stops there"
 
     def _read(self) -> None:
         if self._pending is None or not self._pending[1].query():

@@ -89,12 +89,13 @@ class Local:
         """How a bucket's gradient is shortened, see spikes.py."""
         if not self.clips:
             return Shortened(1.0, None)
-        return shortened(b, active, self._scalars[b.group], self._groups[b.group]["memory"])
+        return shortened(b, active, self._scalars[b.group], self._groups[b.group])
 
     def done(self, b: Bucket, usual: Scalar | None) -> None:
         """A bucket's step is done. usual: the running norm after it."""
         if usual is not None:
-            self._groups[b.group]["memory"][key(b)] = usual
+            group = self._groups[b.group]
+            group["memory"][key(b, group)] = usual
 
     def runs(self, b: Bucket, active: list[bool], factor: Scalar = 1.0) -> Iterator[tuple[slice, bool]]:
         """Runs of a bucket that one pass can do, with the scalars set for it: (span, whether they take a local step).

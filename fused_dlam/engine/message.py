@@ -32,11 +32,6 @@ class Message(Enum):
         """Whether x is stepped by somebody else, and only averaged here."""
         return self in (Message.STEPPED, Message.COPY, Message.HALFWAY)
 
-    @property
-    def keeps_x(self) -> bool:
-        """Whether x of before the inner optimizer's step is kept, as the rule's only buffer."""
-        return self in (Message.COPY, Message.HALFWAY)
-
 
 def message_of(rule: Rule) -> Message:
     """What a rule of its own sends."""

@@ -208,8 +208,12 @@ class Gossip(GossipOptimizer):
             loss = self._local_step(closure, gradients, skip)
             engine.end()
             return loss
-        if engine.message.keeps_x:
-            engine.bring(OPEN)  # before the inner optimizer steps x: a copy of it is kept, and leaves with awc
+        if self._ahead:
+            engine.bring(OPEN)  # a copy of x leaves before the inner optimizer steps x
+        if engine.message is Message.HALFWAY:  # at each attempt: nothing has left, and the script may have written x
+            for b in engine.buckets:
+                b.absorb()
+                b.state[0].copy_(b.x)
         loss = self._local_step(closure, gradients, skip)
         for b in engine.buckets:
             b.refresh()

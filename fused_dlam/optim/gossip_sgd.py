@@ -64,7 +64,9 @@ class GossipSGD(GossipOptimizer):
         max_grad_norm: clips the gradient of each worker to this norm, in `step`. One whose norm is not finite counts as
             zero.
         clip: "spikes" shortens a gradient to 1.5 times the running norm of this worker's own, message by message: at
-            large rates momentum would repeat a single one that is far longer. Nothing is sent for it, nothing to tune.
+            large rates momentum would repeat a single one that is far longer. Nothing is sent for it. The running norm
+            rises by at most 2.5 % a step, so do not start it on gradients far smaller than later ones (an adapter that
+            starts at zero). One whose norm is not finite counts as zero.
         maximize: ascend instead of descend.
         layers: what runs around the rule, e.g. `[fused_dlam.layers.Lars(0.01), fused_dlam.SlowMo(every=12)]`.
         hierarchical: True (machines of LOCAL_WORLD_SIZE ranks) or a two-dimensional `DeviceMesh` (machines x ranks):

@@ -88,7 +88,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
                         " optimizer.consensus_state_dict(), or use fused_dlam.save_checkpoint and"
                         " load_checkpoint(mean=True)"
                         if what in PLACE
-                        else ": load the model alone, its state means nothing to this method"
+                        else f": build it with {what}= as there, or load the model alone: its state means nothing here"
                     )
                 )
         if "method" not in ours:

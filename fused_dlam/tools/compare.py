@@ -1,9 +1,9 @@
 """`fused-dlam compare`: which method gets how near to the optimum, and how fast, on full-batch linear regression.
 
 Every worker's data have another solution, the case in which momentum and gossip part ways: DmSGD is faster than DSGD
-and more biased; DecentLaM is as fast as DmSGD and as accurate as DSGD, on symmetric graphs; MI-DmSGD and
-PC-DmSGD on directed and one-peer ones too. Every method of the optimizer can be compared. Adam's start is slow in this picture: it moves each
-parameter by at most about the learning rate per step, whatever the gradient is.
+and more biased; DecentLaM is as fast as DmSGD and as accurate as DSGD, on symmetric graphs; MI-DmSGD and PC-DmSGD on
+directed and one-peer ones too. Every method of the optimizer can be compared. Adam's start is slow in this picture: it
+moves each parameter by at most about the learning rate per step, whatever the gradient is.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ def describe(topology: Topology, momentum: float) -> str:
     degrees = [phase.degrees()[0] for phase in topology.phases]
     low, high = min(degrees), max(degrees)
     rate = rules.auto_correction_rate(momentum, topology.slowest_rho)
+    ours = rules.auto_displacement_rate(momentum, topology.slowest_rho, topology.is_static)
     facts = {
         "period": f"{period} step{'s' * (period > 1)}" if period else "none: drawn anew at every step",
         "degree": (f"{low}" if low == high else f"{low} to {high}") + ": whom a worker hears from in one step",
@@ -65,7 +66,7 @@ def describe(topology: Topology, momentum: float) -> str:
         "doubly stochastic": "yes" if topology.is_doubly_stochastic else "no",
         "messages": "none, by all-reduce" if messages == 0 < volume else f"{messages:g} per worker and step",
         "bytes sent": f"{volume:.4g} M per worker and step (M: all parameters); ring all-reduce {all_reduce(n):.4g} M",
-        "correction rate": f"{rate:.4g}: what 'auto' takes for pc-dmsgd",
+        "correction rate": f"{ours:.4g} for mi-dmsgd, {rate:.4g} for pc-dmsgd: what 'auto' takes",
     }
     lines = [f"{topology.name} over {n:,} workers, momentum {momentum:g}"]
     lines += [f"  {name:<18} {value}" for name, value in facts.items()]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import workers
 
-from fused_dlam import GossipSGD, topology
+from fused_dlam import Gossip, GossipSGD, topology
 from fused_dlam.comm.transfer import Mean, Transfer
 from fused_dlam.engine.flight import Flight
 
@@ -59,3 +59,30 @@ def flights_left(rank):
     gc.enable()
     torch.manual_seed(0)
     return counts
+
+
+def inner_fails(rank):
+    """(x after a second attempt at a step, before which the script wrote weights; x after a load in its place)."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Gossip(torch.optim.SGD([p], lr=0.0), schedule="midpoint", timeout=20)
+    start = optimizer.state_dict()
+    inner_step, ends = optimizer.inner.step, []
+
+    def failing(*_, **__):
+        raise ArithmeticError("the inner step fails")
+
+    for write, load in ((5.0 + 2 * rank, False), (1.0 + 2 * rank, True)):
+        p.grad = torch.ones(3)
+        if rank == 0 or not load:
+            optimizer.inner.step = failing
+            try:
+                optimizer.step()
+            except ArithmeticError:
+                optimizer.inner.step = inner_step
+        if load:
+            optimizer.load_state_dict(start)
+        with torch.no_grad():
+            p.fill_(write)
+        optimizer.step()
+        ends.append(float(p.detach()[0]))
+    return ends

@@ -51,5 +51,25 @@ def spiky(rank):
         scaler.step(optimizer)
         scaler.update()
         moved.append(float((p.detach() - before).norm()))
-        norms.append(optimizer.param_groups[0]["memory"]["usual norm of bucket 0"])
+        norms.append(next(v for k, v in optimizer.param_groups[0]["memory"].items() if k.startswith("usual norm")))
     return norms, moved
+
+
+def relaid(rank):
+    """(how far each parameter moves after a checkpoint was loaded into other buckets, what the mean remembers)."""
+    ends, means = [], []
+    for bucket_mb in (1e-6, 1.0):
+        small, large = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+        optimizer = fused_dlam.GossipSGD(
+            [small, large], lr=0.1, momentum=0.0, method="dmsgd", clip="spikes", bucket_mb=bucket_mb
+        )
+        if ends:
+            optimizer.load_state_dict(ends[0])
+        before = [p.detach().clone() for p in (small, large)]
+        for p, size in ((small, 1.0 if ends else 1e-4 * (rank + 1)), (large, 1.0)):
+            p.grad = torch.full((8,), size)
+        optimizer.step()
+        ends.append(optimizer.state_dict())
+        means.append(optimizer.consensus_state_dict()["param_groups"])
+        moved = [float((p.detach() - old).norm()) for p, old in zip((small, large), before, strict=True)]
+    return moved, means

@@ -83,7 +83,13 @@ def test_an_interrupted_step_of_several_workers_is_not_taken_for_done():
         assert len(told) == 3 and all("an earlier attempt at step 2 failed (MemoryError: none left)" in t for t in told)
 
 
-@pytest.mark.parametrize("schedule", ["atc", "awc"])
+def test_an_inner_step_that_raised_is_taken_again_or_given_up():
+    """Gossip at midpoint: W (x + d/2) + d/2 of what the script has written since, also after a load in its place."""
+    for again, instead in run_workers(failing_workers.inner_fails, 2):
+        assert again == pytest.approx(6.0, abs=1e-6) and instead == pytest.approx(2.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["atc", "midpoint", "awc"])
 def test_the_wrapper_around_one_worker_is_the_inner_optimizer(schedule):
     """A bfloat16 parameter that moves from 1 to 1e-8, and one that becomes infinite, too."""
     inner, outer = parameter(torch.bfloat16), parameter(torch.bfloat16)

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import workers
-from spike_workers import size_of, spiky, train_each
+from spike_workers import relaid, size_of, spiky, train_each
 from test_processes import STEPS, network_gradient
 
 from fused_dlam import GossipSGD, Simulation, simulate, topology
@@ -43,6 +43,7 @@ def results():
             "plain": (train_each, plain, STEPS),
             "back": (workers.roll_back, {"clip": "spikes", "method": "mi-dmsgd"}),
             "spiky": (spiky,),
+            "relaid": (relaid,),
         },
     )
 
@@ -88,6 +89,14 @@ def test_a_checkpoint_has_the_running_norms(results):
     """Back to step 5 and on to step 12 again: the same bits."""
     for first, second in results["back"]:
         assert torch.equal(first, second)
+
+
+def test_in_other_buckets_running_norms_start_anew(results):
+    """What was one bucket's norm shortens no other's; the workers' mean has none, and is equal on all."""
+    for moved, means in results["relaid"]:
+        assert moved == pytest.approx([0.1 * math.sqrt(8)] * 2, rel=1e-5)
+        assert means == results["relaid"][0][1]
+        assert not any("usual" in str(group["memory"]) for groups in means for group in groups)
 
 
 def test_spikes_of_one_worker(results):

@@ -108,5 +108,5 @@ def correction(method, beta, rho, static):
     if method.endswith("pc-dmsgd"):
         return {"e": min((1 - beta) / 10, (1 - beta) ** 2, (1 - beta) * (1 - rho)), "gain": 10.0}
     if method.endswith("mi-dmsgd"):
-        return {"e": min(0.5, 2 * (1 - rho)) if static else (1 - rho) / (1 + rho), "gain": 300.0}
+        return {"e": min(0.5, 2 * (1 - rho)) if static else min((1 - rho) / (1 + rho), 5 * (1 - beta)), "gain": 300.0}
     return {}

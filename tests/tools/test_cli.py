@@ -171,7 +171,7 @@ def test_topology_prints_the_growth_that_the_library_computes(name, n, momentum,
             steps = int(row[1].replace(",", ""))
             assert growth**steps <= 0.1 and (growth ** (steps - 1) > 0.1 or steps == graph.period)
     rate = rules.auto_correction_rate(momentum, graph.rho)
-    assert re.search(rf"correction rate +{rate:.4g}:", text)
+    assert re.search(rf"correction rate +[0-9.]+ for mi-dmsgd, {rate:.4g} for pc-dmsgd:", text)
     assert re.search(rf"period +{graph.period} step", text) and re.search(rf"degree +{graph.degree()}:", text)
     assert re.search(f"symmetric +{'yes' if graph.is_symmetric else 'no'}\n", text)
 
