@@ -51,8 +51,8 @@ class Case(NamedTuple):
         """Registers allowed for each thread: 64, 80 or 96, with which an SM's 65,536 last for 1024, 768 or 640 threads.
 
         ptxas took at most 60 with up to 3 received messages and 66 with more, on sm_100 72 and 78. With a division it
-        took 71 (AdamW at d = 3 on sm_80), and with ten scalars or more, which lie in registers too, 72 (MI-DmSGD). A third
-        state buffer is 16 values more to begin with: 110 with 6 received messages (MI-AdamW on sm_100).
+        took 71 (AdamW at d = 3 on sm_80), and with ten scalars or more, which lie in registers too, 72 (MI-DmSGD). With
+        a third state buffer it took 86, and 110 with 6 received messages (MI-AdamW on sm_100).
         """
         more = 16 * (len(self.rule.state) > 2)
         if self.d * self.rule.messages > 3:
