@@ -67,7 +67,7 @@ def expected_path(machines, size, kind, schedule, clip=None):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         d = -0.01 * (m / (1 - 0.9 ** (k + 1)) / (np.sqrt(v / (1 - 0.999 ** (k + 1))) + 1e-8) + 0.1 * X)
         W = graph.weights(k)
-        X = W @ (X + d) if schedule == "atc" else W @ X + d
+        X = W @ X + d if schedule == "awc" else W @ (X + d)
         path.append(X)
     return np.stack(path)
 

@@ -155,7 +155,7 @@ def test_what_does_not_belong_is_refused(tmp_path):
     ranks = run_together(2, {"refused": (checkpoint_workers.refused, str(tmp_path))})["refused"]
     for other, method, lacking, graph, unseen in ranks:
         assert "holds no model, optimizer saved by" in other
-        assert "method 'dmsgd', this optimizer of 'pc-dmsgd': load the model alone" in method
+        assert "method 'dmsgd', this optimizer of 'pc-dmsgd': build it with method=" in method
         assert "holds no scheduler saved by" in lacking
         assert "this optimizer of 'ring over 2'" in graph and "load_checkpoint(mean=True)" in graph
         assert "holds {0: '2 workers of save " in unseen and "1: 'no model, optimizer saved by" in unseen

@@ -52,7 +52,7 @@ def cases_of(n):
             (m, graphs[0], {"schedule": s, "bucket_mb": 1e-4})
             for m in AWC
             for s in ("midpoint", "awc")
-            if s != rules.ALL[m].schedule
+            if s == "awc" or m in ("dmsgd", "exact-diffusion", "adamw")
         ),
     ]:
         graph, schedule = topology.FAMILY[name](n), extra.get("schedule", "auto")

@@ -25,9 +25,9 @@ N, GRAPH = 3, "one-peer-exponential"
 PIECES = {"bucket_mb": 1e-6}  # every parameter is a bucket of its own
 CASES = [
     (method, {"schedule": schedule, "clip": "spikes", **pieces})
-    for method, schedule in (("dmsgd", "atc"), ("mi-dmsgd", "auto"), ("pc-dmsgd", "awc"), ("pmsgd", "atc"),
-                             ("adamw", "midpoint"))
-    for pieces in (PIECES, {})
+    for method, schedule, both in (("dmsgd", "atc", ()), ("mi-dmsgd", "auto", (PIECES, {})), ("pc-dmsgd", "awc", ()),
+                                   ("pmsgd", "atc", ()), ("adamw", "midpoint", ()))
+    for pieces in both or (PIECES,)
 ]  # fmt: skip
 
 

@@ -207,10 +207,10 @@ def test_pc_dmsgd_is_stable_on_random_graphs(build, n):
 
 def test_a_refusal_says_that_it_is_an_estimate():
     """By real processes: DecentLaM on random matchings. What is recommended instead is accepted."""
-    options = [{"method": "decentlam", "momentum": 0.95}, {"method": "pc-dmsgd", "momentum": 0.95}]
+    options = [{"method": "decentlam", "momentum": 0.95}, {"method": "mi-dmsgd", "momentum": 0.95}]
     for text, accepted in run_workers(random_workers.refused, 3, "ou-equidyn", options):
         assert "'decentlam' is unstable on 'ou-equidyn' with 3 workers" in text
-        assert "an estimate, +- 0.0" in text and "method='pc-dmsgd'" in text
+        assert "an estimate, +- 0.0" in text and "method='mi-dmsgd'" in text
         assert accepted == "no error"
 
 
