@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from midpoint_runs import BETA, GRAPHS, METHODS, ONE_PEER_TOO, Runs, cell, clipping, graph_for
-from pc_training import digits, network
-from torch.nn.functional import cross_entropy
+from midpoint_runs import GRAPHS, METHODS, ONE_PEER_TOO, Runs, cell, clipping, graph_for
+from pc_training import train
 
-from fused_dlam import Simulation
 from fused_dlam.tools.plain import table
 
 FILE = "midpoint_digits.jsonl"
@@ -41,28 +37,9 @@ def jobs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    n, steps = job["workers"], job["steps"]
-    x, y, test_x, test_y = digits(n, job["seed"])
-    random = torch.Generator().manual_seed(job["seed"])
-    w0 = (2 * torch.rand(4810, generator=random) - 1) / 8
-    workers = Simulation(
-        job["method"].split(",")[0], graph_for(job["method"], n), w0.repeat(n, 1), BETA, **clipping(job["clip"])
-    )
-    peak = 0.0
-    for k in range(steps):
-        w = workers.x.detach().requires_grad_()
-        losses = cross_entropy(network(w, x).flatten(0, 1), y.flatten(), reduction="none").view(n, -1).mean(1)
-        (g,) = torch.autograd.grad(losses.sum(), w)
-        workers.x = w.detach()
-        now = workers.step(g, job["lr"] * (1 + math.cos(math.pi * k / steps)) / 2)
-        peak = max(peak, float((now - now.mean(0)).square().sum(1).mean().sqrt()))
-
-    def accuracy(w: torch.Tensor) -> torch.Tensor:
-        right = network(w, test_x.expand(len(w), -1, -1)).argmax(2) == test_y
-        return 100 * right.float().mean(1)
-
-    mean = accuracy(workers.x.mean(0, keepdim=True))
-    return {"accuracy": float(mean), "worst": float(accuracy(workers.x).min()), "peak": peak}
+    method, n = job["method"], job["workers"]
+    graph, clip = graph_for(method, n), clipping(job["clip"])
+    return train(method.split(",")[0], graph, n, job["lr"], job["seed"], clip, job["steps"])._asdict()
 
 
 def show(runs: Runs) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fused_dlam import Topology, topology
+import pc_training
+
+from fused_dlam import Topology
 from fused_dlam.tools.plain import spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -16,14 +18,14 @@ METHODS = (
     "pmsgd", "dmsgd", "qg-dmsgd", "da-dmsgd", "exact-diffusion", "decentlam", "pc-dmsgd", "mi-dmsgd",
 )  # fmt: skip
 ONE_PEER_TOO = "exact-diffusion, one-peer"  # on 8 and 16 workers exact diffusion is stable on that graph as well
-ONE_PEER, SYMMETRIC = "one-peer-exponential", "symmetric-exponential"
+ONE_PEER = "one-peer-exponential"
 GRAPHS = "decentlam, exact-diffusion: symmetric exponential graph; the others: one-peer exponential."
 BETA = 0.9
 
 
 def graph_for(method: str, n: int) -> Topology:
     """One-peer exponential; the two methods for static symmetric graphs take the symmetric exponential one."""
-    return topology.get(SYMMETRIC if method in ("decentlam", "exact-diffusion") else ONE_PEER, n)
+    return pc_training.graph_for(method, ONE_PEER, n)
 
 
 def clipping(clip: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from midpoint_runs import BETA, Runs
+from pc_dmsgd import curvatures
 
 from fused_dlam import Simulation, consensus_growth, topology
 from fused_dlam.theory.limits import rate_limit
@@ -88,21 +89,13 @@ def jobs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return (j for j in every() if j["workers"] <= options.largest and options.only in (None, j["table"]))
 
 
-def curvatures(kind: str, n: int) -> np.ndarray | None:
-    """The workers' curvatures, of mean 1, as in pc_dmsgd.py."""
-    if kind == "alike":
-        return None
-    spread = np.exp(np.random.default_rng(0).standard_normal(n))
-    return spread / spread.mean() if kind == "log-normal" else n * np.eye(n)[0]
-
-
 def run(job: dict[str, Any]) -> dict[str, Any]:
     graph = topology.get(job["graph"], job["workers"])
     if job["table"] == "growth":
         return {"growth": consensus_growth("mi-dmsgd", graph, job["momentum"], correction_gain=math.inf)}
     if job["table"] == "range":
         method, hyper = LIMITED[job["case"]]
-        return {"limit": rate_limit(method, graph, BETA, curvatures(job["curvature"], graph.n), **hyper)}
+        return {"limit": rate_limit(method, graph, BETA, curvatures(graph.n)[job["curvature"]], **hyper)}
     method, hyper = BIASED[job["case"]]
     problem, lr = Regression(graph.n), job["lr"]
     workers = Simulation(method, graph, np.zeros((graph.n, problem.d)), BETA, **hyper)

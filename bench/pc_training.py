@@ -6,6 +6,7 @@ Run by bench/pc_dmsgd.py, which tells the rest.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,23 +66,31 @@ def network(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return hidden @ c.view(-1, 64, 10) + d[:, None]
 
 
-def train(method: str | Rule, graph, n: int, lr: float, seed: int, hyper: dict) -> tuple[float, float]:
-    """Accuracy of the mean model in %, and the largest consensus distance on the way."""
+class Trained(NamedTuple):
+    accuracy: float  # of the mean model, in %
+    worst: float  # of the worst worker's own
+    peak: float  # the largest consensus distance on the way
+
+
+def train(method: str | Rule, graph, n: int, lr: float, seed: int, hyper: dict, steps: int = STEPS) -> Trained:
     x, y, test_x, test_y = digits(n, seed)
     random = torch.Generator().manual_seed(seed)
-    scale = torch.cat([torch.full((4160,), 1 / 8), torch.full((650,), 1 / 8)])
-    w0 = (2 * torch.rand(4810, generator=random) - 1) * scale
+    w0 = (2 * torch.rand(4810, generator=random) - 1) / 8
     workers = Simulation(method, graph, w0.repeat(n, 1), BETA, **hyper)
     peak = 0.0
-    for k in range(STEPS):
+    for k in range(steps):
         w = workers.x.detach().requires_grad_()
         losses = cross_entropy(network(w, x).flatten(0, 1), y.flatten(), reduction="none").view(n, -1).mean(1)
         (g,) = torch.autograd.grad(losses.sum(), w)
         workers.x = w.detach()
-        now = workers.step(g, lr * (1 + math.cos(math.pi * k / STEPS)) / 2)
+        now = workers.step(g, lr * (1 + math.cos(math.pi * k / steps)) / 2)
         peak = max(peak, float((now - now.mean(0)).square().sum(1).mean().sqrt()))
-    mean = workers.x.mean(0, keepdim=True)
-    return 100 * float((network(mean, test_x[None])[0].argmax(1) == test_y).float().mean()), peak
+
+    def accuracy(w: torch.Tensor) -> torch.Tensor:
+        right = network(w, test_x.expand(len(w), -1, -1)).argmax(2) == test_y
+        return 100 * right.float().mean(1)
+
+    return Trained(float(accuracy(workers.x.mean(0, keepdim=True))), float(accuracy(workers.x).min()), peak)
 
 
 def graph_for(method: str, name: str, n: int) -> topology.Topology:
@@ -95,7 +104,7 @@ def measure_digits(seeds: int = 3) -> dict:
     return {
         case: {
             name: {
-                f"{lr:g}": [train(method, graph_for(method, graph, n), n, lr, s, hyper)[0] for s in range(seeds)]
+                f"{lr:g}": [train(method, graph_for(method, graph, n), n, lr, s, hyper).accuracy for s in range(seeds)]
                 for lr in RATES
             }
             for name, (graph, n) in TRAINED.items()

@@ -235,7 +235,11 @@ def auto_rate(method, top, momentum):
     rho = top.slowest_rho
     if "mi-" not in method:
         return pull_rate(momentum, rho)
-    static = top.period == 1 and np.allclose(top.weights(), top.weights().T)
+    return displacement_rate(momentum, rho, top.period == 1 and np.allclose(top.weights(), top.weights().T))
+
+
+def displacement_rate(momentum, rho, static):
+    """MI-DmSGD's; static: one matrix for all steps, and symmetric."""
     return min(0.5, 2 * (1 - rho)) if static else min((1 - rho) / (1 + rho), 5 * (1 - momentum))
 
 

@@ -62,7 +62,7 @@ class Arrivals:
         self.engine, self.begin, self.settings, self.name_of = engine, begin, settings, name_of
         self.mode = mode
         # A clipped gradient is final only when all are there, and x itself is sent whatever the gradients do.
-        self.early = engine.place.workers.size > 1 and not engine.message.is_x and not clips and mode is not False
+        self.early = engine.place.workers.size > 1 and engine.message.needs_gradient and not clips and mode is not False
         engine.guesses = self.early
         self.first = self.early  # after the first step the ranks agree on an order
         self.held = False  # inside no_sync()

@@ -148,6 +148,8 @@ class Flight:
     @property
     def factor(self) -> Scalar:
         """What the gradient is multiplied by because it is far longer than usual."""
+        if not self.engine.local.clips:
+            return 1.0
         if self._shortened is None:
             self._shortened = self.engine.local.shortened(self.b, self.active())
         return self._shortened.factor
@@ -214,8 +216,8 @@ class Flight:
     def _pack(self, message: torch.Tensor) -> None:
         e, b = self.engine, self.b
         with named("pack", b.index, self.step):
-            whole = e.message.is_x or e.message.only_averages
-            for span, now in [(slice(0, b.N), True)] if whole else e.local.runs(b, self.active(), self.factor):
+            whole = [(slice(0, b.N), True)]
+            for span, now in e.local.runs(b, self.active(), self.factor) if e.message.needs_gradient else whole:
                 if not now:
                     b.g[span].zero_()
                     b.absorb(span)
@@ -316,7 +318,7 @@ class Flight:
         after = e.local.after(b)
         here = () if after else copies  # a layer may change x once more: then they are written when it has
         active = [True] * len(b.slots) if e.message.only_averages else self.active()
-        for span, now in e.local.runs(b, active, 1.0 if e.message.only_averages else self.factor):
+        for span, now in e.local.runs(b, active, self.factor):
             out = tuple(c[span] for c in here)
             if now:
                 e.local.combine(b, span, self.received[:d, :, span], out)

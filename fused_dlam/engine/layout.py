@@ -70,8 +70,7 @@ def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bu
     """Buckets of an engine's parameter group, with room for all that its steps need, and its devices connected."""
     gradients = not engine.message.only_averages or engine.averager.size > 1
     beside = engine.averager.size > 1 or engine.local.changes_gradients
-    early = engine.message.is_x or engine.message.only_averages  # the exchange never begins within a backward pass
-    full = full_from(engine.bucket_mb, sends=not engine.silent, early=early)
+    full = full_from(engine.bucket_mb, sends=not engine.silent, early=not engine.message.needs_gradient)
     new = build(params, full, len(engine.buckets), group, engine.place.parts, gradients, beside)
     degree = engine.topology.most_messages if engine.gossips else 0
     extra = [name for layer in engine.layers for name in layer.state]

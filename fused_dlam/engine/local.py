@@ -87,8 +87,6 @@ class Local:
 
     def shortened(self, b: Bucket, active: list[bool]) -> Shortened:
         """How a bucket's gradient is shortened, see spikes.py."""
-        if not self.clips:
-            return Shortened(1.0, None)
         return shortened(b, active, self._scalars[b.group], self._groups[b.group])
 
     def done(self, b: Bucket, usual: Scalar | None) -> None:

@@ -23,6 +23,11 @@ class Message(Enum):
         return self in (Message.PARAMETERS, Message.STEPPED, Message.COPY)
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether this step's gradient is in it. Else it is x, or what an inner optimizer has made of x."""
+        return self in (Message.GRADIENT, Message.PACKED)
+
+    @property
     def leaves_early(self) -> bool:
         """Whether it may leave when the last step ends."""
         return self in (Message.PARAMETERS, Message.COPY)

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isnan
 from numbers import Real
 from typing import Any
@@ -40,8 +41,12 @@ class Hyper:
     def auto(self, momentum: float, rho: float, static: bool) -> float:
         """What "auto" stands for, where the default is a function."""
         assert callable(self.default)
-        graph = (rho, static)[: len(inspect.signature(self.default).parameters) - 1]
-        return self.default(momentum, *graph)
+        return self.default(momentum, *(rho, static)[: self._asks])
+
+    @cached_property
+    def _asks(self) -> int:
+        """What the default asks for beside the momentum: looked up once, not in every step."""
+        return len(inspect.signature(self.default).parameters) - 1  # type: ignore[arg-type]
 
     def allows(self, value: Any) -> bool:
         """Whether a user may set this value. NaN, bool, tensors and strings other than "auto" are refused."""

@@ -21,6 +21,8 @@ momentum on a static W is this with the whole step, e = 1 and no leak.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .adaptive import HYPER, MOMENTS, derive_adam
 from .hyper import Hyper
 from .jit import jit
@@ -69,16 +71,10 @@ CORRECTION = {
     "correction_gain": Hyper(300.0, at_least=1),  # math.inf: the correction does not leak
 }
 
-mi_dmsgd = Rule(
-    "mi-dmsgd",
-    send_mi_dmsgd,
-    update_mi_dmsgd,
-    ("momentum_buffer", "correction_buffer"),
-    hyper=CORRECTION,
-    derive=derive_mi_dmsgd,
-    centered=("correction_buffer",),
-    schedule="midpoint",
-)
+INTEGRAL: dict[str, Any] = {"centered": ("correction_buffer",), "schedule": "midpoint"}
+FORM = {"state": ("momentum_buffer", "correction_buffer"), "hyper": CORRECTION, "derive": derive_mi_dmsgd, **INTEGRAL}
+
+mi_dmsgd = Rule("mi-dmsgd", send_mi_dmsgd, update_mi_dmsgd, **FORM)
 
 
 @jit
@@ -96,16 +92,7 @@ def update_nesterov_mi_dmsgd(x, g, s, pull, h):
     return y + pull[0], (u, h.leak * s.correction_buffer + h.correction * pull[0])
 
 
-nesterov_mi_dmsgd = Rule(
-    "nesterov-mi-dmsgd",
-    send_nesterov_mi_dmsgd,
-    update_nesterov_mi_dmsgd,
-    ("momentum_buffer", "correction_buffer"),
-    hyper=CORRECTION,
-    derive=derive_mi_dmsgd,
-    centered=("correction_buffer",),
-    schedule="midpoint",
-)
+nesterov_mi_dmsgd = Rule("nesterov-mi-dmsgd", send_nesterov_mi_dmsgd, update_nesterov_mi_dmsgd, **FORM)
 
 
 @jit
@@ -132,7 +119,6 @@ mi_adamw = Rule(
     (*MOMENTS, "correction_buffer"),
     hyper={**HYPER, **CORRECTION},
     derive=lambda h, memory: {**derive_mi_dmsgd(h, memory), **derive_adam(h, memory)},
-    centered=("correction_buffer",),
     counts="adam_steps",
-    schedule="midpoint",
+    **INTEGRAL,
 )

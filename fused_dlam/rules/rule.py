@@ -73,7 +73,7 @@ class Rule:
             checkpoint for another number of workers starts them from zero.
         counts: the entry of `memory` in which `derive` counts steps, if it does. A parameter whose gradients came
             later than its group's then has bias corrections of its own: see `scalars_at`.
-        schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. None: "atc", or "awc"
+        schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. "auto": "atc", or "awc"
             where the message is x itself. `send` is the message of "atc" in any case.
 
     Raises TypeError if an equation is not decorated with `jit`. Raises ValueError if the results of an equation have
@@ -92,7 +92,7 @@ class Rule:
         average: str = "neighbors",
         centered: tuple[str, ...] = (),
         counts: str | None = None,
-        schedule: str | None = None,
+        schedule: str = "auto",
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -112,7 +112,7 @@ class Rule:
         self.derive, self.counts = derive, counts
         self.schedule = "awc" if send is send_parameter else "atc"
         self._try()
-        if schedule is not None:
+        if schedule != "auto":
             self._follow(schedule)
 
     def _try(self) -> None:
@@ -232,7 +232,6 @@ class Rule:
         """
         if schedule == "auto" or schedule == self.schedule:
             return self
-        check_schedule(schedule)
         other = object.__new__(type(self))  # copy.copy would take the way of pickle, and return this one
         vars(other).update(vars(self))
         other._follow(schedule)

@@ -5,6 +5,7 @@ W (x - d) under adapt then combine, W (x - d/2) - d/2 at the midpoint, W x - d u
 """
 
 import numpy as np
+import oracle
 
 SHARE = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}
 ALL_SCHEDULES = ("atc", "midpoint", "awc")
@@ -106,7 +107,7 @@ def growth(method, schedule, Ws, h, beta, **hyper):
 def correction(method, beta, rho, static):
     """{e, gain} that a method's documentation promises by default; rho is the topology's `slowest_rho`."""
     if method.endswith("pc-dmsgd"):
-        return {"e": min((1 - beta) / 10, (1 - beta) ** 2, (1 - beta) * (1 - rho)), "gain": 10.0}
+        return {"e": oracle.pull_rate(beta, rho), "gain": 10.0}
     if method.endswith("mi-dmsgd"):
-        return {"e": min(0.5, 2 * (1 - rho)) if static else min((1 - rho) / (1 + rho), 5 * (1 - beta)), "gain": 300.0}
+        return {"e": oracle.displacement_rate(beta, rho, static), "gain": 300.0}
     return {}
