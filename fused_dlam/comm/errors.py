@@ -37,6 +37,8 @@ class ExchangeError(RuntimeError):
     peer: int | None = None
     step: int | None = None
     call: str = "step()"
+    lost: bool = False  # whether a peer is gone or silent; else it is there and does something else
+    silent: bool = False  # whether `timeout` went by, over a connection that is open
 
 
 class ClosedError(RuntimeError):
@@ -119,6 +121,7 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
     parts.append(f"(The transport says: {_shortened(raw)})")
     out = ExchangeError(" ".join(parts))
     out.rank, out.peer, out.step, out.call = me, peer, wait.step, call
+    out.lost, out.silent = True, kind == "late"
     return out
 
 
@@ -153,11 +156,11 @@ def _consequence(witness: int, first: int | None, note: last_words.Note, me: int
     return f"{gave_up}: look at the log of rank {first} first, for which it waited."
 
 
-def listed(ranks: Sequence[int], limit: int = 16) -> str:
+def listed(ranks: Sequence[int], limit: int = 16, what: str = "rank") -> str:
     """ "ranks 0, 1, 2", and of very many the first."""
     text = ", ".join(map(str, ranks[:limit]))
     more = f", ... ({len(ranks)} in all)" if len(ranks) > limit else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}{more}"
+    return f"{what}{'s' if len(ranks) > 1 else ''} {text}{more}"
 
 
 def _shortened(text: str, limit: int = 160) -> str:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,6 +120,16 @@ class Group:
         self.holdings.give_back()
         gc.collect()  # gloo closes its connections when the last reference goes, which may sit in a cycle
 
+    def abandon(self) -> None:
+        """Gives all back at once and waits for nothing: the others learn of it as their connections close."""
+        if self.holdings is None or self.holdings.process_group is None:
+            return
+        if "courier" in vars(self):
+            self.courier.end()
+        self.holdings.broken = True
+        forget(self)
+        self.holdings.give_back()
+
     @property
     def stages(self) -> bool:
         """Whether CUDA tensors pass through pinned host memory."""
@@ -196,6 +207,38 @@ class Group:
             self.count_ring(value)
         return value
 
+    def copy(self, tensor: torch.Tensor, source: int, to: int) -> None:
+        """One rank's values into another's tensor. These two, by their numbers here, must call it; others may."""
+        if self.rank not in (source, to):
+            return
+        with self.watched("copying a worker's state, with", None, to if self.rank == source else source):
+            carried = tensor.to(self.wire) if tensor.is_cuda != (self.wire.type == "cuda") else tensor
+            if self.rank == source:
+                dist.send(carried, self.ranks[to], group=self.control)
+                return
+            dist.recv(carried, self.ranks[source], group=self.control)
+            if carried is not tensor:
+                tensor.copy_(carried)
+
+    def everybodys(self, thing: object) -> list[Any]:
+        """What every rank passes here, in the order of the ranks."""
+        gathered: list[Any] = [None] * self.size
+        with self.watched("gathering what the workers say", None), self.placed():
+            dist.all_gather_object(gathered, thing, group=self.control)
+        return gathered
+
+    def copy_object(self, thing: Any, source: int, to: int) -> Any:
+        """The same for any object, which is returned."""
+        if self.rank not in (source, to):
+            return None
+        things = [thing]
+        with self.watched("copying a worker's state, with", None, to if self.rank == source else source), self.placed():
+            if self.rank == source:
+                dist.send_object_list(things, self.ranks[to], group=self.control)
+            else:
+                dist.recv_object_list(things, self.ranks[source], group=self.control)
+        return things[0]
+
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0's values to all, in place."""
         with self.watched("broadcast from rank 0", None):
@@ -244,6 +287,12 @@ class Alone(Group):
         return value
 
     def broadcast(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def everybodys(self, thing: object) -> list[Any]:
+        return [thing]
+
+    def copy(self, tensor: torch.Tensor, source: int, to: int) -> None:
         pass
 
     def agree(self, facts: dict[str, str], cure: str = "", what: str = "") -> None:

@@ -58,7 +58,10 @@ class Holdings:
             _, group = groups.popitem()
             try:
                 if group in c10d._world.pg_map:  # the user may have destroyed all, and begun anew
-                    dist.destroy_process_group(group)
+                    if self.broken and self.backend == "nccl":  # else it would wait for a dead peer's messages
+                        c10d._abort_process_group(group)
+                    else:
+                        dist.destroy_process_group(group)
             except Exception:  # noqa: BLE001 -- half destroyed by the user, or by the end of the interpreter
                 pass
 

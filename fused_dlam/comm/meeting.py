@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from . import process_group as process_groups
 from .errors import ExchangeError, listed
 from .store import default_store
 from .watch import log
+
+LOOK = 0.2  # seconds between two looks whether those who are waited for are gone
 
 
 class _Hall:
@@ -43,12 +45,20 @@ class Meeting:
         step: the step at which this rank stands.
         timeout: seconds after which a wait is an error.
         process_group: who takes part; default: all ranks.
+        gone: tells, of ranks that it is given, why nobody should wait for them any more, "" if there is no reason.
 
     Raises ExchangeError if a rank does not come in time, and names it. Those who came may call again.
     """
 
-    def __init__(self, what: str, step: int, timeout: float, process_group: dist.ProcessGroup | None = None):
-        self.what, self.step, self.timeout = what, step, timeout
+    def __init__(
+        self,
+        what: str,
+        step: int,
+        timeout: float,
+        process_group: dist.ProcessGroup | None = None,
+        gone: Callable[[list[int]], str] = lambda ranks: "",
+    ):
+        self.what, self.step, self.timeout, self._gone = what, step, timeout, gone
         together = dist.is_available() and dist.is_initialized()
         self.ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD) if together else [0]
         me = dist.get_rank() if together else 0
@@ -95,6 +105,7 @@ class Meeting:
     def _error(self, text: str, peer: int | None = None) -> ExchangeError:
         error = ExchangeError(f"{self} {text}")
         error.rank, error.peer, error.step, error.call = self.ranks[self.rank], peer, self.step, self.what
+        error.lost = True
         return error
 
     def __str__(self) -> str:
@@ -131,7 +142,7 @@ class Meeting:
         token, start = uuid.uuid4().hex[:8], time.monotonic()
         self._began = store.add("clock", 1)
         store.set(f"rank{self.rank}", f"{token}|{self.what}|{int(has)}")
-        pause, warned = 0.001, start
+        pause, warned, looked = 0.001, start, start
         while True:
             if self.rank == 0:
                 here = {rank: self._shown(store, rank) for rank in range(self.size)}
@@ -151,11 +162,17 @@ class Meeting:
                 missing, peer = self._missing(store)
                 # Gone: who comes later must not take this rank for present, who waits now not for one that never came.
                 store.set(f"rank{self.rank}", f"|{self.what}|{store.add('clock', 1)}")
-                raise self._error(
+                late = self._error(
                     f"has waited {self.timeout:g} s (timeout=) for {missing}. All ranks must call it, at the same place"
                     " of the script",
                     peer,
                 )
+                late.silent = True
+                raise late
+            if now > looked + LOOK:
+                looked, why = now, self._gone(self.ranks)
+                if why:
+                    raise self._error(f"cannot take place: {why}")
             if now - warned > max(self.timeout / 10, 0.05):
                 warned = now
                 log.warning("%s: still waiting for %s after %.0f s", self, self._missing(store)[0], now - start)

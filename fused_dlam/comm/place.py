@@ -90,6 +90,16 @@ class Place:
         """The maximum over all ranks of all workers."""
         return self.workers.largest(self.inside.largest(value, what, step), what, step)
 
+    def abandon(self) -> None:
+        """Gives all back at once, see `Group.abandon`."""
+        self.workers.abandon()
+        self.inside.abandon()
+
+    def confirm(self) -> None:
+        """Returns once all ranks have come here: each of them has what they were to have before."""
+        if not self.alone:
+            self.largest(torch.zeros(1), "hearing that all are through", None)
+
     def close(self) -> None:
         """Gives back connections, threads and files. All ranks must call it where it runs over NCCL."""
         self.workers.close()
@@ -140,11 +150,14 @@ class Layout(NamedTuple):
         rows = self.machines if sharded else [sorted(row) for row in self.machines]
         return [list(ranks) for ranks in zip(*rows, strict=True)]
 
-    def connect(self, params: Sequence[torch.Tensor], timeout: float, warn: bool, what: str = "optimizer") -> Place:
+    def connect(
+        self, params: Sequence[torch.Tensor], timeout: float, warn: bool, what: str = "optimizer", name: str = ""
+    ) -> Place:
         """Builds the groups. All ranks must call it.
 
         Args:
             what: they build, for messages.
+            name: of what is built, where the ranks have agreed on it. Without one they hold a roll call.
 
         Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip, and on all ranks
         if they do not build the same; ExchangeError if one has not come within `timeout` seconds.
@@ -169,7 +182,9 @@ class Layout(NamedTuple):
         members = [rank for row in self.machines for rank in row] or everybody
         facts: dict[str, object] = {"hierarchical": self.machines or False, "timeout": f"{timeout:g}"}
         facts |= {"device": device.type, "FSDP": len(shards) > 1, "DDP": bool(ddp)}
-        name = roll_call.call(members, what, facts, timeout) if len(members) > 1 else ""
+        called = not name and len(members) > 1
+        if called:
+            name = roll_call.call(members, what, facts, timeout)
         inside: Group = Alone(device)
         splits = bool(local) and len(shards) < 2
         if len(shards) > 1:
@@ -184,8 +199,8 @@ class Layout(NamedTuple):
             if warn:
                 advise(self.size)
         for group in (inside, between):
-            group.generation = name  # whoever gives up in one is waited for in the other
-        if name:
+            group.generation = name if called else ""  # whoever gives up in one is waited for in the other
+        if called:
             roll_call.clear(members)
         return Place(between, inside, splits, splits and ddp != local)
 

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..comm.errors import ExchangeError
 from ..comm.watch import log
 from .buckets import Bucket
 from .engine import Engine
@@ -62,8 +63,8 @@ class Arrivals:
         self.engine, self.begin, self.settings, self.name_of = engine, begin, settings, name_of
         self.mode = mode
         # A clipped gradient is final only when all are there, and x itself is sent whatever the gradients do.
-        self.early = engine.place.workers.size > 1 and engine.message.needs_gradient and not clips and mode is not False
-        engine.guesses = self.early
+        self._may = engine.message.needs_gradient and not clips and mode is not False
+        self.early = engine.guesses = self._may and engine.place.workers.size > 1
         self.first = self.early  # after the first step the ranks agree on an order
         self.held = False  # inside no_sync()
         self.late = ""  # why what arrived is not what step() sends
@@ -74,6 +75,8 @@ class Arrivals:
         self.observed: dict[int, Observed] = {}  # by bucket, when it was complete
         self.waiting: dict[int, int] = {}
         self.verdicts = Verdicts()
+        self.on_error: Callable[[ExchangeError], None] | None = None  # takes errors of exchanges, to be told in step()
+        self.failed = False  # whether it has one
         self._lock = threading.RLock()
         self.wait = 0  # steps to be sent in step() first
         self.reset()
@@ -107,6 +110,21 @@ class Arrivals:
         finally:
             self.held = outer
 
+    def pause(self) -> None:
+        """There are no neighbors for now."""
+        self.early = self.engine.guesses = self.first = False
+        self.reset()
+
+    def resume(self) -> None:
+        """There are others: the next step is watched as the first was, and its order agreed on."""
+        self.early = self.engine.guesses = self._may and self.engine.place.workers.size > 1
+        self.first = self.early
+        for b in self.engine.buckets:
+            b.expected = set(range(len(b.slots)))
+        if self.mode == "auto":
+            self.wait = 3 if self.engine.on_gpu else 1
+        self.reset()
+
     def leave(self) -> None:
         """Hears of no gradient any more."""
         for b in self.engine.buckets:
@@ -138,9 +156,21 @@ class Arrivals:
             self, b = owner(), bucket()
             if self is not None and b is not None:
                 with self._lock:
-                    self._arrived(b, k)
+                    self._hear(b, k)
 
         return hooked
+
+    def _hear(self, b: Bucket, k: int) -> None:
+        if self.failed:  # nothing leaves any more in this backward pass
+            b.arrived(b.slots[k])
+            return
+        try:
+            self._arrived(b, k)
+        except ExchangeError as error:
+            if self.on_error is None or not error.lost:
+                raise
+            self.failed = True
+            self.on_error(error)
 
     def _arrived(self, b: Bucket, k: int) -> None:
         slot = b.slots[k]
@@ -245,7 +275,7 @@ class Arrivals:
             self.wait = 1
 
     def reset(self) -> None:
-        self.order, self.seen, self.late = [], None, ""
+        self.order, self.seen, self.late, self.failed = [], None, "", False
         self.observed.clear()
         for b in self.engine.buckets:
             b.streams.clear()

@@ -99,9 +99,13 @@ class Bucket(Gathering, PerSlot):
 
         rows: how many messages are packed; none where the message is a buffer that is there already.
         """
-        dtype = dtype or self.x.dtype
         self.state = tuple(torch.zeros_like(self.x) for _ in state)
         self.extra = {name: torch.zeros_like(self.x) for name in extra}
+        self.make_room(messages, degree, rows, dtype)
+
+    def make_room(self, messages: int, degree: int, rows: int, dtype: torch.dtype | None) -> None:
+        """Room for messages, new: what has been there may still be read by a transport."""
+        dtype = dtype or self.x.dtype
         self.messages = torch.zeros(rows if degree else 0, self.N, dtype=dtype, device=self.x.device)
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from ..comm import other_averagers
-from ..comm.group import Alone
 from ..comm.place import Place
 from ..comm.streams import Lane
 from ..layers.layer import Layer
@@ -33,6 +32,7 @@ from .header import digest
 from .hearing import Hearing
 from .local import Local
 from .message import Message
+from .regroup import averager
 from .warm import warm
 
 
@@ -47,6 +47,7 @@ class Engine:
         message_dtype: type of the messages; None: that of the master values.
         bucket_mb: MiB from which a bucket is full; None: see layout.py.
         clips: whether gradients far longer than usual are shortened, see spikes.py.
+        elastic: whether other workers may come, so that one alone has room for them.
     """
 
     def __init__(
@@ -60,14 +61,11 @@ class Engine:
         message_dtype: torch.dtype | None = None,
         bucket_mb: float | None = None,
         clips: bool = False,
+        elastic: bool = False,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology, place, message
-        self.message_dtype, self.bucket_mb = message_dtype, bucket_mb
-        # The ranks over which gradients are averaged first: all workers, a machine's, or this one alone.
-        if message is Message.GRADIENT:
-            self.averager = place.workers
-        else:
-            self.averager = place.inside if place.averages else Alone()
+        self.message_dtype, self.bucket_mb, self.elastic = message_dtype, bucket_mb, elastic
+        self.averager = averager(message, place)
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
         self.lanes: dict[torch.device, Lane] = {}
         self.layers = tuple(layers)
@@ -83,6 +81,7 @@ class Engine:
         self.hearing = Hearing(self)
         self.local = Local(rule, self.layers, fused, self.guard, message.only_averages, clips)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
+        self.following: dict[int, Flight] = {}  # while this step ends: of the next
         self.step: int | None = None  # the step that has begun
         self.skip: Scalar = 0.0
         self.sent = 0  # buckets in line for which it has begun
@@ -227,7 +226,7 @@ class Engine:
         if self.guesses:
             self.hearing.recall()
         self._follows = ahead and self.gossips
-        done, following = self.flights, {}
+        done, following = self.flights, self.following
         for b in self.buckets:
             if b is self.buckets[-1] and not self.guesses:
                 self.hearing.listen()
@@ -238,6 +237,7 @@ class Engine:
                 following[b.index] = flight
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
+        self.following = {}
         self._between_steps(following)
 
     def end(self) -> None:

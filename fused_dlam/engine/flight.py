@@ -54,6 +54,7 @@ class Flight:
         self.transfer: Transfer | Mean | None = None
         self.average: Mean | None = None  # of the gradient
         self.next_written = False
+        self.combined = False  # whether the rule has stepped the parameters
         self._active: list[bool] | None = None
         self._shortened: Shortened | None = None  # how the gradient is, once it is there
         self._prepared = self._arrived = False
@@ -126,6 +127,7 @@ class Flight:
             if message is Message.COPY:
                 b.state[0].copy_(b.x)
             b.publish()
+            self.combined = True
             return
         self._prepare()
         with named("combine", b.index, self.step):
@@ -330,6 +332,7 @@ class Flight:
                 c.copy_(b.x[span])
         for slot, now in zip(b.slots, active, strict=True):
             slot.steps += now
+        self.combined = True
         if self._shortened is not None:
             e.local.done(b, self._shortened.usual)
         for layer, group in after:

@@ -29,6 +29,11 @@ class Hearing:
         # Over NCCL: headers on their way to the host, read in a later step.
         self._later: list[tuple[torch.Tensor, torch.cuda.Event, Header, tuple[int, ...]]] = []
 
+    def forget(self) -> None:
+        """The neighbors are others from here on."""
+        self.told.clear()
+        self.unfit, self._later = [], []
+
     def say(self, step: int) -> Header:
         """What this worker says of its messages in a step."""
         e = self.engine

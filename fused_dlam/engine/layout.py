@@ -70,7 +70,8 @@ def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bu
     """Buckets of an engine's parameter group, with room for all that its steps need, and its devices connected."""
     gradients = not engine.message.only_averages or engine.averager.size > 1
     beside = engine.averager.size > 1 or engine.local.changes_gradients
-    full = full_from(engine.bucket_mb, sends=not engine.silent, early=not engine.message.needs_gradient)
+    sends = engine.elastic or not engine.silent
+    full = full_from(engine.bucket_mb, sends, early=not engine.message.needs_gradient)
     new = build(params, full, len(engine.buckets), group, engine.place.parts, gradients, beside)
     degree = engine.topology.most_messages if engine.gossips else 0
     extra = [name for layer in engine.layers for name in layer.state]
@@ -80,7 +81,7 @@ def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bu
         rows = 0 if engine.sends_as_it_lies(b) else rule.messages
         b.allocate(rule.state, extra, rule.messages, degree, rows, engine.message_dtype)
         if b.x.device not in engine.lanes:
-            engine.lanes[b.x.device] = Lane(b.x.device, sends=not engine.silent)
+            engine.lanes[b.x.device] = Lane(b.x.device, sends)
             if degree:
                 connect(engine.place.workers, engine.topology, b.x.device)
     return new

@@ -19,7 +19,7 @@ class Certificate:
     """Refuses parameter groups that are unstable with a rule on a topology, unless `allow_unstable`."""
 
     def __init__(self, rule: Rule, graph: Topology, allow_unstable: bool):
-        self.rule, self.graph = rule, graph
+        self.rule, self.graph, self.allowed = rule, graph, allow_unstable
         self.needed = graph.n > 1 and not allow_unstable
         self.told = False
         self.accepted: set[tuple] = set()  # (momentum, hyper-parameters)

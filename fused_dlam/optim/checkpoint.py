@@ -83,8 +83,18 @@ def save_checkpoint(
     ValueError on all if they are at different steps; ExchangeError if a rank does not come, or dies.
     """
     optimizer._check_own_values("save_checkpoint()")
-    home, step = Path(path), optimizer._step
-    meeting = Meeting("save_checkpoint()", step, _timeout(optimizer), process_group)
+    optimizer._together(lambda: _save(Path(path), model, optimizer, process_group, stateful))
+
+
+def _save(
+    home: Path,
+    model: torch.nn.Module,
+    optimizer: GossipSGD | Gossip,
+    process_group: dist.ProcessGroup | None,
+    stateful: dict[str, Any],
+) -> None:
+    step = optimizer._step
+    meeting = Meeting("save_checkpoint()", step, _timeout(optimizer), process_group, optimizer._gone)
 
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -143,7 +153,18 @@ def load_checkpoint(
     be read; ExchangeError if a rank does not come within the optimizer's timeout.
     """
     optimizer._check_own_values("load_checkpoint()")
-    meeting = Meeting("load_checkpoint()", optimizer._step, _timeout(optimizer), process_group)
+    return optimizer._together(lambda: _load(path, model, optimizer, mean, process_group, stateful))
+
+
+def _load(
+    path: str | PathLike[str],
+    model: torch.nn.Module,
+    optimizer: GossipSGD | Gossip,
+    mean: bool,
+    process_group: dist.ProcessGroup | None,
+    stateful: dict[str, Any],
+) -> int:
+    meeting = Meeting("load_checkpoint()", optimizer._step, _timeout(optimizer), process_group, optimizer._gone)
 
     from .checkpoint_reader import Reader, check_parts
 

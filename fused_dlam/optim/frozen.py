@@ -22,12 +22,12 @@ class Frozen:
     def __init__(self) -> None:
         self.of_groups: list[list[torch.Tensor]] = []
 
-    def enter(self, params: Iterable[torch.Tensor], engine: Engine) -> list[torch.Tensor]:
-        """A new group's trainable parameters, each once; the others get rank 0's values."""
+    def enter(self, params: Iterable[torch.Tensor], engine: Engine, equal: bool = True) -> list[torch.Tensor]:
+        """A new group's trainable parameters, each once; with `equal` the others get rank 0's values."""
         params = list({id(p): p for p in params}.values())  # torch warns of duplicates, and goes on
         self.of_groups.append([p for p in params if not p.requires_grad])
         with torch.no_grad():
-            for p in self.of_groups[-1]:
+            for p in self.of_groups[-1] if equal else ():
                 here = sharded.local(p)
                 flat = here.detach().clone(memory_format=torch.contiguous_format)
                 engine.place.start_equal(torch.view_as_real(flat) if flat.is_complex() else flat)

@@ -22,7 +22,7 @@ from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
 from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
-from ..topology import TopologyLike
+from ..topology import Topology, TopologyLike
 from . import mixed_precision, options
 from .frozen import Frozen
 from .loaded_values import check_everywhere
@@ -30,6 +30,8 @@ from .old_names import translate
 from .options import Options
 from .shared import GossipOptimizer
 from .state_dict import restore_copies
+from .succession import Succession
+from .survival import Members, Survival, enter
 
 AVERAGING_RULES = {
     "atc": (mix, Message.STEPPED),
@@ -54,9 +56,9 @@ class Gossip(GossipOptimizer):
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
             may do what it likes in its step but replace a parameter.
-        topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout: as in `GossipSGD`. With
-            hierarchical= gradients are averaged inside a machine before the inner step. No message leaves before the
-            backward pass is over, so there is no overlap=.
+        topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout, on_failure, min_workers,
+            admit_every, on_members_changed: as in `GossipSGD`. With hierarchical= gradients are averaged inside a
+            machine before the inner step. No message leaves before the backward pass is over, so there is no overlap=.
 
     Raises TypeError or ValueError for bad input, also if the topology never brings its workers together, before
     anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
@@ -77,6 +79,10 @@ class Gossip(GossipOptimizer):
         fused: bool | None = None,
         bucket_mb: float | None = None,
         timeout: float = 600.0,
+        on_failure: str = "raise",
+        min_workers: int = 1,
+        admit_every: int = 100,
+        on_members_changed: Callable[[Members], Any] | None = None,
         **old: Any,
     ):
         if not isinstance(optimizer, Optimizer):
@@ -89,8 +95,11 @@ class Gossip(GossipOptimizer):
         schedule = "atc" if schedule == "auto" else schedule
         self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
         options.check_place(timeout, group, hierarchical)
+        survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
+        membership, self._comes = enter(survival, timeout, group, hierarchical)
         where = layout(group, hierarchical)
-        graph = topologies.get(topology, where.size)
+        graphs = None if membership is None else Succession(topology, None)
+        graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 
@@ -105,14 +114,23 @@ class Gossip(GossipOptimizer):
             )
         everything = [p for g in self.param_groups for p in g["params"]]
         options.check_parameters(everything)
+        survival.check_parameters(everything)
         self._frozen = Frozen()
-        place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
+        self._stepped: int | None = None  # the step in which the inner optimizer has stepped, while that lasts
+        self._loss: Any = None
+        self._place_options = hierarchical, timeout, "optimizer (Gossip)"
+        if self._comes:
+            place = self._connect("arrival")
+        else:
+            place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
         rule, message = AVERAGING_RULES[schedule]
         self._ahead = message.leaves_early
-        self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb)
+        self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb,
+                               elastic=survival.goes_on)  # fmt: skip
         self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
         for g in self.param_groups:
             self._enter(g)
+        self._survive(survival, membership, graphs)
 
     # -- the inner optimizer's groups and state are this one's -------------------------------------------------------
 
@@ -150,6 +168,9 @@ class Gossip(GossipOptimizer):
         options.check_parameters(group["params"])
         group.update({**self._entries, "gossip_step": self._step})
         params = list({id(p): p for p in group["params"]}.values())
+        if self._comes:  # to others, who compare and copy once all is here
+            engine.add_group(self._frozen.enter(params, engine, equal=False))
+            return
         facts = options.facts(group, params, engine, self._options)
         engine.place.agree({"the optimizer": type(self.inner).__name__, **facts})
         engine.start_equal(engine.add_group(self._frozen.enter(params, engine)))
@@ -175,10 +196,24 @@ class Gossip(GossipOptimizer):
         """
         self._check_connected()
         check_step_allowed(self._engine, self._averaging)
-        return self._advance(closure)
+        return self._exchange(lambda: self._advance(closure))
 
     def _advance(self, closure: Callable[[], Any] | None = None, gradients: bool = True) -> Any:
-        """One step. Without gradients: for the other ranks' sake, see `join`."""
+        """One step. Without gradients: for the other ranks' sake, see `join`.
+
+        Called again when an exchange failed it goes on, alone, from where that was.
+        """
+        if self._stepped != self._step:
+            self._loss = self._step_and_mix(closure, gradients)
+        else:
+            self._engine.check_whole()
+            self._engine.end()
+        for group in self.param_groups:
+            group["gossip_step"] += 1
+        loss, self._loss, self._stepped = self._loss, None, None
+        return loss
+
+    def _step_and_mix(self, closure: Callable[[], Any] | None, gradients: bool) -> Any:
         engine = self._engine
         skip = self._overflow_elsewhere
         if gradients:
@@ -190,12 +225,8 @@ class Gossip(GossipOptimizer):
             self._frozen.enter_late(params, number, engine, self._step)
         engine.refresh()
         if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
-            loss = self._local_step(closure, gradients, skip)
-        else:
-            loss = self._exchanging_step(closure, gradients, skip)
-        for group in self.param_groups:
-            group["gossip_step"] += 1
-        return loss
+            return self._local_step(closure, gradients, skip)
+        return self._exchanging_step(closure, gradients, skip)
 
     def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine = self._engine
@@ -218,6 +249,7 @@ class Gossip(GossipOptimizer):
         for b in engine.buckets:
             b.refresh()
             b.absorb(stepped=True)
+        self._stepped, self._loss = self._step, loss
         self._health.look(self._step)
         engine.complete(self._ahead)
         return loss
@@ -254,6 +286,23 @@ class Gossip(GossipOptimizer):
         if getattr(self, "found_inf", None) is None:
             return False
         return mixed_precision.overflowed(self)
+
+    # -- other neighbors, see recovery.py ----------------------------------------------------------------------------
+
+    def _resume(self, graph: Topology) -> None:
+        self._entries["gossip_topology"] = f"{graph.name} over {graph.n}"
+        for group in self.param_groups:
+            group["gossip_topology"] = self._entries["gossip_topology"]
+
+    def _set_step(self, step: int) -> None:
+        for group in self.param_groups:
+            group["gossip_step"] = step
+
+    def _rest(self) -> Any:
+        return self.inner.state_dict()["state"]
+
+    def _take_rest(self, rest: Any) -> None:
+        self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

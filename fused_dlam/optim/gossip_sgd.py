@@ -35,6 +35,8 @@ from .opening import Opening
 from .options import Options
 from .shared import GossipOptimizer
 from .state_dict import detach, loading, restore
+from .succession import Succession
+from .survival import Members, Survival, enter
 
 
 class GossipSGD(GossipOptimizer):
@@ -78,6 +80,12 @@ class GossipSGD(GossipOptimizer):
         bucket_mb: MiB per message; default: a twelfth of the parameters, between 1 and 32; with "awc" a quarter,
             between 8 and 32.
         timeout: seconds after which waiting for a peer is an error.
+        on_failure: "raise" (default) ends all ranks with an error that names the one that was lost; "continue" goes on
+            without it, over gloo and under a launcher that keeps the store (`fused-dlam run`), see
+            fused_dlam/comm/README.md. Then a name or function is needed as topology.
+        min_workers: how many must be left for that.
+        admit_every: steps after which one worker looks whether another asks to be let in; 0: none looks.
+        on_members_changed: called with `Members` when workers were lost or came, to share out data anew, say.
         nonfinite: with several workers an element of a gradient that is not finite counts as zero, and one of a message
             is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
             in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
@@ -114,6 +122,10 @@ class GossipSGD(GossipOptimizer):
         fused: bool | None = None,
         bucket_mb: float | None = None,
         timeout: float = 600.0,
+        on_failure: str = "raise",
+        min_workers: int = 1,
+        admit_every: int = 100,
+        on_members_changed: Callable[[Members], Any] | None = None,
         nonfinite: str = "skip",
         allow_unstable: bool = False,
         **hyper: Any,
@@ -124,21 +136,31 @@ class GossipSGD(GossipOptimizer):
         chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip)
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
+        survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
+        membership, self._comes = enter(survival, timeout, group, hierarchical)
         where = layout(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
-        graph = topologies.get(topology, where.size)
-        self._choose(rule, graph, chosen, allow_unstable)
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
+        graphs = None
+        if membership is not None:
+            graphs = Succession(topology, rule.under(schedule), allow_unstable, lambda: self._groups_or(defaults))
+        graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
+        self._choose(rule, graph, chosen, allow_unstable)
         defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=self._rule.schedule)
         options.check({**defaults, "params": []}, rule, chosen)
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
 
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
         options.check_parameters(everything)
+        survival.check_parameters(everything)
         advise = hierarchical is None and rule.average == "neighbors"
-        self._start(where.connect(everything, timeout, advise, f"optimizer ({type(self).__name__})"))
+        what = f"optimizer ({type(self).__name__})"
+        self._place_options = hierarchical, timeout, what
+        place = self._connect("arrival") if self._comes else where.connect(everything, timeout, advise, what)
+        self._start(place, survival.goes_on)
+        self._survive(survival, membership, graphs)
 
     def _choose(self, rule: Rule, graph: Topology, chosen: Options, allow_unstable: bool) -> None:
         """Keeps what was chosen, all that a copy is built from."""
@@ -147,12 +169,12 @@ class GossipSGD(GossipOptimizer):
         self._topology, self._options = graph, chosen
         self._certificate = Certificate(self._rule, graph, allow_unstable)
 
-    def _start(self, place: Place) -> None:
+    def _start(self, place: Place, elastic: bool = False) -> None:
         """Builds all that runs: flat buffers, passes, hooks."""
         o = self._options
         self._running = Engine(
             self._rule, self._topology, place, message_of(self._rule), o.layers, o.fused, o.comm_dtype, o.bucket_mb,
-            o.clip is not None,
+            o.clip is not None, elastic,
         )  # fmt: skip
         clips = o.max_grad_norm is not None
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
@@ -196,9 +218,11 @@ class GossipSGD(GossipOptimizer):
         buffers."""
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
-        engine.place.agree(options.facts(group, params, engine, self._options))
-        buckets = engine.add_group(self._frozen.enter(params, engine))
-        engine.start_equal(buckets)
+        if not self._comes:  # to others, who compare and copy once all is here
+            engine.place.agree(options.facts(group, params, engine, self._options))
+        buckets = engine.add_group(self._frozen.enter(params, engine, equal=not self._comes))
+        if not self._comes:
+            engine.start_equal(buckets)
         self._watch(buckets)
 
     def _watch(self, buckets: Sequence[Bucket]) -> None:
@@ -235,11 +259,29 @@ class GossipSGD(GossipOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance()
+        self._exchange(self._advance)
         return loss
 
     def _advance(self, gradients: bool = True) -> None:
-        """One step. Without gradients: for the other ranks' sake, see `join`."""
+        """One step. Without gradients: for the other ranks' sake, see `join`.
+
+        Called again when an exchange failed it goes on, alone, from where that was.
+        """
+        engine = self._engine
+        skip: Scalar = 0.0
+        if self._opening.committed != self._step:
+            skip = self._send(gradients)
+        elif engine.step is not None:
+            engine.complete()
+        self._arrivals.finish()
+        for group in self.param_groups:
+            group["step"] += 1
+        self._opening.committed = None
+        self._counter.note(unsure=isinstance(skip, torch.Tensor))
+        self._health.judge(self._step - 1)
+
+    def _send(self, gradients: bool) -> Scalar:
+        """Begins the step and completes the exchange; returns whether the local step is skipped."""
         engine = self._engine
         taken = reclaim(self.state, engine)
         engine.refresh()
@@ -258,11 +300,39 @@ class GossipSGD(GossipOptimizer):
         self._opening.commit()
         self._health.look(self._step)
         engine.complete(self._arrivals.ahead, recalls=bool(why))
-        self._arrivals.finish()
+        return skip
+
+    # -- other neighbors, see recovery.py ----------------------------------------------------------------------------
+
+    def _groups_or(self, defaults: dict[str, Any]) -> list[dict[str, Any]]:
+        return vars(self).get("param_groups") or [defaults]
+
+    def _pause(self) -> None:
+        self._arrivals.pause()
+
+    def _resume(self, graph: Topology) -> None:
+        rule, _, chosen = self._chosen
+        self._choose(rule, graph, chosen, not self._certificate.allowed)
+        self._opening.certificate = self._certificate
         for group in self.param_groups:
-            group["step"] += 1
-        self._counter.note(unsure=isinstance(skip, torch.Tensor))
-        self._health.judge(self._step - 1)
+            group["topology"] = f"{graph.name} over {graph.n}"
+        self._arrivals.resume()
+
+    def _set_step(self, step: int) -> None:
+        for group in self.param_groups:
+            group["step"] = step
+
+    def _rest(self) -> Any:
+        memories = [group["memory"] for group in self.param_groups]
+        return memories, [[slot.steps for slot in b.slots] for b in self._engine.buckets]
+
+    def _take_rest(self, rest: Any) -> None:
+        memories, counts = rest
+        for group, memory in zip(self.param_groups, memories, strict=True):
+            group["memory"] = dict(memory)
+        for b, steps in zip(self._engine.buckets, counts, strict=True):
+            for slot, number in zip(b.slots, steps, strict=True):
+                slot.steps = number
 
     def close(self) -> None:
         if self._running is not None:

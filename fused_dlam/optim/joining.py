@@ -34,6 +34,7 @@ class Joining:
     _common_scale: float | None
 
     if TYPE_CHECKING:
+        _recovery: Any
 
         @property
         def _engine(self) -> Engine: ...
@@ -66,6 +67,11 @@ class Joining:
         `consensus_distance`) may be within, for ranks may be through. An error in the body is raised at once; the other
         ranks then get an ExchangeError.
         """
+        if self._recovery is not None:
+            raise RuntimeError(
+                "join() counts the ranks that have data in every step, and with on_failure='continue' ranks come and"
+                " go: give all ranks equally many batches, or use on_failure='raise'"
+            )
         if self._engine.place.alone:
             yield
             return

@@ -32,6 +32,7 @@ class Opening:
     ):
         self.optimizer, self.engine, self.certificate = optimizer, engine, certificate
         self.options, self.counter = chosen, counter
+        self.committed: int | None = None  # the last step of which what the rule remembers is kept
         self._whole = False  # the last attempt to begin was not interrupted
         self._after: tuple[list[dict[str, Any]], Scalar] = [], 0.0  # the groups' memories once it is done, and its skip
 
@@ -89,6 +90,7 @@ class Opening:
         Not before: a checkpoint between the backward pass and step() is one of before the step.
         """
         memories, skip = self._after
+        self.committed = self.optimizer._step
         for group, memory in zip(self.optimizer.param_groups, memories, strict=True):
             if isinstance(skip, torch.Tensor):
                 group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from ..comm.errors import calling
+from ..comm.errors import ExchangeError, calling
 from ..comm.place import built_too_early
 from ..comm.watch import ClosedError, log
 from ..engine.buckets import Bucket
@@ -19,9 +19,10 @@ from . import mixed_precision
 from .averaged import Averaged, agree, beside
 from .joining import Joining
 from .state_dict import copied, entries, tensors, unplaced
+from .surviving import Surviving
 
 
-class GossipOptimizer(Joining, Optimizer):
+class GossipOptimizer(Joining, Surviving, Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
@@ -51,7 +52,12 @@ class GossipOptimizer(Joining, Optimizer):
         self._take_part(True, scaled=True)
         self._overflow_agreed, engine = self._step, self._engine
         averages = engine.averager.size > 1
-        self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
+        try:
+            self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
+        except ExchangeError as error:
+            if self._recovery is None or not error.lost:
+                raise
+            self._recovery.hold(error)  # step() comes next, and is this worker's alone
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -59,7 +65,7 @@ class GossipOptimizer(Joining, Optimizer):
 
         All ranks must call it, with schedule="awc" before `model.load_state_dict`, say. The next step exchanges anew.
         """
-        self._engine.forget(self._step)
+        self._together(lambda: self._engine.forget(self._step))
 
     def close(self) -> None:
         """Gives back threads, files and process groups, as deletion does in time. Parameters stay as they are.
@@ -68,6 +74,8 @@ class GossipOptimizer(Joining, Optimizer):
         """
         self._closed = True
         self._engine.place.close()
+        if self._recovery is not None:
+            self._recovery.membership.busy = False
 
     def _check_open(self) -> None:
         """Raises RuntimeError after `close`, before anything has changed."""
@@ -118,15 +126,19 @@ class GossipOptimizer(Joining, Optimizer):
         if place.workers.size == 1:
             return 0.0
         with calling("optimizer.consensus_distance()"):
-            self._settle()
-            total = torch.zeros(1, dtype=torch.float64)
-            for b in self._engine.buckets:
-                x = b.x[: b.flags.start]  # what is behind the last parameter is no parameter
-                mean = x.clone()
-                place.workers.mean(mean)
-                total += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64).square().cpu()
-            place.workers.mean(total)
-            return math.sqrt(float(place.sum_over_shards(total)))
+            return self._together(self._distance)
+
+    def _distance(self) -> float:
+        place = self._engine.place
+        self._settle()
+        total = torch.zeros(1, dtype=torch.float64)
+        for b in self._engine.buckets:
+            x = b.x[: b.flags.start]  # what is behind the last parameter is no parameter
+            mean = x.clone()
+            place.workers.mean(mean)
+            total += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64).square().cpu()
+        place.workers.mean(total)
+        return math.sqrt(float(place.sum_over_shards(total)))
 
     def _settle(self) -> None:
         """Ends what reads x, and takes over what the script has written into parameters that are copies of it."""
@@ -153,22 +165,26 @@ class GossipOptimizer(Joining, Optimizer):
         if self._averaging:
             raise RuntimeError("averaged() was entered within averaged(): the parameters are the mean already")
         self._check_connected()
-        engine = self._engine
         self._averaging = True
         try:
-            with ExitStack() as back:  # undoes all that was done so far, whatever fails
-                if not engine.place.alone:  # else its own mean
-                    with torch.no_grad(), calling("optimizer.averaged()"):
-                        self._average(model, back)
+            with torch.no_grad(), calling("optimizer.averaged()"):
+                back = self._together(lambda: self._average(model))
+            with back:
                 yield
         finally:
             self._averaging = False
 
-    def _average(self, model: torch.nn.Module | None, back: ExitStack) -> None:
-        """Puts means in the place of values, each of which comes back when `back` is closed.
+    def _average(self, model: torch.nn.Module | None) -> ExitStack:
+        """Puts means in the place of values, each of which comes back when the stack is closed, or if anything fails.
 
         Only copies are handed to the transport: it may still write into them when a wait has failed.
         """
+        with ExitStack() as back:
+            if not self._engine.place.alone:  # else its own mean
+                self._put_means(model, back)
+            return back.pop_all()
+
+    def _put_means(self, model: torch.nn.Module | None, back: ExitStack) -> None:
         engine, place = self._engine, self._engine.place
         others = {} if model is None else self._beside(model)
         agree(place, others)
@@ -221,7 +237,7 @@ class GossipOptimizer(Joining, Optimizer):
         Raises ValueError, on all ranks, if the workers' states have different entries.
         """
         with calling("optimizer.consensus_state_dict()"):
-            return self._consensus_state_dict()
+            return self._together(self._consensus_state_dict)
 
     def _consensus_state_dict(self) -> dict[str, Any]:
         self._check_connected()

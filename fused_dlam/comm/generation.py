@@ -1,0 +1,157 @@
+"""torch's world of one generation: the default process group over its members, over gloo or NCCL.
+
+    leave()   gives the old world up: its connections close, which is how the others learn of it
+    form()    builds the next one, with the same ranks on all members
+
+`get_rank()` and `get_world_size()` are right in each. Whatever the script has built over the old world is gone with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from .beacon import Address
+from .errors import ExchangeError, listed
+from .membership import POLL, Membership
+
+NEWCOMER = "FUSED_DLAM_NEWCOMER"  # set by the launcher for a worker that it started again
+LOOK = 0.2  # seconds between two looks at the beacons while a world is formed
+
+
+def store_address() -> Address | None:
+    """Where a store is that no worker hosts: the launcher's, or torchrun's agent's. None if there is none."""
+    own = os.environ.get("FUSED_DLAM_STORE", "")
+    if own:
+        host, _, port = own.rpartition(":")
+        return host, int(port)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return None
+
+
+def connect(address: Address, timeout: float) -> dist.Store:
+    """This job's own keys in that store, over a connection of its own: a wait in another one would hold it."""
+    store = dist.TCPStore(address[0], address[1], None, False, timedelta(seconds=timeout))
+    return dist.PrefixStore(f"fused_dlam/members/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+# torch holds the C++ part of a store that is written in Python, whose methods are gone once Python lets go of it.
+_kept: list[dist.Store] = []
+
+
+class Watchful(dist.Store):
+    """A store whose waits end when a worker that they may wait for is dead: torch looks for the others' addresses in
+    it, and would look for those of a dead one until the timeout."""
+
+    def __init__(self, store: dist.Store, dead: Callable[[], Sequence[int]], timeout: float):
+        super().__init__()
+        self._store, self._dead, self._timeout = store, dead, timeout
+        _kept.append(self)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        start = looked = time.monotonic()
+        while not self._store.check(list(keys)):
+            now = time.monotonic()
+            if now > looked + LOOK:
+                looked = now
+                dead = self._dead()
+                if dead:
+                    raise RuntimeError(f"{listed(dead, what='worker')} died while the new group was formed")
+            if now > start + self._timeout:
+                raise RuntimeError(f"wait timeout after {self._timeout:g} s, keys: {', '.join(keys)}")
+            time.sleep(POLL)
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._store.get(key)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
+
+    def set(self, key, value):  # noqa: ANN001, ANN201
+        return self._store.set(key, value)
+
+    def add(self, key, value):  # noqa: ANN001, ANN201
+        return self._store.add(key, value)
+
+    def check(self, keys):  # noqa: ANN001, ANN201
+        return self._store.check(keys)
+
+    def append(self, key, value):  # noqa: ANN001, ANN201
+        return self._store.append(key, value)
+
+    def compare_set(self, key, expected, desired):  # noqa: ANN001, ANN201
+        return self._store.compare_set(key, expected, desired)
+
+    def delete_key(self, key):  # noqa: ANN001, ANN201
+        return self._store.delete_key(key)
+
+    def multi_set(self, keys, values):  # noqa: ANN001, ANN201
+        return self._store.multi_set(keys, values)
+
+    def has_extended_api(self):  # noqa: ANN201
+        return self._store.has_extended_api()
+
+    def num_keys(self):  # noqa: ANN201
+        return self._store.num_keys()
+
+    deleteKey, getNumKeys = delete_key, num_keys  # by these names torch calls them
+
+    def clone(self):  # noqa: ANN201
+        return Watchful(self._store.clone(), self._dead, self._timeout)
+
+
+def form(membership: Membership, backend: str) -> None:
+    """The world of `membership.view`. Raises ExchangeError if another worker is lost meanwhile."""
+    view, hook = membership.view, sys.excepthook
+    _kept.clear()
+    store = Watchful(membership.store, lambda: membership.lost(view.members), membership.timeout)
+    try:
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
+            world_size=len(view.members), timeout=timedelta(seconds=membership.timeout),
+        )  # fmt: skip
+    except RuntimeError as error:
+        failed = ExchangeError(f"forming generation {view.generation} failed: {error}")
+        failed.lost = True
+        raise failed from error
+    finally:
+        sys.excepthook = hook  # torch wraps it each time, and the first has the worker's number for life
+
+
+def backend_of_world() -> str:
+    """What to form the next world with."""
+    backend = dist.get_backend()
+    return dist.get_backend_config() if backend == "undefined" else backend
+
+
+def leave() -> None:
+    """Gives up all process groups. Over gloo a connection closes when nothing refers to its group any more."""
+    if not dist.is_initialized():
+        return
+    groups = [weakref.ref(group) for group in c10d._world.pg_map if group is not None]
+    if "nccl" in dist.get_backend_config():
+        c10d._abort_process_group()  # releases what waits on the device for a dead peer; destroying would wait for it
+    else:
+        dist.destroy_process_group()
+    if any(group() is not None for group in groups):  # in a cycle, of a traceback say
+        gc.collect()
+
+
+def release(error: BaseException | None) -> None:
+    """Frees what the frames of an exception hold: groups, whose connections stay open until then."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__, error = None, error.__cause__ or error.__context__

@@ -1,0 +1,268 @@
+"""Who is in: agreement among the workers that are left, over a store that no worker hosts. No leader, no all-reduce.
+
+One generation per change. A worker that cannot go on (a closed connection, silence, a request to let somebody in) gives
+up its process groups, which closes its connections, so that whoever waits for it follows. Then, in the store:
+
+    <g>/arrived   a line of each worker that arrives (`Arrival`)                  `append`
+    <g>/members   the decision, written once by whoever is first                  `compare_set`
+
+Any worker that has arrived may decide as soon as each missing one is known to be dead: its beacon refuses, or it is
+accused of silence and its beacon does not answer (one that merely waits for a silent one does), or `timeout` has
+passed. Two deciders write the same key: one wins, and both read what is there. The store is one process, so there is
+one list per generation, and nobody's death, that of the first to arrive included, blocks it.
+
+A worker has a number for life: its rank at the start. Newcomers get the numbers after that.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from .beacon import Address, Beacon, answers, refuses
+from .errors import ExchangeError, listed
+
+POLL = 0.01  # seconds between two looks at the store
+PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
+ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
+
+
+class Excluded(ExchangeError):
+    """The others went on without this worker, which was silent for longer than `timeout`."""
+
+
+class RunEnded(ExchangeError):
+    """Fewer workers are left than `min_workers`, or the store is gone."""
+
+
+class Arrival(NamedTuple):
+    """What a worker says when it gives up its group."""
+
+    number: int
+    address: Address
+    step: int  # the one that it does next
+    calls: int  # how many calls outside of steps, which all make together, have ended for it
+    has_result: bool = False  # of the call that it is in
+    in_call: bool = False  # or not in a step, as newcomers cannot be either
+    accuses: tuple[int, ...] = ()  # the workers for which it has waited `timeout` seconds in vain
+
+
+class View(NamedTuple):
+    """What was agreed on."""
+
+    generation: int
+    members: tuple[int, ...]  # numbers, in the order of their ranks
+    new: tuple[int, ...]  # those of them that need a copy of the state
+    step: int  # from which all go on
+    arrivals: tuple[Arrival, ...]  # of the members that are not new
+
+    def rank(self, number: int) -> int:
+        return self.members.index(number)
+
+
+class Membership:
+    """One worker's part in it.
+
+    Args:
+        store: keys of this job's own, in a store that no worker hosts.
+        towards: that store's address.
+        me, n: this worker's number, and how many there were at the start.
+        timeout: seconds of silence that count as death.
+        machines: the numbers of each machine's workers, if a machine goes as one.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        towards: Address,
+        me: int,
+        n: int,
+        timeout: float,
+        machines: Sequence[Sequence[int]] = (),
+    ):
+        self.store, self.me, self.n, self.timeout = store, me, n, timeout
+        self.machines = [tuple(machine) for machine in machines]
+        self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
+        self.highest = n - 1  # the largest number that was ever a member's
+        self.beacon = Beacon(towards)
+        self.addresses: dict[int, Address] = {}
+        self.view = View(0, tuple(range(n)), (), 0, ())
+        self.store.set(f"address/{me}", json.dumps(self.beacon.address))
+
+    def meet(self) -> None:
+        """At the start: learns the others' addresses. Raises ExchangeError, naming who has not come."""
+        end, missing = time.monotonic() + self.timeout, list(range(self.n))
+        while missing:
+            if self.store.check([f"address/{missing[0]}"]):
+                number = missing.pop(0)
+                self.addresses[number] = self._address(number)
+            elif time.monotonic() > end:
+                raise ExchangeError(
+                    f"rank {self.me}: {listed(missing)} did not build the optimizer within {self.timeout:g} s"
+                )
+            else:
+                time.sleep(POLL)
+        if self.me == 0:
+            self.store.set("n", str(self.n))
+
+    # -- newcomers ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def newcomer(cls, store: dist.Store, towards: Address, timeout: float) -> Membership:
+        """Of a worker that was not there at the start. `enter` asks to be let in."""
+        end = time.monotonic() + timeout
+        while not store.check(["n"]):
+            if time.monotonic() > end:
+                raise RunEnded(f"nobody has begun to train within {timeout:g} s: there is nothing to join")
+            time.sleep(POLL)
+        n = int(store.get("n"))
+        return cls(store, towards, n - 1 + store.add("newcomers", 1), n, timeout)
+
+    def enter(self, patience: float) -> View:
+        """Asks until the others have decided on a generation that has this worker in it."""
+        mine, end, asked = {self.me}, time.monotonic() + patience, 0.0
+        self.store.set(f"asks/{self.me}", "")
+        asked = time.monotonic()
+        while time.monotonic() < end:
+            g = int(self.store.add("generation", 0))
+            if g > self.view.generation:
+                view = self._decision(g)
+                admitted = mine & set(view.new)
+                if admitted:
+                    self.view, self.me = view, max(admitted)
+                    return view
+            if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died, or looked a moment too early
+                asked = time.monotonic()
+                self.renew()
+                mine.add(self.me)
+                self.store.set(f"asks/{self.me}", "")
+            time.sleep(5 * POLL)
+        raise RunEnded(
+            f"worker {self.me} asked to be let in and was not within {patience:g} s: the others have ended, or do not"
+            " look (admit_every=)"
+        )
+
+    def renew(self) -> None:
+        """A new number, under which to ask: an old one may have been looked at."""
+        self.store.delete_key(f"asks/{self.me}")
+        self.me = self.n - 1 + self.store.add("newcomers", 1)
+        self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
+
+    def asked(self) -> bool:
+        """Whether somebody wants in. For one worker to look at now and then: two messages to the store."""
+        return int(self.store.add("newcomers", 0)) > int(self.store.add("admitted", 0))
+
+    # -- agreeing ----------------------------------------------------------------------------------------------------
+
+    def agree(self, arrival: Arrival) -> View:
+        """The next generation.
+
+        Raises Excluded if it was decided without this worker, RunEnded if too few are left or the store is gone.
+        """
+        try:
+            view = self._agree(arrival)
+        except dist.DistError as error:
+            raise RunEnded(
+                f"worker {self.me}: workers were lost, and the store in which the others agree does not answer"
+                f" ({str(error).splitlines()[0][:120]}): the process that keeps it, the launcher, is gone. Restart from"
+                " a checkpoint"
+            ) from None
+        if self.me not in view.members:
+            raise Excluded(
+                f"the others went on without worker {self.me} in generation {view.generation}: it was silent for longer"
+                f" than {self.timeout:g} s (timeout=), or a worker of its machine was"
+            )
+        self.view = view
+        if len(view.members) < self.min_workers:
+            raise RunEnded(f"{len(view.members)} workers are left, and min_workers is {self.min_workers}")
+        return view
+
+    def _agree(self, arrival: Arrival) -> View:
+        old, g = self.view.members, self.view.generation + 1
+        self.store.append(f"{g}/arrived", json.dumps(arrival) + "\n")  # type: ignore[attr-defined]
+        start, probed, dead = time.monotonic(), -1.0, set[int]()
+        while not self.store.check([f"{g}/members"]):
+            arrivals = self._arrivals(g)
+            waited = time.monotonic() - start
+            missing = [i for i in old if i not in arrivals and i not in dead]
+            if missing and waited > probed + PROBE:
+                probed = waited
+                accused = {i for a in arrivals.values() for i in a.accuses}
+                dead |= self._dead(missing, accused)
+                missing = [i for i in missing if i not in dead]
+            if not missing or waited > self.timeout:
+                self._decide(g, arrivals)
+                break
+            time.sleep(POLL)
+        return self._decision(g)
+
+    def _dead(self, missing: Sequence[int], accused: set[int]) -> set[int]:
+        """Those who are certainly gone. All at once: two stopped ones are not waited for in turn."""
+        with ThreadPoolExecutor(len(missing), "fused_dlam-probe") as pool:
+            gone = pool.map(lambda i: self._is_gone(i, i in accused), missing)
+            return {i for i, is_gone in zip(missing, gone, strict=True) if is_gone}
+
+    def _is_gone(self, number: int, accused: bool) -> bool:
+        address = self.addresses[number]
+        return refuses(address) or (accused and not answers(address))
+
+    def lost(self, members: Sequence[int]) -> list[int]:
+        """Those of `members` whose process is certainly gone."""
+        return [i for i in members if i != self.me and refuses(self.addresses[i])]
+
+    def _arrivals(self, g: int) -> dict[int, Arrival]:
+        """Who has arrived, by number. One message to the store."""
+        lines = (json.loads(line) for line in self.store.get(f"{g}/arrived").decode().splitlines())
+        return {line[0]: _arrival(line) for line in lines}
+
+    def _decide(self, g: int, arrivals: dict[int, Arrival]) -> None:
+        members = [i for i in self.view.members if i in arrivals]
+        for machine in self.machines:  # goes as one
+            if not set(machine) <= set(members):
+                members = [i for i in members if i not in machine]
+        asking, new, looked = int(self.store.add("newcomers", 0)), [], 0
+        here = [arrivals[i] for i in members]
+        addresses = {i: arrivals[i].address for i in members}
+        # Between a call that all make together and the next step there is no place at which a newcomer's loop begins.
+        if here and not self.machines and not any(arrival.in_call for arrival in here):
+            looked = asking
+            for i in range(self.n, self.n + asking):
+                if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
+                    address = self._address(i)
+                    if not refuses(address):
+                        addresses[i] = address
+                        new.append(i)
+        step = max((arrival.step for arrival in here), default=0)
+        decision = [[*members, *new], new, step, here, addresses, looked]
+        self.store.compare_set(f"{g}/members", "", json.dumps(decision))
+
+    def _decision(self, g: int) -> View:
+        members, new, step, arrivals, addresses, looked = json.loads(self.store.get(f"{g}/members"))
+        self.addresses = {int(i): tuple(address) for i, address in addresses.items()}
+        self.highest = max(self.highest, *members)
+        # Everybody who reads it tells the newcomers: the one who decided may be gone.
+        self._raise_to("generation", g)
+        self._raise_to("admitted", looked)
+        return View(g, tuple(members), tuple(new), step, tuple(map(_arrival, arrivals)))
+
+    def _raise_to(self, key: str, value: int) -> None:
+        """A number in the store that only grows."""
+        while (now := int(self.store.add(key, 0))) < value:
+            self.store.compare_set(key, str(now), str(value))
+
+    def _address(self, number: int) -> Address:
+        host, port = json.loads(self.store.get(f"address/{number}"))
+        return host, port
+
+    def close(self) -> None:
+        self.beacon.close()
+
+
+def _arrival(line: list) -> Arrival:
+    number, address, step, calls, has_result, in_call, accuses = line
+    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses))

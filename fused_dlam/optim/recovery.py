@@ -1,0 +1,285 @@
+"""Going on without workers that are lost, and with those that come.
+
+    RUN -> an exchange fails (or somebody asks to be let in)
+        -> GIVE UP   the groups: connections close, so whoever waits for this worker follows
+        -> END       the broken step alone, bucket by bucket (engine/regroup.py)
+        -> AGREE     on who is left, and on the largest step (comm/membership.py)
+        -> FORM      their world and groups (comm/generation.py); another loss: AGREE again
+        -> CATCH UP  who was behind takes the steps up to the largest alone; the others wait for it
+        -> SETTLE    copies for newcomers, centered buffers, and all go on in one step
+
+Every rank takes one local step in every step(), so loops, schedules and counters stay alike on all ranks.
+
+Calls outside of steps (`averaged`, checkpoints) are made by all together. A rank may have come through one in which
+another has failed, and must not make it again alone. So such a call ends with a confirmation, and who fails says how
+far it came: if anyone is past the call, or all have its result, it is done for all; else all make it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from ..comm import generation
+from ..comm.errors import ExchangeError, listed
+from ..comm.leaving import Holdings
+from ..comm.membership import Arrival, Excluded, Membership, RunEnded, View
+from ..comm.place import Place
+from ..comm.watch import log
+from ..engine import regroup
+from .succession import Succession
+from .survival import Members, Survival
+
+if TYPE_CHECKING:
+    from .shared import GossipOptimizer
+
+T = TypeVar("T")
+FUTILE = 5  # generations in a row that lose nobody and do not stand: then it is no loss that ends them
+
+
+class Recovery:
+    """One optimizer's way through losses. `events` tells of each, for tests and benchmarks."""
+
+    def __init__(self, optimizer: GossipOptimizer, chosen: Survival, membership: Membership, graphs: Succession):
+        self.optimizer, self.chosen, self.membership, self.graphs = optimizer, chosen, membership, graphs
+        self.backend = generation.backend_of_world()
+        self.told: ExchangeError | None = None  # an error of the backward pass: step() deals with it
+        # calls outside of steps that have ended, alike on all ranks between steps
+        self.calls = max((arrival.calls for arrival in membership.view.arrivals), default=0)
+        self.in_call = self.has_result = False
+        self.resumes = 0  # the step from which all go on together
+        self.next: Place | None = None  # where, while this worker catches up
+        self.events: list[dict[str, Any]] = []
+        self._before = membership.view.members
+        self._store_failed = False
+
+    def arrive(self, place: Place) -> None:
+        """A newcomer, whose groups stand, takes its neighbor's state."""
+        self.resumes, self.next = self.membership.view.step, place
+        self.optimizer._set_step(self.resumes)
+        self._go_on()
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, advance: Callable[[], T]) -> T:
+        """`advance` is the optimizer's step; called again after a failure it does the rest, alone."""
+        error, self.told = self.told, None
+        if error is None:
+            error = self._somebody_asks()
+        if error is None:
+            try:
+                result = advance()
+            except ExchangeError as failure:
+                if not failure.lost:  # a peer is there, and does something else
+                    raise
+                error = failure
+        if error is not None:
+            result = self._recover(error, advance)
+        elif self.next is not None and self.optimizer._step >= self.resumes:
+            self._go_on()
+        return result
+
+    def hold(self, error: ExchangeError) -> None:
+        """An exchange failed where nothing can be done about it: in the backward pass."""
+        self.told = self.told or error
+
+    def _somebody_asks(self) -> ExchangeError | None:
+        """A join is a fault without a victim. One worker looks, now and then."""
+        every, view = self.chosen.admit_every, self.membership.view
+        first = self.membership.me == view.members[0] and self.next is None
+        if not (every and first and self.optimizer._step % every == 0) or self._store_failed:
+            return None
+        try:
+            return ExchangeError("somebody asks to be let in") if self.membership.asked() else None
+        except RuntimeError:  # the store is gone: training goes on
+            self._store_failed = True
+            log.warning("the store in which workers agree does not answer: the next loss will end the run")
+            return None
+
+    # -- calls outside of steps --------------------------------------------------------------------------------------
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Makes a call that all ranks make, again and again until all who are left have its result."""
+        if self.in_call:
+            return call()
+        try:
+            while True:
+                self.in_call, self.has_result = True, False
+                try:
+                    result = call()
+                    self.has_result = True
+                    self.optimizer._engine.place.confirm()
+                except ExchangeError as error:
+                    if not error.lost:
+                        raise
+                    if not (self._recover(error, None) and self.has_result):
+                        continue
+                self.calls += 1
+                return result
+        finally:
+            self.in_call = self.has_result = False
+
+    def gone(self, ranks: list[int]) -> str:
+        """Why nobody should wait for all of these ranks to come to a call, "" if nothing is known."""
+        view = self.membership.view
+        if self.membership.store.check([f"{view.generation + 1}/arrived"]):
+            return "other workers have lost one"
+        dead = self.membership.lost(view.members)
+        return f"{listed(dead, what='worker')} died" if dead else ""
+
+    # -- a loss ------------------------------------------------------------------------------------------------------
+
+    def _recover(self, error: ExchangeError, rest: Callable[[], T] | None) -> Any:
+        """Until this worker goes on, or catches up. Returns what `rest` does, or whether the present call is done."""
+        start, cpu, why = time.monotonic(), time.process_time(), str(error)
+        accused = self._accused(error)
+        self._give_up(error)
+        result = rest() if rest is not None else None
+        done = self._agree(accused)
+        self.events.append(
+            {
+                "generation": self.membership.view.generation, "members": self.membership.view.members, "why": why,
+                "began": start, "seconds": time.monotonic() - start, "cpu": time.process_time() - cpu,
+                "step": self.resumes,
+            }
+        )  # fmt: skip
+        if self.optimizer._step >= self.resumes:
+            self._go_on()
+            self.events[-1].update(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
+        return result if rest is not None else done
+
+    def _accused(self, error: ExchangeError) -> tuple[int, ...]:
+        """The workers for which this one has waited `timeout` in vain. A closed connection accuses nobody."""
+        members = self.membership.view.members
+        if not error.silent:
+            return ()
+        return tuple(members) if error.peer is None else (members[error.peer],)
+
+    def _give_up(self, error: BaseException) -> None:
+        place = self.optimizer._engine.place
+        regroup.isolate(self.optimizer._engine)
+        self.optimizer._pause()
+        place.abandon()
+        generation.release(error)
+        generation.leave()
+
+    def _agree(self, accused: tuple[int, ...]) -> bool:
+        """Until the groups of a generation stand. Returns whether the present call is done for all."""
+        membership, done, futile = self.membership, False, 0
+        while True:
+            before = membership.view.members
+            arrival = Arrival(
+                membership.me, membership.beacon.address, self.optimizer._step, self.calls, self.has_result,
+                self.in_call, accused,
+            )  # fmt: skip
+            try:
+                view = membership.agree(arrival)
+                done = done or self._is_done(view)
+            except Excluded as error:
+                view = self._come_back(error)
+            try:
+                generation.form(membership, self.backend)
+                self.next = self.optimizer._connect(f"generation {view.generation}")
+                break
+            except ExchangeError as error:
+                log.info("another worker was lost: %s", error)
+                accused = self._accused(error)
+                generation.release(error)
+                generation.leave()
+                futile = futile + 1 if view.members == before else 0
+                if futile == FUTILE:
+                    raise RunEnded(
+                        f"worker {membership.me}: workers {view.members} are all there, and their groups could not be"
+                        f" built {FUTILE} times in a row: {error}"
+                    ) from None
+        self.resumes = view.step
+        Holdings.failed = False  # what was broken is gone
+        return done
+
+    def _is_done(self, view: View) -> bool:
+        if not self.in_call:
+            return False
+        others = view.arrivals
+        return any(a.calls > self.calls for a in others) or all(a.has_result for a in others if a.calls == self.calls)
+
+    def _come_back(self, error: Excluded) -> View:
+        """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
+        log.warning("%s. It asks to be let in again, and takes the others' state", error)
+        self.membership.renew()
+        view = self.membership.enter(self.membership.timeout)
+        self.optimizer._set_step(view.step)
+        return view
+
+    # -- going on ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """All are at the same step: the first in the new place."""
+        optimizer, engine, view = self.optimizer, self.optimizer._engine, self.membership.view
+        place, self.next = self.next, None
+        assert place is not None
+        try:
+            graph = self.graphs(place.workers.size)
+            regroup.enter(engine, place, graph)
+            new = [view.rank(number) for number in view.new]
+            if new:
+                self._compare(place)
+            regroup.settle(engine, new)
+            for rank in new:
+                optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
+        except ExchangeError as error:
+            self._recover(error, None)
+            return
+        optimizer._resume(graph)
+        lost = tuple(number for number in self._before if number not in view.members)
+        came = tuple(number for number in view.members if number not in self._before)
+        self._before = view.members
+        self._tell(graph.name, lost, came)
+        if self.chosen.on_members_changed is not None:
+            self.chosen.on_members_changed(Members(view.members, lost, came, view.step))
+
+    def _compare(self, place: Place) -> None:
+        """A newcomer that trains something else is not let in. Raises ValueError there, ExchangeError elsewhere."""
+        view = self.membership.view
+        facts = place.workers.everybodys(self.optimizer._facts())
+        own = next(theirs for number, theirs in zip(view.members, facts, strict=True) if number not in view.new)
+        for number, theirs in zip(view.members, facts, strict=True):
+            differing = [name for name in own if theirs.get(name) != own[name]]
+            if differing and number == self.membership.me:
+                self.membership.close()  # counts as gone at once
+                raise ValueError(
+                    f"this worker comes to a run of another {differing[0]}: here {theirs.get(differing[0])}, there"
+                    f" {own[differing[0]]}. Start it with the same script"
+                )
+            if differing:
+                raise ExchangeError(f"worker {number}, which came, has another {differing[0]} and is not let in")
+
+    def _tell(self, graph: str, lost: tuple[int, ...], came: tuple[int, ...]) -> None:
+        view = self.membership.view
+        parts = [f"lost {listed(lost, what='worker')}"] if lost else []
+        parts += [f"{listed(came, what='worker')} came"] if came else []
+        seconds = f" after {self.events[-1]['seconds']:.2f} s" if self.events else ""
+        log.warning(
+            "worker %d, now rank %d of %d: %s; going on at step %d over %s%s",
+            self.membership.me, view.rank(self.membership.me), len(view.members),
+            " and ".join(parts) or "nobody was lost", view.step, graph, seconds,
+        )  # fmt: skip
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Stays until all members are through or gone, and goes on with those that are left when one is lost."""
+        m = self.membership
+        try:
+            m.store.set(f"done/{m.me}", "")
+            while True:
+                waiting = [i for i in m.view.members if i != m.me and not m.store.check([f"done/{i}"])]
+                if not waiting or len(m.lost(waiting)) == len(waiting):
+                    return
+                if m.store.check([f"{m.view.generation + 1}/arrived"]):
+                    self._recover(ExchangeError("other workers have lost one"), None)
+                time.sleep(0.05)
+        except dist.DistError:  # the launcher is gone: there is nothing to hear of the others
+            return

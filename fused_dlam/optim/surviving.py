@@ -1,0 +1,131 @@
+"""The part of an optimizer that lives on when its neighbors change: what recovery.py asks of both optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ..comm import sharded
+from ..comm.membership import Membership
+from ..comm.place import Place, layout
+from ..topology import Topology
+from .recovery import Recovery
+from .succession import Succession
+from .survival import Survival
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from .frozen import Frozen
+
+T = TypeVar("T")
+
+
+class Surviving:
+    """Who trains, and how another place is taken."""
+
+    _recovery: Recovery | None = None  # with on_failure="continue"
+    _comes = False  # whether this worker comes to a run that is under way, and has not taken its state yet
+
+    if TYPE_CHECKING:
+        param_groups: list[dict[str, Any]]
+        _frozen: Frozen
+        _place_options: tuple[Any, float, str]
+
+        @property
+        def _engine(self) -> Engine: ...
+        @property
+        def _step(self) -> int: ...
+
+        def _resume(self, graph: Topology) -> None: ...
+        def _set_step(self, step: int) -> None: ...
+        def _rest(self) -> Any: ...
+        def _take_rest(self, rest: Any) -> None: ...
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that have been taken. A worker that comes to a run that is under way begins its loop there."""
+        return self._step
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The workers that train, in the order of their ranks: the rank of each at the start, or a newcomer's number.
+
+        It changes with on_failure="continue" alone.
+        """
+        if self._recovery is not None:
+            return self._recovery.membership.view.members
+        return tuple(range(self._engine.place.workers.size))
+
+    def finish(self) -> None:
+        """At the end of training: stays until all workers are through, or gone. One that is lost holds nobody up.
+
+        With on_failure="raise" it returns at once. Not needed where the script ends with its loop.
+        """
+        if self._recovery is not None:
+            self._recovery.finish()
+
+    # -- what recovery.py asks for -----------------------------------------------------------------------------------
+
+    def _together(self, call: Callable[[], T]) -> T:
+        """A call that all ranks make: its result for all of them, also if one is lost in it."""
+        return call() if self._recovery is None else self._recovery.together(call)
+
+    def _exchange(self, advance: Callable[[], T]) -> T:
+        """A step."""
+        return advance() if self._recovery is None else self._recovery.step(advance)
+
+    def _connect(self, name: str) -> Place:
+        """The groups of a new world, under a name that all its ranks know."""
+        hierarchical, timeout, what = self._place_options
+        everything = [p for group in self.param_groups for p in group["params"]]
+        place = layout(None, hierarchical).connect(everything, timeout, False, what, name)
+        return _silent(place)
+
+    def _survive(self, survival: Survival, membership: Membership | None, graphs: Succession | None) -> None:
+        """At the end of the constructor."""
+        if membership is None or graphs is None:
+            return
+        self._recovery = Recovery(self, survival, membership, graphs)  # type: ignore[arg-type]
+        membership.busy = True
+        if self._comes:
+            self._recovery.arrive(self._engine.place)
+            self._comes = False
+        else:
+            _silent(self._engine.place)
+            membership.meet()
+            graphs.look_ahead(self._engine.topology.n)
+
+    def _gone(self, ranks: list[int]) -> str:
+        """Why nobody should wait for all of these ranks any more, "" if nothing is known."""
+        return "" if self._recovery is None else self._recovery.gone(ranks)
+
+    def _pause(self) -> None:
+        """There are no neighbors for now."""
+
+    def _facts(self) -> dict[str, str]:
+        """What a newcomer must have in common with those to whom it comes."""
+        buckets = self._engine.buckets
+        return {
+            "method": self._engine.rule.name,
+            "schedule": self._engine.message.name,
+            "layout of parameters": str([(b.N, str(b.x.dtype), [tuple(s.p.shape) for s in b.slots]) for b in buckets]),
+            "message type": str(self._engine.message_dtype),
+        }
+
+    @torch.no_grad()
+    def _copy_rest(self, source: int, to: int) -> None:
+        """A newcomer takes what is not in flat buffers: frozen parameters, and what the method remembers."""
+        workers = self._engine.place.workers
+        for p in (p for params in self._frozen.of_groups for p in params):
+            workers.copy(sharded.local(p), source, to)
+        rest = workers.copy_object(self._rest() if workers.rank == source else None, source, to)
+        if workers.rank == to:
+            self._take_rest(rest)
+
+
+def _silent(place: Place) -> Place:
+    """Nobody looks for notes on who went first (comm/last_words.py): that is agreed on."""
+    place.workers.generation = place.inside.generation = ""
+    return place
