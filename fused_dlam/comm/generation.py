@@ -23,6 +23,7 @@ import torch.distributed.distributed_c10d as c10d
 from .beacon import Address
 from .errors import ExchangeError, listed
 from .membership import POLL, Membership
+from .place import Place
 
 NEWCOMER = "FUSED_DLAM_NEWCOMER"  # set by the launcher for a worker that it started again
 LOOK = 0.2  # seconds between two looks at the beacons while a world is formed
@@ -135,11 +136,19 @@ def backend_of_world() -> str:
     return dist.get_backend_config() if backend == "undefined" else backend
 
 
-def leave() -> None:
-    """Gives up all process groups. Over gloo a connection closes when nothing refers to its group any more."""
+def leave(error: BaseException | None = None, place: Place | None = None) -> None:
+    """Gives up all process groups. Over gloo a connection closes when nothing refers to its group any more.
+
+    Args:
+        error: whose frames refer to them.
+        place: the package's own.
+    """
+    groups = [weakref.ref(group) for group in c10d._world.pg_map if group is not None]
+    if place is not None:
+        place.abandon()
+    _release(error)
     if not dist.is_initialized():
         return
-    groups = [weakref.ref(group) for group in c10d._world.pg_map if group is not None]
     if "nccl" in dist.get_backend_config():
         c10d._abort_process_group()  # releases what waits on the device for a dead peer; destroying would wait for it
     else:
@@ -148,7 +157,7 @@ def leave() -> None:
         gc.collect()
 
 
-def release(error: BaseException | None) -> None:
+def _release(error: BaseException | None) -> None:
     """Frees what the frames of an exception hold: groups, whose connections stay open until then."""
     seen = set()
     while error is not None and id(error) not in seen:

@@ -36,7 +36,7 @@ def isolate(engine: Engine) -> None:
         flight.transfer = flight.average = None
         flight.failure = ""
         if flight.combined:
-            flight.stage = DONE
+            flight.stage, flight.talks = DONE, False
             flight.b.publish()  # a layer that comes after the rule may have failed before it
     engine.flights = {index: flight for index, flight in engine.flights.items() if flight.combined}
     engine.following, engine.sent, engine.recalls = {}, 0, False

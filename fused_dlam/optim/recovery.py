@@ -162,9 +162,7 @@ class Recovery:
         place = self.optimizer._engine.place
         regroup.isolate(self.optimizer._engine)
         self.optimizer._pause()
-        place.abandon()
-        generation.release(error)
-        generation.leave()
+        generation.leave(error, place)
 
     def _agree(self, accused: tuple[int, ...]) -> bool:
         """Until the groups of a generation stand. Returns whether the present call is done for all."""
@@ -187,8 +185,7 @@ class Recovery:
             except ExchangeError as error:
                 log.info("another worker was lost: %s", error)
                 accused = self._accused(error)
-                generation.release(error)
-                generation.leave()
+                generation.leave(error)
                 futile = futile + 1 if view.members == before else 0
                 if futile == FUTILE:
                     raise RunEnded(

@@ -127,7 +127,6 @@ def enter(survival: Survival, timeout: float, group: Any, hierarchical: Any) -> 
                 generation.form(membership, "gloo")
                 break
             except RuntimeError as error:  # another worker was lost meanwhile: the others decide anew, without this one
-                generation.release(error)
-                generation.leave()
+                generation.leave(error)
                 membership.renew()
     return membership, comes
