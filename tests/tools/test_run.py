@@ -31,13 +31,13 @@ DEADLINE = 120  # seconds: for a machine that stands still, not for the code
 class Launcher:
     """A running launcher; `folder` is what its script tells and is told by."""
 
-    def __init__(self, folder, what, *options, args=()):
+    def __init__(self, folder, what, *options, script=(SCRIPT,), args=()):
         self.folder, self.out = folder, folder / f"out{len(list(folder.iterdir()))}"
         env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fused_dlam", "run", *map(str, options), SCRIPT, folder, what, *args],
-                stdout=out, stderr=subprocess.PIPE, text=True, env=env,
+                [sys.executable, "-m", "fused_dlam", "run", *map(str, options), *script, folder, what, *args],
+                cwd=SCRIPT.parent, stdout=out, stderr=subprocess.PIPE, text=True, env=env,
             )  # fmt: skip
         self.late = threading.Timer(DEADLINE, self.process.kill)
         self.late.start()
@@ -118,7 +118,7 @@ def test_three_workers_find_each_other(launcher):
 
 
 def test_a_worker_that_fails_takes_its_children_with_it_and_nobody_else(launcher):
-    run = launcher("fails", "-n", 3)
+    run = launcher("fails", "-n", 3, script=("-m", SCRIPT.stem))
     told = [run.told(f"rank{rank}") for rank in range(3)]
     run.tell("fail")
     line = run.until("rank 1")
