@@ -20,10 +20,12 @@ examples:
   fused-dlam demo                           half a minute, on this machine
   fused-dlam topology                       the names of all graphs
   fused-dlam topology exponential -n 64
+  fused-dlam run -n 8 train.py              train with eight workers
   fused-dlam compare decentlam pc-dmsgd --topology ring one-peer-exponential
   fused-dlam COMMAND --help                 the options of a command
 """
 COMMANDS = {
+    "run": ("fused_dlam.tools.run", "start the workers of a training script; one that dies takes no other with it"),
     "demo": ("fused_dlam.tools.demo", "watch worker processes learn handwritten digits, by all-reduce and by gossip"),
     "topology": ("fused_dlam.tools.describe", "what a graph costs per step, and which methods are stable on it"),
     "compare": ("fused_dlam.tools.compare", "how fast methods get near the optimum on given graphs, and how near"),
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if command is None:
         parser.print_help(sys.stderr)
         return 2
-    for argument in argv[1:]:  # file.py:rule
+    for argument in argv[1:] if command != "run" else ():  # file.py:rule. What follows a script is the script's own.
         file = argument.rpartition(":")[0]
         if file.endswith(".py") and not Path(file).is_file():
             parser.error(f"{command}: there is no file {file}")

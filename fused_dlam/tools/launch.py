@@ -1,4 +1,4 @@
-"""Worker processes on this machine, over gloo, for demo, benchmarks and tests. Use torchrun for training."""
+"""Worker processes on this machine, over gloo, for demo, benchmarks and tests. `fused-dlam run` is for training."""
 
 from __future__ import annotations
 
