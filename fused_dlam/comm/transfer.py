@@ -226,7 +226,8 @@ class _Unposted:
     """In the place of the work that the transport did not take: it is told of where that would be waited for."""
 
     def __init__(self, error: RuntimeError):
-        self._error = error
+        # Its frames refer to this object and to the process group, whose connections would stay open until a search.
+        self._error = error.with_traceback(None)
 
     def wait(self) -> None:
         raise self._error
