@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from . import other_averagers, roll_call, sharded
 from .group import Alone, Group
+from .ledger import Ledger, StepTime
 from .streams import host_like, to_host
 from .watch import log
 
@@ -89,6 +90,15 @@ class Place:
     def largest(self, value: torch.Tensor, what: str, step: int | None) -> torch.Tensor:
         """The maximum over all ranks of all workers."""
         return self.workers.largest(self.inside.largest(value, what, step), what, step)
+
+    def step_times(self) -> dict[int, StepTime]:
+        """`Ledger.per_step` of all ranks of all workers, by global rank."""
+        workers = self.workers
+        times = {workers.ranks[workers.rank]: workers.ledger.per_step()}
+        for group in (self.inside, workers):
+            parts = group.gathered(times, "comparing the ranks' step times")
+            times = {rank: time for part in parts for rank, time in part.items()}
+        return dict(sorted(times.items()))
 
     def close(self) -> None:
         """Gives back connections, threads and files. All ranks must call it where it runs over NCCL."""
@@ -183,8 +193,10 @@ class Layout(NamedTuple):
             between = Group(self.process_group, timeout, across or None, device, numbers, f"{name} between", what)
             if warn:
                 advise(self.size)
+        ledger = Ledger("nccl" not in (inside.backend, between.backend))
         for group in (inside, between):
             group.generation = name  # whoever gives up in one is waited for in the other
+            group.ledger = ledger
         if name:
             roll_call.clear(members)
         return Place(between, inside, splits, splits and ddp != local)

@@ -139,7 +139,7 @@ class Transfer:
     def wait_sent(self) -> None:
         """Until the message has been read by the transport."""
         if self._posting is not None:
-            with self.group.watched("handing a message to the transport", self.step):
+            with self.group.watched("handing a message to the transport", self.step, counts=False):
                 self._posting.wait(self.group.timeout)
             self._posting = None
         for j, work in self._sends:

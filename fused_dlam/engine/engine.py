@@ -238,12 +238,14 @@ class Engine:
                 following[b.index] = flight
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
+        self.place.workers.ledger.end_step()
         self._between_steps(following)
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
         for flight in self.flights.values():
             flight.close()
+        self.place.workers.ledger.end_step()
         self._between_steps({})
 
     def _between_steps(self, flights: dict[int, Flight]) -> None:
