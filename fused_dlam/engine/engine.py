@@ -31,6 +31,7 @@ from .buckets import Bucket
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
 from .header import digest
 from .hearing import Hearing
+from .leaving_out import LeavingOut
 from .local import Local
 from .message import Message
 from .warm import warm
@@ -81,6 +82,7 @@ class Engine:
         self.flags = 0
         self.steps = 0  # of the last step that has begun, plus one
         self.hearing = Hearing(self)
+        self.leaving_out: LeavingOut | None = None  # what decides on exchanges that come late
         self.local = Local(rule, self.layers, fused, self.guard, message.only_averages, clips)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
         self.step: int | None = None  # the step that has begun
@@ -226,6 +228,8 @@ class Engine:
             self.bring(SENT)
         if self.guesses:
             self.hearing.recall()
+        if self.leaving_out is not None:
+            self.leaving_out.decide()
         self._follows = ahead and self.gossips
         done, following = self.flights, {}
         for b in self.buckets:

@@ -72,6 +72,10 @@ class Local:
             for one in of_group.values():
                 one.set(self._for_rule(s, group))
 
+    def without_neighbors(self) -> None:
+        """The rest of this step has none."""
+        self.set([s._replace(weights=()) for s in self._scalars], self._groups)
+
     def _for_rule(self, s: Scalars, group: dict[str, Any]) -> Scalars:
         return s._replace(grad_scale=1.0) if finishing(self.layers, group) else s
 

@@ -124,6 +124,12 @@ class GossipOptimizer(Joining, Optimizer):
         engine = self._engine
         return engine.place.workers.ledger.waits(engine.me)
 
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """(step, global rank of the peer) of the last exchanges that `skip_late` has left out, 10,000 at most."""
+        leaving_out = self._engine.leaving_out
+        return [] if leaving_out is None else list(leaving_out.late.skipped)
+
     def step_times(self) -> dict[int, StepTime]:
         """Who is slow: {global rank: StepTime(computing, waiting)}, seconds per step. All ranks must call it.
 
