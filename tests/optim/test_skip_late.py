@@ -22,8 +22,12 @@ from fused_dlam.engine.leaving_out import check_pairs
 
 CASES = {
     f"{n} {method} {graph}": (n, method, graph)
-    for n in (2, 4)
-    for method, graph in (("mi-dmsgd", "one-peer-hypercube"), ("pc-dmsgd", "random-match"), ("dmsgd", "one-peer-ring"))
+    for n, method, graph in (
+        (2, "mi-dmsgd", "one-peer-hypercube"),
+        (4, "mi-dmsgd", "one-peer-hypercube"),
+        (4, "pc-dmsgd", "random-match"),
+        (4, "dmsgd", "one-peer-ring"),
+    )
 }
 
 
