@@ -237,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     reports = []
     for seed in range(int(first), int(end or int(first) + 1)):
         read, write = os.pipe()
-        pid = fork_quietly(lambda seed=seed: os.write(write, json.dumps(one(seed, options)).encode()))  # no threads here
+        pid = fork_quietly(
+            lambda seed=seed: os.write(write, json.dumps(one(seed, options)).encode())
+        )  # no threads here
         os.close(write)
         with os.fdopen(read) as pipe:
             text = pipe.read()

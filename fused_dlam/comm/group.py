@@ -18,6 +18,7 @@ import torch.distributed as dist
 from . import process_group as process_groups
 from . import roll_call
 from .leaving import Holdings, provide, wait_to_leave
+from .ledger import Ledger
 from .process_group import CPU
 from .streams import Courier
 from .transfer import Mean
@@ -59,6 +60,7 @@ class Group:
         self.timeout, self.device = timeout, device
         self.ranks = ranks or dist.get_process_group_ranks(process_group or dist.group.WORLD)
         self.backend = process_groups.transport(process_group, device)
+        self.ledger = Ledger(self.backend != "nccl")
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.bytes_sent = 0.0  # payload of this rank: messages to neighbors, and what a ring all-reduce sends
@@ -149,9 +151,9 @@ class Group:
         """A context in which "cuda" means this group's device. By itself it is GPU 0, on every rank."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def watched(self, what: str, step: int | None, peer: int | None = None) -> Watched:
-        """A context that names what went wrong in it, and whose long duration is logged."""
-        return Watched(self, what, step, peer)
+    def watched(self, what: str, step: int | None, peer: int | None = None, counts: bool = True) -> Watched:
+        """A context that names what went wrong in it, whose duration is counted, and logged where it is long."""
+        return Watched(self, what, step, peer, counts)
 
     def posted(self, work: object) -> None:
         """Something is under way that peers need from here, though this rank may be through."""
@@ -220,13 +222,6 @@ class Group:
             if carried is not tensor:
                 tensor.copy_(carried)
 
-    def everybodys(self, thing: object) -> list[Any]:
-        """What every rank passes here, in the order of the ranks."""
-        gathered: list[Any] = [None] * self.size
-        with self.watched("gathering what the workers say", None), self.placed():
-            dist.all_gather_object(gathered, thing, group=self.control)
-        return gathered
-
     def copy_object(self, thing: Any, source: int, to: int) -> Any:
         """The same for any object, which is returned."""
         if self.rank not in (source, to):
@@ -247,6 +242,13 @@ class Group:
             if carried is not tensor:
                 tensor.copy_(carried)
 
+    def gathered(self, value: Any, what: str) -> list[Any]:
+        """Every rank's value, which is pickled, in the order of their global numbers."""
+        out = [None] * self.size
+        with self.watched(what, None), self.placed():
+            dist.all_gather_object(out, value, group=self.control)
+        return out
+
     def agree(
         self,
         facts: dict[str, str],
@@ -254,9 +256,7 @@ class Group:
         what: str = "comparing the workers' settings",
     ) -> None:
         """Raises the same ValueError on every rank if the ranks' facts differ, naming the first that does."""
-        gathered: list[dict[str, str]] = [{} for _ in range(self.size)]
-        with self.watched(what, None), self.placed():
-            dist.all_gather_object(gathered, facts, group=self.control)
+        gathered = self.gathered(facts, what)
         ranks = sorted(self.ranks)  # as in torch's group
         for rank, other in zip(ranks, gathered, strict=True):
             for name in gathered[0]:
@@ -275,6 +275,7 @@ class Alone(Group):
         me = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self.ranks, self.size, self.rank = [me], 1, 0
         self.bytes_sent, self.messages_sent = 0.0, 0
+        self.ledger = Ledger()
         self.early = not (dist.is_available() and dist.is_initialized())  # built before there was a process group
 
     def mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
@@ -289,11 +290,11 @@ class Alone(Group):
     def broadcast(self, tensor: torch.Tensor) -> None:
         pass
 
-    def everybodys(self, thing: object) -> list[Any]:
-        return [thing]
-
     def copy(self, tensor: torch.Tensor, source: int, to: int) -> None:
         pass
+
+    def gathered(self, value: Any, what: str) -> list[Any]:
+        return [value]
 
     def agree(self, facts: dict[str, str], cure: str = "", what: str = "") -> None:
         pass

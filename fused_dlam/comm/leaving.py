@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from .late import Orphan
+
 if TYPE_CHECKING:
     from .group import Group
 
@@ -31,7 +33,7 @@ class Holdings:
         self.process_group: dist.ProcessGroup | None = process_group
         self.control: dist.ProcessGroup | None = control  # perhaps the same
         self.backend, self.timeout, self.process = backend, timeout, os.getpid()
-        self.posted: dict[int, Any] = {}  # sends, and means, that nobody has waited for
+        self.posted: dict[int, Any] = {}  # sends, means and orphans that nobody has waited for
         self.broken = False
 
     def finish(self) -> None:
@@ -44,7 +46,7 @@ class Holdings:
                 pass
 
     def pending(self) -> bool:
-        real = any(isinstance(work, dist.Work) for work in list(self.posted.values()))
+        real = any(isinstance(work, dist.Work | Orphan) for work in list(self.posted.values()))
         return self.backend == "gloo" and not self.broken and real and self.process == os.getpid()
 
     def give_back(self) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from . import other_averagers, roll_call, sharded
 from .group import Alone, Group
+from .ledger import Ledger, StepTime
 from .streams import host_like, to_host
 from .watch import log
 
@@ -99,6 +100,15 @@ class Place:
         """Returns once all ranks have come here: each of them has what they were to have before."""
         if not self.alone:
             self.largest(torch.zeros(1), "hearing that all are through", None)
+
+    def step_times(self) -> dict[int, StepTime]:
+        """`Ledger.per_step` of all ranks of all workers, by global rank."""
+        workers = self.workers
+        times = {workers.ranks[workers.rank]: workers.ledger.per_step()}
+        for group in (self.inside, workers):
+            parts = group.gathered(times, "comparing the ranks' step times")
+            times = {rank: time for part in parts for rank, time in part.items()}
+        return dict(sorted(times.items()))
 
     def close(self) -> None:
         """Gives back connections, threads and files. All ranks must call it where it runs over NCCL."""
@@ -198,8 +208,10 @@ class Layout(NamedTuple):
             between = Group(self.process_group, timeout, across or None, device, numbers, f"{name} between", what)
             if warn:
                 advise(self.size)
+        ledger = Ledger("nccl" not in (inside.backend, between.backend))
         for group in (inside, between):
             group.generation = name if called else ""  # whoever gives up in one is waited for in the other
+            group.ledger = ledger
         if called:
             roll_call.clear(members)
         return Place(between, inside, splits, splits and ddp != local)

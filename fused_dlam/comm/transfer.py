@@ -122,6 +122,18 @@ class Transfer:
             group.posted(work)
             self._sends.append((j, work))
 
+    def take_receives(self) -> list[dist.Work | _Unposted]:
+        """What is posted and not waited for. The caller waits for it from now on."""
+        works, self._receives = [work for _, work in self._receives], []
+        return works
+
+    def take_sends(self) -> list[dist.Work | _Unposted]:
+        """The same of what is sent."""
+        works, self._sends = [work for _, work in self._sends], []
+        for work in works:
+            self.group.taken(work)
+        return works
+
     def wait_delivered(self) -> None:
         """Until the transport has the neighbors' messages; where they pass through the host, they are there alone."""
         for j, work in self._receives:
@@ -139,7 +151,7 @@ class Transfer:
     def wait_sent(self) -> None:
         """Until the message has been read by the transport."""
         if self._posting is not None:
-            with self.group.watched("handing a message to the transport", self.step):
+            with self.group.watched("handing a message to the transport", self.step, counts=False):
                 self._posting.wait(self.group.timeout)
             self._posting = None
         for j, work in self._sends:

@@ -1,4 +1,4 @@
-"""Every wait has a name, and one that takes long is told of while it lasts."""
+"""Every wait has a name, and is counted (ledger.py); one that takes long is told of while it lasts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from torch.autograd import profiler
 
 from .errors import ClosedError, ExchangeError, call_of, current_call, failure
 
@@ -19,12 +21,15 @@ log = logging.getLogger("fused_dlam")
 
 
 class Watched:
-    """One wait. A class, and no text before it is needed: four of these per message cost 10 us as generators."""
+    """One wait. A class, and no text before it is needed: four of these per message cost 10 us as generators.
 
-    __slots__ = ("group", "outer", "peer", "since", "step", "thread", "what", "when")
+    counts: whether it is for other ranks, and not for this one's own device.
+    """
 
-    def __init__(self, group: Group, what: str, step: int | None, peer: int | None):
-        self.group, self.what, self.step, self.peer = group, what, step, peer
+    __slots__ = ("counts", "group", "outer", "peer", "since", "span", "step", "thread", "what", "when")
+
+    def __init__(self, group: Group, what: str, step: int | None, peer: int | None, counts: bool = True):
+        self.group, self.what, self.step, self.peer, self.counts = group, what, step, peer, counts
 
     def __str__(self) -> str:
         return self.text(current_call())
@@ -32,17 +37,29 @@ class Watched:
     def text(self, call: str) -> str:
         group = self.group
         at = "" if self.step is None else f" at step {self.step}"
-        whom = "" if self.peer is None else f" rank {group.ranks[self.peer]}"
-        return f"rank {group.ranks[group.rank]} in {call}{at}: {self.what}{whom}"
+        return f"rank {group.ranks[group.rank]} in {call}{at}: {self._named}"
+
+    @property
+    def _named(self) -> str:
+        return self.what if self.peer is None else f"{self.what} rank {self.group.ranks[self.peer]}"
 
     def __enter__(self) -> None:
         self.since, self.thread = time.monotonic(), threading.get_ident()
         self.when = self.since + self.group.timeout / 10
         self.outer = _current.get(self.thread)
         _current[self.thread] = self
+        self.span: Any = None
+        if profiler._is_profiler_enabled:
+            self.span = profiler.record_function(f"fused_dlam::{self._named} step {self.step}")
+            self.span.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.span is not None:
+            self.span.__exit__(None, None, None)
         if self.outer is None:
+            if self.counts:
+                peer = None if self.peer is None else self.group.ranks[self.peer]
+                self.group.ledger.add(peer, self.step, self.since, time.monotonic())
             _current.pop(self.thread, None)
         else:
             _current[self.thread] = self.outer

@@ -30,6 +30,7 @@ from .buckets import Bucket
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
 from .header import digest
 from .hearing import Hearing
+from .leaving_out import LeavingOut
 from .local import Local
 from .message import Message
 from .regroup import averager
@@ -79,6 +80,7 @@ class Engine:
         self.flags = 0
         self.steps = 0  # of the last step that has begun, plus one
         self.hearing = Hearing(self)
+        self.leaving_out: LeavingOut | None = None  # what decides on exchanges that come late
         self.local = Local(rule, self.layers, fused, self.guard, message.only_averages, clips)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
         self.following: dict[int, Flight] = {}  # while this step ends: of the next
@@ -225,6 +227,8 @@ class Engine:
             self.bring(SENT)
         if self.guesses:
             self.hearing.recall()
+        if self.leaving_out is not None:
+            self.leaving_out.decide()
         self._follows = ahead and self.gossips
         done, following = self.flights, self.following
         for b in self.buckets:
@@ -238,12 +242,14 @@ class Engine:
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.following = {}
+        self.place.workers.ledger.end_step()
         self._between_steps(following)
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
         for flight in self.flights.values():
             flight.close()
+        self.place.workers.ledger.end_step()
         self._between_steps({})
 
     def _between_steps(self, flights: dict[int, Flight]) -> None:

@@ -278,6 +278,10 @@ class Flight:
             if self.message is not None and (recalls or (self.peers is EVERYBODY and sources)):
                 self._start_exchange()
 
+    def leave_out(self) -> None:
+        """Goes on without neighbors: what they send, and this sent, is left to others."""
+        self.peers, self.talks, self.transfer = NOBODY, False, None
+
     def check_unchanged(self) -> None:
         """Raises RuntimeError if a parameter was written while the transport reads it; on GPUs by version counters."""
         if self._sent is not None:

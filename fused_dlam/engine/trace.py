@@ -3,6 +3,7 @@
 exchange    from the moment a message leaves, mostly within the backward pass, until the neighbors' are there:
             where it lies beside the backward pass's own ranges, communication is hidden
 pack, send, wait, combine    what this rank's own thread spends on it
+waiting for a message from rank 5    within the last two (comm/watch.py): for whom it waits
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar
 from ..topology import Topology, TopologyLike
-from . import mixed_precision, options
+from . import mixed_precision, options, skipping
 from .certificate import Certificate
 from .counter import Counter
 from .frozen import Frozen
@@ -89,6 +89,7 @@ class GossipSGD(GossipOptimizer):
         nonfinite: with several workers an element of a gradient that is not finite counts as zero, and one of a message
             is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
             in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
+        skip_late: seconds after which both ends of a pair leave a late exchange out (optim/skipping.py); None: never.
         allow_unstable: run although disagreement between workers grows.
         hyper: the method's own hyper-parameters, such as `correction_gain` of "mi-dmsgd" or `mu` of "qg-dmsgd"; see
             fused_dlam/rules/README.md.
@@ -127,13 +128,16 @@ class GossipSGD(GossipOptimizer):
         admit_every: int = 100,
         on_members_changed: Callable[[Members], Any] | None = None,
         nonfinite: str = "skip",
+        skip_late: float | None = None,
         allow_unstable: bool = False,
         **hyper: Any,
     ):
         topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
         rule.check_hyper(hyper, options.ARGUMENTS)
-        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip)
+        chosen = Options(
+            schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip, skip_late
+        )
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
@@ -155,6 +159,7 @@ class GossipSGD(GossipOptimizer):
         everything = [p for param_group in self.param_groups for p in param_group["params"]]
         options.check_parameters(everything)
         survival.check_parameters(everything)
+        skipping.check(skip_late, self._rule, graph, where, everything, survival.goes_on)
         advise = hierarchical is None and rule.average == "neighbors"
         what = f"optimizer ({type(self).__name__})"
         self._place_options = hierarchical, timeout, what
@@ -177,11 +182,14 @@ class GossipSGD(GossipOptimizer):
             o.clip is not None, elastic,
         )  # fmt: skip
         clips = o.max_grad_norm is not None
+        skipping.start(self._engine, o.skip_late)
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
         self._counter = Counter(self, self._engine)
         self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
         begin, settings = self._opening.begin_early, self._opening.settings
-        self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
+        self._arrivals = Arrivals(
+            self._engine, o.overlap if o.skip_late is None else False, clips, begin, settings, self._name_of
+        )
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_pre_hook(_reclaimed)

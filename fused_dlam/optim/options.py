@@ -28,7 +28,7 @@ FIRST = ("method", "topology", "schedule")  # of a group's entries, those that e
 #: What a constructor takes by name beside hyper-parameters: what an unknown name may have been meant to be.
 ARGUMENTS = (
     *FIRST, "group", "overlap", "clip", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
-    "bucket_mb", "timeout", "nonfinite", "allow_unstable",
+    "bucket_mb", "timeout", "nonfinite", "allow_unstable", "skip_late",
 )  # fmt: skip
 
 MESSAGES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types in which transports add and send
@@ -52,6 +52,7 @@ class Options:
     bucket_mb: float | None = None
     nonfinite: str = "skip"
     clip: str | None = None
+    skip_late: float | None = None
 
     def __post_init__(self):
         if self.nonfinite not in ("skip", "raise"):
@@ -78,6 +79,13 @@ class Options:
             known = ", ".join(map(str, MESSAGES))
             raise ValueError(f"Invalid comm_dtype: {self.comm_dtype}, must be a floating type, one of {known}")
 
+        if self.skip_late is not None and not 0 < number("skip_late", self.skip_late) <= LONGEST_WAIT:
+            raise ValueError(f"Invalid skip_late: {_short(self.skip_late)}, must be seconds above 0, or None")
+        if self.skip_late is not None and self.overlap is True:
+            raise ValueError(
+                "skip_late= sends in step() alone, for what is left out cannot be recalled: no overlap=True"
+            )
+
     @property
     def settings(self) -> dict[str, Any]:
         """Entries of a parameter group for the layers: what they let users set, and which of them keep state."""
@@ -86,7 +94,7 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """What all ranks must have in common, as text."""
-        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip")
+        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late")
         return {name: str(getattr(self, name)) for name in names}
 
 

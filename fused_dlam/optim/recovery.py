@@ -240,7 +240,7 @@ class Recovery:
     def _compare(self, place: Place) -> None:
         """A newcomer that trains something else is not let in. Raises ValueError there, ExchangeError elsewhere."""
         view = self.membership.view
-        facts = place.workers.everybodys(self.optimizer._facts())
+        facts = place.workers.gathered(self.optimizer._facts(), "comparing what newcomers train")
         own = next(theirs for number, theirs in zip(view.members, facts, strict=True) if number not in view.new)
         for number, theirs in zip(view.members, facts, strict=True):
             differing = [name for name in own if theirs.get(name) != own[name]]

@@ -11,6 +11,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ..comm.errors import ExchangeError, calling
+from ..comm.ledger import StepTime, Waits
 from ..comm.place import built_too_early
 from ..comm.watch import ClosedError, log
 from ..engine.buckets import Bucket
@@ -117,6 +118,37 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
     def messages_sent(self) -> int:
         """Messages this rank has sent to neighbors since construction."""
         return self._engine.place.workers.messages_sent
+
+    @property
+    def waits(self) -> Waits:
+        """For whom this rank has waited in its steps, and how long: {global rank: Waited(last, total, steps, ...)}.
+
+        A mapping whose `str` is one line: "rank 3 has waited 12.1 s of 60.2 s for rank 5 (at most 1.2 s, step 17)".
+        Seconds of the host. Waits come one after another: of two late peers the first has the time. The key None is for
+        all ranks of an all-reduce. A peer that is waited for may itself wait for another: `step_times` finds the slow
+        one. Where tensors of a GPU pass through the host, what that GPU still computes is waited for, too. Over NCCL a
+        wait only orders streams: nothing is measured, and the mapping is empty.
+        """
+        engine = self._engine
+        return engine.place.workers.ledger.waits(engine.me)
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """(step, global rank of the peer) of the last exchanges that `skip_late` has left out, 10,000 at most."""
+        leaving_out = self._engine.leaving_out
+        return [] if leaving_out is None else list(leaving_out.late.skipped)
+
+    def step_times(self) -> dict[int, StepTime]:
+        """Who is slow: {global rank: StepTime(computing, waiting)}, seconds per step. All ranks must call it.
+
+        The mean over the steps since the last call, or since the first step, which is not counted. The slow worker is
+        the one that computes longest and waits least: `max(times, key=lambda rank: times[rank].computing)`; if all
+        compute equally long and wait, it is the network. `computing` is all time outside of exchanges, so what a script
+        does between two steps is in it. Not a number (nan) where no step has ended since, and over NCCL, see `waits`.
+        """
+        self._check_connected()
+        with calling("optimizer.step_times()"):
+            return self._engine.place.step_times()
 
     @torch.no_grad()
     def consensus_distance(self) -> float:

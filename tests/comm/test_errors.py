@@ -16,6 +16,7 @@ from workers import run_together
 
 from fused_dlam.comm import errors, transfer
 from fused_dlam.comm import watch as watching
+from fused_dlam.comm.ledger import Ledger
 from fused_dlam.topology.topology import Peers
 
 
@@ -23,13 +24,13 @@ class End:
     """One rank's end of a group that is not there."""
 
     rank, ranks, timeout, backend, generation, broken = 1, [4, 6], 2.0, "gloo", "", False
-    stages, process_group = False, None
+    stages, process_group, ledger = False, None, Ledger()
 
     def count(self, message, receivers):
         pass
 
-    def watched(self, what, step, peer=None):
-        return watching.Watched(self, what, step, peer)
+    def watched(self, what, step, peer=None, counts=True):
+        return watching.Watched(self, what, step, peer, counts)
 
 
 @pytest.fixture(scope="module", params=["ends", "raises", "called"])

@@ -1,0 +1,168 @@
+"""An exchange of a pair that comes late is left out, by both ends or by neither (`skip_late=`).
+
+Left out on one end alone it would move the workers' mean. So both ends propose, and the first proposal counts:
+
+    "skip"   a rank that has waited for its peer's messages for so many seconds
+    "use"    one that has them
+
+One atomic sum in the default store for each pair and step tells either end who was first; the second end deletes it.
+Nobody waits longer for a late peer than those seconds and a question to the store.
+
+What is left out still arrives: its sends and receives are posted, and gloo cannot take them back. They keep their
+buffers as an `Orphan` until they are through. A pair has two of them at most; then its messages are waited for as
+without `skip_late`, so that no rank runs ahead of a peer by more than that.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .store import default_store
+
+if TYPE_CHECKING:
+    from .group import Group
+    from .transfer import Transfer
+
+MOST = 2  # orphans of a pair
+SKIP, USE = 1, 1 << 20  # what proposals add to the sum: one of each of two ranks can be told apart
+REMEMBERED = 10_000  # exchanges that were left out: the last ones
+
+
+class Late:
+    """One rank's end of it. All ranks of a group build one, after the same calls.
+
+    Args:
+        seconds: how long a peer's messages are waited for.
+    """
+
+    def __init__(self, group: Group, seconds: float):
+        self.group, self.seconds = group, seconds
+        self.skipped: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)  # (step, global rank of the peer)
+        self._store = default_store(f"fused_dlam late {group.generation}")
+        self._waiters: dict[int, Waiter] = {}
+        self._orphans: dict[int, deque[Orphan]] = {}
+
+    def use(self, j: int, step: int, transfers: Sequence[Transfer], buffers: Sequence[torch.Tensor]) -> bool:
+        """Waits for a peer's messages, and returns whether both ends use them, or both leave them out.
+
+        Args:
+            j: the one source and destination of all transfers, which have sent.
+            buffers: what they read and write. Where the messages are left out, nobody else may use them again.
+
+        Raises ExchangeError if they do not come within the group's timeout where they must.
+        """
+        group = self.group
+        waiter, orphans = self._waiters.setdefault(j, Waiter()), self._orphans.setdefault(j, deque())
+        with group.watched("waiting for a message from", step, j):
+            while orphans and orphans[0].done.is_set():
+                orphans.popleft().check()
+            messages = waiter.take([work for t in transfers for work in t.take_receives()])
+            must = self._store is None or len(orphans) >= MOST
+            here = messages.within(group.timeout if must else self.seconds)
+            if must and not here:
+                raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
+        if self._store is not None:
+            with group.watched("agreeing on whether to leave out the exchange with", step, j):
+                here = self._agreed(j, step, here)
+        if here:
+            with group.watched("waiting for a message from", step, j):
+                if not messages.within(group.timeout):
+                    raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
+            return True
+        # The sends, which are behind the receives. This rank must not leave before they are through.
+        sends = [work for t in transfers for work in t.take_sends()]
+        orphans.append(waiter.take(sends, buffers, None if group.holdings is None else group.holdings.posted))
+        self.skipped.append((step, group.ranks[j]))
+        return False
+
+    def _agreed(self, j: int, step: int, here: bool) -> bool:
+        """Whether the first of the two proposals was to use the messages."""
+        assert self._store is not None
+        low, high = sorted((self.group.rank, j))
+        key, mine = f"{low} {high} {step}", USE if here else SKIP
+        theirs = self._store.add(key, mine) - mine
+        if theirs == 0:
+            return here
+        self._store.delete_key(key)
+        return theirs == USE
+
+
+class Orphan:
+    """Works that somebody waits for in the background, in their order.
+
+    Args:
+        buffers: what they, and those before them, read and write.
+        posted: where it is listed until it is through.
+    """
+
+    def __init__(self, works: Sequence[Any], buffers: Sequence[torch.Tensor], posted: dict[int, Any] | None):
+        self.works, self.buffers, self.posted = list(works), list(buffers), posted
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        if posted is not None:
+            posted[id(self)] = self
+
+    def run(self) -> None:
+        try:
+            for work in self.works:
+                work.wait()
+        except BaseException as error:  # noqa: BLE001 -- raised where somebody asks
+            self.error = error
+        self.works, self.buffers = [], []
+        if self.posted is not None:
+            self.posted.pop(id(self), None)
+        self.done.set()
+
+    def check(self) -> None:
+        """Raises what has gone wrong."""
+        if self.error is not None:
+            raise self.error
+
+    def within(self, seconds: float) -> bool:
+        """Whether all are through within so many seconds."""
+        there = self.done.wait(seconds)
+        self.check()
+        return there
+
+    def wait(self) -> None:
+        """Until it is through, as a work of torch's; raises nothing."""
+        self.done.wait()
+
+
+class Waiter:
+    """A thread that waits for what one peer sends and takes: gloo offers no wait that may be given up.
+
+    A pair's messages come in the order in which they were posted, so one that is late holds up nothing but later ones.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Orphan | None] = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(self._queue,), daemon=True, name="fused_dlam-late").start()
+        weakref.finalize(self, self._queue.put, None).atexit = False
+
+    def take(
+        self, works: Sequence[Any], buffers: Sequence[torch.Tensor] = (), posted: dict[int, Any] | None = None
+    ) -> Orphan:
+        """Waits for works once those before them are through."""
+        orphan = Orphan(works, buffers, posted)
+        self._queue.put(orphan)
+        return orphan
+
+
+def _work(orphans: queue.SimpleQueue) -> None:
+    """The thread knows the queue alone, as a courier's does."""
+    while _run(orphans.get()):
+        pass
+
+
+def _run(orphan: Orphan | None) -> bool:
+    if orphan is not None:
+        orphan.run()
+    return orphan is not None
