@@ -237,9 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = []
     for seed in range(int(first), int(end or int(first) + 1)):
         read, write = os.pipe()
-        pid = fork_quietly(
-            lambda seed=seed: os.write(write, json.dumps(one(seed, options)).encode())
-        )  # no threads here
+        pid = fork_quietly(one_into, write, seed, options)  # there are no threads here, and none may be when it forks
         os.close(write)
         with os.fdopen(read) as pipe:
             text = pipe.read()
@@ -254,11 +252,15 @@ def main(argv: list[str] | None = None) -> int:
     return bool(bad)
 
 
-def fork_quietly(function) -> int:
+def one_into(pipe: int, seed: int, options: argparse.Namespace) -> None:
+    os.write(pipe, json.dumps(one(seed, options)).encode())
+
+
+def fork_quietly(function, *arguments) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            function()
+            function(*arguments)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
