@@ -204,6 +204,8 @@ class Run:
 def one(seed: int, options: argparse.Namespace) -> dict:
     modes, kinds = tuple(options.modes.split(",")), tuple(options.optimizers.split(","))
     schedule = draw(seed, options.n, options.steps, modes, kinds)
+    waits = any(fault.kind != "kill" for fault in schedule.faults)
+    options = argparse.Namespace(**{**vars(options), "timeout": options.timeout or (6.0 if waits else 30.0)})
     report = Run(schedule, options).go()
     what = f"{schedule.optimizer}: {'; '.join(map(str, schedule.faults))}{'; join' if schedule.joins else ''}"
     figures = " ".join(f"{k}={report[k]:.3g}" for k in ("down", "recovery", "cpu", "test", "wall") if k in report)
@@ -224,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("-n", type=int, default=8)
     add("--steps", type=int, default=60)
     add("--pause", type=float, default=0.01, help="seconds of computing per step")
-    add("--timeout", type=float, default=30.0)
+    add("--timeout", type=float, help="default 30, and 6 where a worker is stopped or delayed")
     add("--deadline", type=float, default=180.0, help="seconds after which a schedule hangs")
     add("--folder", default=tempfile.gettempdir())
     add("--keep", action="store_true", help="the logs of good schedules too")

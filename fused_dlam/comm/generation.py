@@ -54,7 +54,7 @@ class Watchful(dist.Store):
     """A store whose waits end when a worker that they may wait for is dead: torch looks for the others' addresses in
     it, and would look for those of a dead one until the timeout."""
 
-    def __init__(self, store: dist.Store, dead: Callable[[], Sequence[int]], timeout: float):
+    def __init__(self, store: dist.Store, dead: Callable[[float], Sequence[int]], timeout: float):
         super().__init__()
         self._store, self._dead, self._timeout = store, dead, timeout
         _kept.append(self)
@@ -65,9 +65,9 @@ class Watchful(dist.Store):
             now = time.monotonic()
             if now > looked + LOOK:
                 looked = now
-                dead = self._dead()
+                dead = self._dead(now - start)
                 if dead:
-                    raise RuntimeError(f"{listed(dead, what='worker')} died while the new group was formed")
+                    raise RuntimeError(f"{listed(dead, what='worker')} went while the new group was formed")
             if now > start + self._timeout:
                 raise RuntimeError(f"wait timeout after {self._timeout:g} s, keys: {', '.join(keys)}")
             time.sleep(POLL)
@@ -116,7 +116,7 @@ def form(membership: Membership, backend: str) -> None:
     """The world of `membership.view`. Raises ExchangeError if another worker is lost meanwhile."""
     view, hook = membership.view, sys.excepthook
     _kept.clear()
-    store = Watchful(membership.store, lambda: membership.lost(view.members), membership.timeout)
+    store = Watchful(membership.store, membership.gone_while_forming, membership.timeout)
     try:
         dist.init_process_group(
             backend, store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),

@@ -38,6 +38,7 @@ class Group:
         parts: where `ranks` is given and all ranks of the job build a group now: the ranks of each of them.
         name: of what is built here, from a roll call that all ranks have answered; without it one is held here.
         what: is built, for messages.
+        notes: whether its ranks leave notes when they give up (last_words.py).
 
     It ends with `close()`, or when it is collected: connections, threads and files are given back.
     """
@@ -54,6 +55,7 @@ class Group:
         parts: Sequence[Sequence[int]] = (),
         name: str = "",
         what: str = "process group",
+        notes: bool = True,
     ):
         if not timeout > 0:
             raise ValueError(f"timeout must be positive seconds, not {timeout}")
@@ -67,7 +69,7 @@ class Group:
         self.messages_sent = 0  # to neighbors
         facts = {"timeout": f"{timeout:g}", "device": device.type}
         held = name or roll_call.call(self.ranks, what, facts, timeout)
-        self.generation = held
+        self.generation = held if notes else ""
         with self.watched(f"building the {what}", None), self.placed():
             built = process_groups.build(self.ranks, self.backend, timeout, parts or [self.ranks], held)
             # Data go in the order of buckets, in the backward pass on one rank and in step() on another; what the

@@ -26,10 +26,14 @@ import torch.distributed as dist
 
 from .beacon import Address, Beacon, answers, refuses
 from .errors import ExchangeError, listed
+from .watch import log
 
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
+# Members have all been there a moment ago when their groups are formed, which takes 0.1 s: who is silent was stopped.
+SILENT_WHILE_FORMING = 3.0
+PATIENCE = 10  # times `timeout`, for which a newcomer asks while others live
 
 
 class Excluded(ExchangeError):
@@ -91,6 +95,7 @@ class Membership:
         self.highest = n - 1  # the largest number that was ever a member's
         self.beacon = Beacon(towards)
         self.addresses: dict[int, Address] = {}
+        self.suspects: set[int] = set()  # members that did not answer while a group was formed
         self.view = View(0, tuple(range(n)), (), 0, ())
         self.store.set(f"address/{me}", json.dumps(self.beacon.address))
 
@@ -123,12 +128,15 @@ class Membership:
         n = int(store.get("n"))
         return cls(store, towards, n - 1 + store.add("newcomers", 1), n, timeout)
 
-    def enter(self, patience: float) -> View:
-        """Asks until the others have decided on a generation that has this worker in it."""
-        mine, end, asked = {self.me}, time.monotonic() + patience, 0.0
+    def enter(self) -> View:
+        """Asks until the others have decided on a generation that has this worker in it.
+
+        Raises RunEnded once none of them lives, or after ten times `timeout`.
+        """
+        mine, start = {self.me}, time.monotonic()
         self.store.set(f"asks/{self.me}", "")
-        asked = time.monotonic()
-        while time.monotonic() < end:
+        asked = start
+        while time.monotonic() < start + PATIENCE * self.timeout:
             g = int(self.store.add("generation", 0))
             if g > self.view.generation:
                 view = self._decision(g)
@@ -138,14 +146,24 @@ class Membership:
                     return view
             if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died, or looked a moment too early
                 asked = time.monotonic()
+                if not self._anybody_lives():
+                    break
+                log.warning("worker %d has asked to be let in for %.0f s", self.me, asked - start)
                 self.renew()
                 mine.add(self.me)
                 self.store.set(f"asks/{self.me}", "")
             time.sleep(5 * POLL)
         raise RunEnded(
-            f"worker {self.me} asked to be let in and was not within {patience:g} s: the others have ended, or do not"
-            " look (admit_every=)"
+            f"worker {self.me} asked to be let in for {time.monotonic() - start:.0f} s and was not: the others have"
+            " ended, or do not look (admit_every=)"
         )
+
+    def _anybody_lives(self) -> bool:
+        g = int(self.store.add("generation", 0))
+        if g:
+            self._decision(g)
+        addresses = self.addresses or {i: self._address(i) for i in range(self.n) if i != self.me}
+        return not all(refuses(address) for i, address in addresses.items() if i != self.me)
 
     def renew(self) -> None:
         """A new number, under which to ask: an old one may have been looked at."""
@@ -210,6 +228,15 @@ class Membership:
     def _is_gone(self, number: int, accused: bool) -> bool:
         address = self.addresses[number]
         return refuses(address) or (accused and not answers(address))
+
+    def gone_while_forming(self, waited: float) -> list[int]:
+        """Members that are gone; and once a wait has lasted, those that do not answer, which are accused next time."""
+        gone = self.lost(self.view.members)
+        if not gone and waited > SILENT_WHILE_FORMING:
+            others = [i for i in self.view.members if i != self.me]
+            gone = [i for i in others if not answers(self.addresses[i])]
+            self.suspects |= set(gone)
+        return gone
 
     def lost(self, members: Sequence[int]) -> list[int]:
         """Those of `members` whose process is certainly gone."""

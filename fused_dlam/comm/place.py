@@ -200,12 +200,14 @@ class Layout(NamedTuple):
         if len(shards) > 1:
             known = sorted(shards) == local
             parts = self.machines if known else ()
-            inside = Group(None, timeout, shards, device, parts, f"{name} inside" if known else "", what)
+            inside = Group(None, timeout, shards, device, parts, f"{name} inside" if known else "", what, called)
         elif local:
-            inside = Group(None, timeout, local, device, self.machines, f"{name} inside", what)
+            inside = Group(None, timeout, local, device, self.machines, f"{name} inside", what, called)
         between: Group = Alone(device)
         if self.size > 1:
-            between = Group(self.process_group, timeout, across or None, device, numbers, f"{name} between", what)
+            between = Group(
+                self.process_group, timeout, across or None, device, numbers, f"{name} between", what, called
+            )
             if warn:
                 advise(self.size)
         ledger = Ledger("nccl" not in (inside.backend, between.backend))

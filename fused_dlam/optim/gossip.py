@@ -119,8 +119,8 @@ class Gossip(GossipOptimizer):
         self._stepped: int | None = None  # the step in which the inner optimizer has stepped, while that lasts
         self._loss: Any = None
         self._place_options = hierarchical, timeout, "optimizer (Gossip)"
-        if self._comes:
-            place = self._connect("arrival")
+        if self._comes and membership is not None:
+            place = self._connect_newcomer(membership)
         else:
             place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
         rule, message = AVERAGING_RULES[schedule]

@@ -163,7 +163,10 @@ class GossipSGD(GossipOptimizer):
         advise = hierarchical is None and rule.average == "neighbors"
         what = f"optimizer ({type(self).__name__})"
         self._place_options = hierarchical, timeout, what
-        place = self._connect("arrival") if self._comes else where.connect(everything, timeout, advise, what)
+        if self._comes and membership is not None:
+            place = self._connect_newcomer(membership)
+        else:
+            place = where.connect(everything, timeout, advise, what)
         self._start(place, survival.goes_on)
         self._survive(survival, membership, graphs)
 

@@ -171,7 +171,7 @@ class Recovery:
             before = membership.view.members
             arrival = Arrival(
                 membership.me, membership.beacon.address, self.optimizer._step, self.calls, self.has_result,
-                self.in_call, accused,
+                self.in_call, (*accused, *membership.suspects),
             )  # fmt: skip
             try:
                 view = membership.agree(arrival)
@@ -192,6 +192,7 @@ class Recovery:
                         f"worker {membership.me}: workers {view.members} are all there, and their groups could not be"
                         f" built {FUTILE} times in a row: {error}"
                     ) from None
+        membership.suspects.clear()
         self.resumes = view.step
         Holdings.failed = False  # what was broken is gone
         return done
@@ -206,7 +207,7 @@ class Recovery:
         """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         self.membership.renew()
-        view = self.membership.enter(self.membership.timeout)
+        view = self.membership.enter()
         self.optimizer._set_step(view.step)
         return view
 

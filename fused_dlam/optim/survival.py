@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import generation, other_averagers, sharded
+from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import machines
 from ..rules.scalars import number
@@ -121,12 +122,17 @@ def enter(survival: Survival, timeout: float, group: Any, hierarchical: Any) -> 
     membership.min_workers, membership.timeout = survival.min_workers, timeout
     if comes:
         generation.leave()  # the world of its own in which the launcher started it
-        while True:
-            membership.enter(timeout)
-            try:
-                generation.form(membership, "gloo")
-                break
-            except RuntimeError as error:  # another worker was lost meanwhile: the others decide anew, without this one
-                generation.leave(error)
-                membership.renew()
+        come_in(membership)
     return membership, comes
+
+
+def come_in(membership: Membership) -> None:
+    """A newcomer's way into a world: asks until it is a part of one that stands."""
+    while True:
+        membership.enter()
+        try:
+            generation.form(membership, "gloo")
+            return
+        except ExchangeError as error:  # another worker was lost meanwhile: the others decide anew, without this one
+            generation.leave(error)
+            membership.renew()

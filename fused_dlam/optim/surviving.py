@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..comm import sharded
+from ..comm import generation, sharded
+from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import Place, layout
 from ..topology import Topology
 from .recovery import Recovery
 from .succession import Succession
-from .survival import Survival
+from .survival import Survival, come_in
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -82,6 +83,18 @@ class Surviving:
         everything = [p for group in self.param_groups for p in group["params"]]
         place = layout(None, hierarchical).connect(everything, timeout, False, what, name)
         return _silent(place)
+
+    def _connect_newcomer(self, membership: Membership) -> Place:
+        """The groups of the world that this worker comes to. If another is lost meanwhile it asks once more."""
+        while True:
+            try:
+                return self._connect(f"generation {membership.view.generation}")
+            except ExchangeError as error:
+                if not error.lost:
+                    raise
+                generation.leave(error)
+                membership.renew()
+                come_in(membership)
 
     def _survive(self, survival: Survival, membership: Membership | None, graphs: Succession | None) -> None:
         """At the end of the constructor."""
