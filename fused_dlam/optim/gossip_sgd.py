@@ -30,6 +30,7 @@ from .certificate import Certificate
 from .counter import Counter
 from .frozen import Frozen
 from .kept_state import reclaim, show
+from .local_steps import LocalSteps, TakesLocalSteps, check_local_steps, refuse_scaler
 from .old_names import translate
 from .opening import Opening
 from .options import Options
@@ -37,7 +38,7 @@ from .shared import GossipOptimizer
 from .state_dict import detach, loading, restore
 
 
-class GossipSGD(GossipOptimizer):
+class GossipSGD(TakesLocalSteps, GossipOptimizer):
     """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
 
     Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
@@ -81,6 +82,8 @@ class GossipSGD(GossipOptimizer):
         nonfinite: with several workers an element of a gradient that is not finite counts as zero, and one of a message
             is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
             in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
+        local_steps: workers may take unlike numbers of steps between exchanges, see `local_step`. Messages then leave
+            in step(), which costs an all-reduce of two numbers, and x of the last exchange is kept.
         allow_unstable: run although disagreement between workers grows.
         hyper: the method's own hyper-parameters, such as `correction_gain` of "mi-dmsgd" or `mu` of "qg-dmsgd"; see
             fused_dlam/rules/README.md.
@@ -115,13 +118,16 @@ class GossipSGD(GossipOptimizer):
         bucket_mb: float | None = None,
         timeout: float = 600.0,
         nonfinite: str = "skip",
+        local_steps: bool = False,
         allow_unstable: bool = False,
         **hyper: Any,
     ):
         topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
         rule.check_hyper(hyper, options.ARGUMENTS)
-        chosen = Options(schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip)
+        chosen = Options(
+            schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip, local_steps
+        )  # fmt: skip
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         where = layout(group, hierarchical)
@@ -129,6 +135,7 @@ class GossipSGD(GossipOptimizer):
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
         graph = topologies.get(topology, where.size)
         self._choose(rule, graph, chosen, allow_unstable)
+        check_local_steps(self._rule, chosen, hierarchical)
         defaults: dict[str, Any] = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, maximize=maximize)
         defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
         defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=self._rule.schedule)
@@ -157,9 +164,10 @@ class GossipSGD(GossipOptimizer):
         clips = o.max_grad_norm is not None
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
         self._counter = Counter(self, self._engine)
-        self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
+        self._local_steps = LocalSteps(self._engine, o.local_steps)
+        self._opening = Opening(self, self._engine, self._certificate, o, self._counter, self._local_steps)
         begin, settings = self._opening.begin_early, self._opening.settings
-        self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
+        self._arrivals = Arrivals(self._engine, o.overlap if not o.local_steps else False, clips, begin, settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_pre_hook(_reclaimed)
@@ -231,6 +239,8 @@ class GossipSGD(GossipOptimizer):
         """
         self._check_connected()
         check_step_allowed(self._engine, self._averaging)
+        if self._options.local_steps:
+            refuse_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -253,12 +263,14 @@ class GossipSGD(GossipOptimizer):
             self._arrivals.hold_back("a GradScaler was at work on other ranks")
         self._thaw()
         why = self._arrivals.verify()
+        self._local_steps.agree(self._step, gradients)
         if why or not self._opening.done:
             self._opening.begin(skip)
         self._opening.commit()
         self._health.look(self._step)
         engine.complete(self._arrivals.ahead, recalls=bool(why))
         self._arrivals.finish()
+        self._local_steps.forget()
         for group in self.param_groups:
             group["step"] += 1
         self._counter.note(unsure=isinstance(skip, torch.Tensor))
@@ -305,6 +317,7 @@ class GossipSGD(GossipOptimizer):
         with calling("optimizer.load_state_dict()"), loading(self, self._engine):
             super().load_state_dict(state_dict)
         self._counter.restore()
+        self._local_steps.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -332,4 +345,5 @@ class GossipSGD(GossipOptimizer):
 def _reclaimed(optimizer: Optimizer) -> None:
     """Before a checkpoint: entries of the state that a script took away are there again, as at the start."""
     if isinstance(optimizer, GossipSGD) and optimizer._running is not None:
+        optimizer._local_steps.check_none("state_dict()")
         reclaim(optimizer.state, optimizer._running)
