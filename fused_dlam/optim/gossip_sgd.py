@@ -167,7 +167,7 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
         self._local_steps = LocalSteps(self._engine, o.local_steps)
         self._opening = Opening(self, self._engine, self._certificate, o, self._counter, self._local_steps)
         begin, settings = self._opening.begin_early, self._opening.settings
-        self._arrivals = Arrivals(self._engine, o.overlap if not o.local_steps else False, clips, begin, settings, self._name_of)
+        self._arrivals = Arrivals(self._engine, o.overlap, clips, begin, settings, self._name_of)
         for param_group in self.param_groups:
             self._enter(param_group)
         self.register_state_dict_pre_hook(_reclaimed)

@@ -93,6 +93,7 @@ class Options:
             raise ValueError(f"local_steps=True works without layers, which see step() alone: {list(self.layers)}")
         if self.nonfinite == "raise":
             raise ValueError("local_steps=True works with nonfinite='skip': nobody hears of a local step that raises")
+        object.__setattr__(self, "overlap", False)
 
     @property
     def settings(self) -> dict[str, Any]:
