@@ -103,7 +103,7 @@ class Opening:
         self.local_steps.correct(self.optimizer.param_groups)
 
     def local_scalars(self, weighed: Callable[[Any], Any]) -> list[Scalars]:
-        """Those of a local step, of which the groups' memories remember nothing. weighed: what it makes of the rule's."""
+        """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
         groups = self.optimizer.param_groups
         for group in groups:
             self.certificate.recheck(group)
