@@ -23,6 +23,8 @@ KINDS = {  # what is trained by, options beside
     "pmsgd": {"method": "pmsgd"},
     "gossip": {},
     "hierarchical": {"hierarchical": True},
+    "local-steps": {"local_steps": True},
+    "slowmo": {"layers": [fused_dlam.SlowMo(every=4)], "comm_dtype": torch.bfloat16},
 }
 
 
@@ -66,8 +68,11 @@ def train(number: int, kind: str, steps: int, timeout: float, pause: float, cell
     while optimizer.steps_done < steps:
         step = optimizer.steps_done
         cells[number] = step
-        optimizer.zero_grad()
-        ((model(x) - y) ** 2).mean().backward()
+        for again in reversed(range(1 + (number % 3 if kind == "local-steps" else 0))):
+            optimizer.zero_grad()
+            ((model(x) - y) ** 2).mean().backward()
+            if again:
+                optimizer.local_step()
         time.sleep(pause)
         optimizer.step()
         calls += 1

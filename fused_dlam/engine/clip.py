@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -18,11 +19,16 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     With a norm that is not finite it is 0: how far to shorten the elements that are finite is not known.
     """
     engine.bring(AVERAGING)
+    return coefficient(engine, [engine.flight(b).active() for b in engine.buckets], unscale, limit)
+
+
+def coefficient(engine: Engine, active: Sequence[list[bool]], unscale: Scalar, limit: float) -> Scalar:
+    """The same of the gradients that are there. active: for each bucket, which of its parameters have one."""
     squares = [
         torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
-        for b in engine.buckets
-        for span, active in b.runs(engine.flight(b).active())
-        if active
+        for b, here in zip(engine.buckets, active, strict=True)
+        for span, now in b.runs(here)
+        if now
     ]
     if not squares:
         return 1.0

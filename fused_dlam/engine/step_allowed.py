@@ -7,20 +7,20 @@ import torch
 from .engine import Engine
 
 
-def check_step_allowed(engine: Engine, averaging: bool) -> None:
+def check_step_allowed(engine: Engine, averaging: bool, call: str = "step()") -> None:
     """Raises RuntimeError within `averaged()`, a CUDA graph's capture, and with several workers a backward pass."""
     if averaging:
         raise RuntimeError(
-            "step() was called within averaged(), where the parameters are the workers' mean, and what is done to them"
+            f"{call} was called within averaged(), where the parameters are the workers' mean, and what is done to them"
             " is undone afterwards: train outside"
         )
     if any(device.type == "cuda" for device in engine.lanes) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "step() cannot be captured in a CUDA graph, for peers and scalars change from step to step: capture forward"
-            " and backward, and call step() after the replay"
+            f"{call} cannot be captured in a CUDA graph, for peers and scalars change from step to step: capture"
+            f" forward and backward, and call {call} after the replay"
         )
     if engine.place.workers.size > 1 and torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
-            "step() was called within a backward pass, where ranks may come to it in different orders (one optimizer"
-            " per parameter does so): build one optimizer over all parameters and call step() after backward()"
+            f"{call} was called within a backward pass, where ranks may come to it in different orders (one optimizer"
+            f" per parameter does so): build one optimizer over all parameters and call {call} after backward()"
         )

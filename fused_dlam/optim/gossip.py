@@ -198,6 +198,14 @@ class Gossip(GossipOptimizer):
         check_step_allowed(self._engine, self._averaging)
         return self._exchange(lambda: self._advance(closure))
 
+    def local_step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Raises RuntimeError: `GossipSGD` has it, see there."""
+        raise RuntimeError(
+            "Gossip takes no local_step(): it does not know what of an inner optimizer's step is in proportion to the"
+            " rate, and cannot weigh it. GossipSGD(local_steps=True) can; as many steps on every rank between exchanges"
+            " are topology=lambda n: topology.ring(n).every(4)"
+        )
+
     def _advance(self, closure: Callable[[], Any] | None = None, gradients: bool = True) -> Any:
         """One step. Without gradients: for the other ranks' sake, see `join`.
 

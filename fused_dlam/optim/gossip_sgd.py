@@ -30,6 +30,7 @@ from .certificate import Certificate
 from .counter import Counter
 from .frozen import Frozen
 from .kept_state import reclaim, show
+from .local_steps import LocalSteps, TakesLocalSteps, check_local_steps, refuse_scaler
 from .old_names import translate
 from .opening import Opening
 from .options import Options
@@ -39,7 +40,7 @@ from .succession import Succession
 from .survival import Members, Survival, enter
 
 
-class GossipSGD(GossipOptimizer):
+class GossipSGD(TakesLocalSteps, GossipOptimizer):
     """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
 
     Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
@@ -90,6 +91,8 @@ class GossipSGD(GossipOptimizer):
             is left out, so that a NaN stays where it arose. "skip" (default) reports them now and then, "raise" looks
             in every step (on a GPU it waits for it) and raises FloatingPointError after the step.
         skip_late: seconds after which both ends of a pair leave a late exchange out (optim/skipping.py); None: never.
+        local_steps: workers may take unlike numbers of steps between exchanges, see `local_step`. Messages then leave
+            in step(), which costs an all-reduce of two numbers, and x of the last exchange is kept.
         allow_unstable: run although disagreement between workers grows.
         hyper: the method's own hyper-parameters, such as `correction_gain` of "mi-dmsgd" or `mu` of "qg-dmsgd"; see
             fused_dlam/rules/README.md.
@@ -129,6 +132,7 @@ class GossipSGD(GossipOptimizer):
         on_members_changed: Callable[[Members], Any] | None = None,
         nonfinite: str = "skip",
         skip_late: float | None = None,
+        local_steps: bool = False,
         allow_unstable: bool = False,
         **hyper: Any,
     ):
@@ -136,8 +140,9 @@ class GossipSGD(GossipOptimizer):
         rule = rules.get(method)
         rule.check_hyper(hyper, options.ARGUMENTS)
         chosen = Options(
-            schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip, skip_late
-        )
+            schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip, skip_late,
+            local_steps,
+        )  # fmt: skip
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
@@ -152,6 +157,7 @@ class GossipSGD(GossipOptimizer):
             graphs = Succession(topology, rule.under(schedule), allow_unstable, lambda: self._groups_or(defaults))
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         self._choose(rule, graph, chosen, allow_unstable)
+        check_local_steps(self._rule, chosen, hierarchical)
         defaults.update(method=rule.name, topology=f"{graph.name} over {where.size}", schedule=self._rule.schedule)
         options.check({**defaults, "params": []}, rule, chosen)
         super().__init__(params, defaults)  # calls add_param_group, which checks every group
@@ -188,7 +194,8 @@ class GossipSGD(GossipOptimizer):
         skipping.start(self._engine, o.skip_late)
         self._frozen, self._health = Frozen(), Health(self._engine, o.nonfinite, self._name_of)
         self._counter = Counter(self, self._engine)
-        self._opening = Opening(self, self._engine, self._certificate, o, self._counter)
+        self._local_steps = LocalSteps(self._engine, o.local_steps)
+        self._opening = Opening(self, self._engine, self._certificate, o, self._counter, self._local_steps)
         begin, settings = self._opening.begin_early, self._opening.settings
         self._arrivals = Arrivals(
             self._engine, o.overlap if o.skip_late is None else False, clips, begin, settings, self._name_of
@@ -266,6 +273,8 @@ class GossipSGD(GossipOptimizer):
         """
         self._check_connected()
         check_step_allowed(self._engine, self._averaging)
+        if self._options.local_steps:
+            refuse_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -288,6 +297,7 @@ class GossipSGD(GossipOptimizer):
         for group in self.param_groups:
             group["step"] += 1
         self._opening.committed = None
+        self._local_steps.forget()
         self._counter.note(unsure=isinstance(skip, torch.Tensor))
         self._health.judge(self._step - 1)
 
@@ -306,6 +316,7 @@ class GossipSGD(GossipOptimizer):
             self._arrivals.hold_back("a GradScaler was at work on other ranks")
         self._thaw()
         why = self._arrivals.verify()
+        self._local_steps.agree(self._step, gradients)
         if why or not self._opening.done:
             self._opening.begin(skip)
         self._opening.commit()
@@ -386,6 +397,7 @@ class GossipSGD(GossipOptimizer):
         with calling("optimizer.load_state_dict()"), loading(self, self._engine):
             super().load_state_dict(state_dict)
         self._counter.restore()
+        self._local_steps.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -413,4 +425,5 @@ class GossipSGD(GossipOptimizer):
 def _reclaimed(optimizer: Optimizer) -> None:
     """Before a checkpoint: entries of the state that a script took away are there again, as at the start."""
     if isinstance(optimizer, GossipSGD) and optimizer._running is not None:
+        optimizer._local_steps.check_none("state_dict()")
         reclaim(optimizer.state, optimizer._running)

@@ -49,6 +49,11 @@ class Joining:
         """Within it messages leave in step()."""
         return nullcontext()
 
+    @property
+    def _owes(self) -> bool:
+        """Whether there are local steps that no exchange has had yet."""
+        return False
+
     @contextmanager
     def join(self) -> Iterator[None]:
         """For epochs in which ranks have different numbers of batches. All ranks must enter it together.
@@ -88,7 +93,7 @@ class Joining:
 
     def _keep_company(self) -> None:
         self.zero_grad()
-        while others := self._take_part(False):
+        while others := self._take_part(self._owes):
             try:
                 if others == SCALED:
                     found = torch.zeros(1)

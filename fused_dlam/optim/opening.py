@@ -5,6 +5,7 @@ From then on a change of a hyper-parameter is a reason to begin anew, and to sen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from . import mixed_precision, options
 from .certificate import Certificate
 from .counter import Arguments, Counter
 from .kept_state import reclaim
+from .local_steps import LocalSteps, local_gradient_scale
 from .options import Options
 
 if TYPE_CHECKING:
@@ -28,10 +30,11 @@ class Opening:
     """From parameter groups to an engine's step."""
 
     def __init__(
-        self, optimizer: GossipSGD, engine: Engine, certificate: Certificate, chosen: Options, counter: Counter
-    ):
+        self, optimizer: GossipSGD, engine: Engine, certificate: Certificate, chosen: Options, counter: Counter,
+        local_steps: LocalSteps,
+    ):  # fmt: skip
         self.optimizer, self.engine, self.certificate = optimizer, engine, certificate
-        self.options, self.counter = chosen, counter
+        self.options, self.counter, self.local_steps = chosen, counter, local_steps
         self.committed: int | None = None  # the last step of which what the rule remembers is kept
         self._whole = False  # the last attempt to begin was not interrupted
         self._after: tuple[list[dict[str, Any]], Scalar] = [], 0.0  # the groups' memories once it is done, and its skip
@@ -54,7 +57,10 @@ class Opening:
         self._whole, settings = False, self.settings()
         memories = [dict(group["memory"]) for group in groups]
         # What may raise comes before anything has begun, so that step() can be called again.
-        h = [self._scalars(group, memory) for group, memory in zip(groups, memories, strict=True)]
+        h = [
+            self.local_steps.weighed(self._scalars(group, memory))
+            for group, memory in zip(groups, memories, strict=True)
+        ]
         self.counter.begin(self._arguments)
         engine.settings = told(settings)
         engine.begin(self.optimizer._step, skip)
@@ -96,6 +102,16 @@ class Opening:
                 group["memory"] = mixed_precision.remembered(group["memory"], memory, skip)
             elif not skip:
                 group["memory"] = memory
+        self.local_steps.correct(self.optimizer.param_groups)
+
+    def local_scalars(self, weighed: Callable[[Any], Any]) -> list[Scalars]:
+        """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
+        groups = self.optimizer.param_groups
+        for group in groups:
+            self.certificate.recheck(group)
+        h = [weighed(self._scalars(group, dict(group["memory"]))) for group in groups]
+        scale = local_gradient_scale(self.engine, self.options.max_grad_norm)
+        return [Scalars(own, (), -scale if group["maximize"] else scale) for own, group in zip(h, groups, strict=True)]
 
     def _set(self, h: list[Any], scale: Scalar) -> None:
         groups = self.optimizer.param_groups

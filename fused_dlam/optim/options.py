@@ -28,7 +28,8 @@ FIRST = ("method", "topology", "schedule")  # of a group's entries, those that e
 #: What a constructor takes by name beside hyper-parameters: what an unknown name may have been meant to be.
 ARGUMENTS = (
     *FIRST, "group", "overlap", "clip", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
-    "bucket_mb", "timeout", "nonfinite", "allow_unstable", "skip_late",
+    "bucket_mb", "timeout", "on_failure", "min_workers", "admit_every", "on_members_changed", "nonfinite",
+    "skip_late", "local_steps", "allow_unstable",
 )  # fmt: skip
 
 MESSAGES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types in which transports add and send
@@ -53,6 +54,7 @@ class Options:
     nonfinite: str = "skip"
     clip: str | None = None
     skip_late: float | None = None
+    local_steps: bool = False
 
     def __post_init__(self):
         if self.nonfinite not in ("skip", "raise"):
@@ -66,6 +68,10 @@ class Options:
             raise ValueError(f"Invalid overlap: {self.overlap!r}, must be True, False or 'auto'")
         if self.max_grad_norm is not None and not number("max_grad_norm", self.max_grad_norm) > 0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, must be above 0, or None")
+        if self.local_steps not in (True, False):
+            raise TypeError(f"local_steps must be True or False, not {self.local_steps!r}")
+        if self.local_steps:
+            self._check_local_steps()
         if self.fused not in (None, True, False):
             raise ValueError(f"Invalid fused: {self.fused!r}, must be None, True or False")
         if self.bucket_mb is not None and not 0 < number("bucket_mb", self.bucket_mb) <= LARGEST_BUCKET:
@@ -86,6 +92,18 @@ class Options:
                 "skip_late= sends in step() alone, for what is left out cannot be recalled: no overlap=True"
             )
 
+    def _check_local_steps(self) -> None:
+        if self.overlap is True:
+            raise ValueError(
+                "local_steps=True sends in step(), where ranks agree on the weights of their steps: overlap=True cannot"
+                " be had, take 'auto' or False"
+            )
+        if self.layers:
+            raise ValueError(f"local_steps=True works without layers, which see step() alone: {list(self.layers)}")
+        if self.nonfinite == "raise":
+            raise ValueError("local_steps=True works with nonfinite='skip': nobody hears of a local step that raises")
+        object.__setattr__(self, "overlap", False)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Entries of a parameter group for the layers: what they let users set, and which of them keep state."""
@@ -94,7 +112,9 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """What all ranks must have in common, as text."""
-        names = ("overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late")
+        names = (
+            "overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late", "local_steps",
+        )  # fmt: skip
         return {name: str(getattr(self, name)) for name in names}
 
 

@@ -20,6 +20,7 @@ from ..engine.slot import Slot
 from ..engine.spikes import USUAL
 from .kept_state import put_back, show
 from .loaded_values import PLACE, check_everywhere
+from .local_steps import SCALE
 
 if TYPE_CHECKING:
     from .shared import GossipOptimizer
@@ -118,7 +119,7 @@ def entries(state_dict: dict[str, Any]) -> str:
 def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, Any]:
     """A mean state for any number of workers: without a place, and zero where the mean is zero by definition.
 
-    Without running norms of gradients too, which are each worker's own.
+    Without running norms of gradients and weights of local steps too, which are each worker's own.
     """
     for name, value in tensors(state_dict):
         if name.rpartition(".")[2] in centered:
@@ -126,7 +127,7 @@ def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, A
     groups = [{k: v for k, v in group.items() if k not in PLACE} for group in state_dict["param_groups"]]
     for group in groups:
         if "memory" in group:
-            group["memory"] = [pair for pair in group["memory"] if not str(pair[0]).startswith(USUAL)]
+            group["memory"] = [pair for pair in group["memory"] if not str(pair[0]).startswith((USUAL, SCALE))]
     return {**state_dict, "param_groups": groups}
 
 
