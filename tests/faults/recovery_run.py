@@ -1,0 +1,90 @@
+"""Workers that lose one of them, and what each of them did: run as a program, for its processes are forks.
+
+python recovery_run.py FOLDER METHOD SCHEDULE N VICTIM STEP STEPS
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+import torch.distributed as dist
+
+import fused_dlam
+
+DIMENSION = 7
+
+
+def problem(i):
+    """A and b of worker i's f(x) = x A x / 2 - b x, float64."""
+    generator = torch.Generator().manual_seed(100 + i)
+    root = torch.randn(DIMENSION, DIMENSION, generator=generator, dtype=torch.float64)
+    return root @ root.T / DIMENSION, torch.randn(DIMENSION, generator=generator, dtype=torch.float64)
+
+
+def train(folder, me, method, schedule, victim, dies_at, steps):
+    dist.init_process_group("gloo")
+    x = torch.nn.Parameter(torch.ones(DIMENSION, dtype=torch.float64))
+    optimizer = fused_dlam.GossipSGD(
+        [x], lr=0.05, method=method, schedule=schedule, on_failure="continue", timeout=30.0, overlap=False
+    )
+    A, b = problem(me)
+    combined, path, local = [], [x.detach().clone()], optimizer._engine.local
+    combine = local.combine
+
+    def watched(b, span, received, copies):
+        combined.append(len(received) > 0)
+        return combine(b, span, received, copies)
+
+    local.combine = watched
+    for step in range(steps):
+        if me == victim and step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        x.grad = A @ x.detach() - b
+        optimizer.step()
+        path.append(x.detach().clone())
+    events = [(e["step"], e["members"]) for e in optimizer._recovery.events]
+    out = {"path": torch.stack(path), "combined": combined, "events": events, "members": optimizer.members}
+    torch.save(out, folder / f"{me}.pt")
+
+
+def main(folder, method, schedule, n, victim, dies_at, steps):
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    pids = []
+    for me in range(n):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(
+                RANK=str(me), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
+            )  # fmt: skip
+            code = 1
+            try:
+                train(Path(folder), me, method, schedule, victim, dies_at, steps)
+                code = 0
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(code)
+        pids.append(pid)
+    end, codes = time.monotonic() + 120, {}
+    while len(codes) < n and time.monotonic() < end:
+        for me, pid in enumerate(pids):
+            done, status = os.waitpid(pid, os.WNOHANG) if me not in codes else (0, 0)
+            if done:
+                codes[me] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for me, pid in enumerate(pids):
+        if me not in codes:
+            os.kill(pid, signal.SIGKILL)
+    return {me: code for me, code in codes.items() if me != victim} != {me: 0 for me in range(n) if me != victim}
+
+
+if __name__ == "__main__":
+    folder, method, schedule, *numbers = sys.argv[1:]
+    sys.exit(main(folder, method, schedule, *map(int, numbers)))
