@@ -97,7 +97,8 @@ class Membership:
         self.addresses: dict[int, Address] = {}
         self.suspects: set[int] = set()  # members that did not answer while a group was formed
         self.view = View(0, tuple(range(n)), (), 0, ())
-        self.store.set(f"address/{me}", json.dumps(self.beacon.address))
+        if me >= 0:
+            self.store.set(f"address/{me}", json.dumps(self.beacon.address))
 
     def meet(self) -> None:
         """At the start: learns the others' addresses. Raises ExchangeError, naming who has not come."""
@@ -119,23 +120,23 @@ class Membership:
 
     @classmethod
     def newcomer(cls, store: dist.Store, towards: Address, timeout: float) -> Membership:
-        """Of a worker that was not there at the start. `enter` asks to be let in."""
+        """Of a worker that was not there at the start. It has no number until it asks, in `enter`."""
         end = time.monotonic() + timeout
         while not store.check(["n"]):
             if time.monotonic() > end:
                 raise RunEnded(f"nobody has begun to train within {timeout:g} s: there is nothing to join")
             time.sleep(POLL)
         n = int(store.get("n"))
-        return cls(store, towards, n - 1 + store.add("newcomers", 1), n, timeout)
+        return cls(store, towards, -1, n, timeout)
 
     def enter(self) -> View:
         """Asks until the others have decided on a generation that has this worker in it.
 
         Raises RunEnded once none of them lives, or after ten times `timeout`.
         """
+        self._ask()
         mine, start = {self.me}, time.monotonic()
-        self.store.set(f"asks/{self.me}", "")
-        asked = start
+        asked = looked = start
         while time.monotonic() < start + PATIENCE * self.timeout:
             g = int(self.store.add("generation", 0))
             if g > self.view.generation:
@@ -144,14 +145,15 @@ class Membership:
                 if admitted:
                     self.view, self.me = view, max(admitted)
                     return view
-            if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died, or looked a moment too early
-                asked = time.monotonic()
+            if time.monotonic() > looked + 1.0:
+                looked = time.monotonic()
                 if not self._anybody_lives():
                     break
+            if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died
+                asked = time.monotonic()
                 log.warning("worker %d has asked to be let in for %.0f s", self.me, asked - start)
-                self.renew()
+                self._ask()
                 mine.add(self.me)
-                self.store.set(f"asks/{self.me}", "")
             time.sleep(5 * POLL)
         raise RunEnded(
             f"worker {self.me} asked to be let in for {time.monotonic() - start:.0f} s and was not: the others have"
@@ -165,15 +167,17 @@ class Membership:
         addresses = self.addresses or {i: self._address(i) for i in range(self.n) if i != self.me}
         return not all(refuses(address) for i, address in addresses.items() if i != self.me)
 
-    def renew(self) -> None:
-        """A new number, under which to ask: an old one may have been looked at."""
+    def _ask(self) -> None:
+        """Under a new number: an old one may have been looked at."""
         self.store.delete_key(f"asks/{self.me}")
-        self.me = self.n - 1 + self.store.add("newcomers", 1)
+        self.me = self.n - 1 + self.store.add("numbers", 1)
         self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
+        self.store.set(f"asks/{self.me}", "")
+        self.store.add("asked", 1)  # last: from here on it is found
 
     def asked(self) -> bool:
         """Whether somebody wants in. For one worker to look at now and then: two messages to the store."""
-        return int(self.store.add("newcomers", 0)) > int(self.store.add("admitted", 0))
+        return int(self.store.add("asked", 0)) > int(self.store.add("admitted", 0))
 
     # -- agreeing ----------------------------------------------------------------------------------------------------
 
@@ -252,13 +256,13 @@ class Membership:
         for machine in self.machines:  # goes as one
             if not set(machine) <= set(members):
                 members = [i for i in members if i not in machine]
-        asking, new, looked = int(self.store.add("newcomers", 0)), [], 0
+        asked, new, looked = int(self.store.add("asked", 0)), [], 0
         here = [arrivals[i] for i in members]
         addresses = {i: arrivals[i].address for i in members}
         # Between a call that all make together and the next step there is no place at which a newcomer's loop begins.
         if here and not self.machines and not any(arrival.in_call for arrival in here):
-            looked = asking
-            for i in range(self.n, self.n + asking):
+            looked = asked
+            for i in range(self.n, self.n + int(self.store.add("numbers", 0))):
                 if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
                     address = self._address(i)
                     if not refuses(address):

@@ -13,6 +13,7 @@ from .. import topology as topologies
 from ..comm import sharded
 from ..comm.errors import calling
 from ..comm.place import layout
+from ..comm.process_group import CPU
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.flight import AVERAGING, OPEN
@@ -20,6 +21,7 @@ from ..engine.health import Health
 from ..engine.message import Message
 from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
+from ..kernels.passes import choose
 from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
 from ..topology import Topology, TopologyLike
@@ -96,7 +98,8 @@ class Gossip(GossipOptimizer):
         self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        membership, self._comes = enter(survival, timeout, group, hierarchical)
+        prepare = lambda: choose(AVERAGING_RULES[schedule][0], CPU, torch.float32, 1, fused, guard=True)  # noqa: E731
+        membership, self._comes = enter(survival, timeout, group, hierarchical, prepare)
         where = layout(group, hierarchical)
         graphs = None if membership is None else Succession(topology, None)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)

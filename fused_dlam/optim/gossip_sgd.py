@@ -14,6 +14,7 @@ from .. import rules
 from .. import topology as topologies
 from ..comm.errors import calling
 from ..comm.place import Place, alone, layout
+from ..comm.process_group import CPU
 from ..engine.arrivals import Arrivals
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
@@ -21,6 +22,7 @@ from ..engine.health import Health
 from ..engine.message import message_of
 from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
+from ..kernels.passes import choose
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar
@@ -146,7 +148,8 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        membership, self._comes = enter(survival, timeout, group, hierarchical)
+        prepare = lambda: choose(rule.under(schedule), CPU, torch.float32, 1, fused, guard=True)  # noqa: E731
+        membership, self._comes = enter(survival, timeout, group, hierarchical, prepare)
         where = layout(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")

@@ -53,7 +53,8 @@ class Recovery:
         self.resumes = 0  # the step from which all go on together
         self.next: Place | None = None  # where, while this worker catches up
         self.events: list[dict[str, Any]] = []
-        self._before = membership.view.members
+        view = membership.view
+        self._before = tuple(number for number in view.members if number not in view.new)
         self._store_failed = False
 
     def arrive(self, place: Place) -> None:
@@ -206,7 +207,6 @@ class Recovery:
     def _come_back(self, error: Excluded) -> View:
         """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
-        self.membership.renew()
         view = self.membership.enter()
         self.optimizer._set_step(view.step)
         return view
@@ -262,7 +262,7 @@ class Recovery:
         log.warning(
             "worker %d, now rank %d of %d: %s; going on at step %d over %s%s",
             self.membership.me, view.rank(self.membership.me), len(view.members),
-            " and ".join(parts) or "nobody was lost", view.step, graph, seconds,
+            " and ".join(parts) or "no worker was lost, connections were", view.step, graph, seconds,
         )  # fmt: skip
 
     # -- the end -----------------------------------------------------------------------------------------------------

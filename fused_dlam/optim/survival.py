@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,13 @@ class Survival:
             )
 
 
-def enter(survival: Survival, timeout: float, group: Any, hierarchical: Any) -> tuple[Membership | None, bool]:
+def enter(
+    survival: Survival, timeout: float, group: Any, hierarchical: Any, prepare: Callable[[], Any]
+) -> tuple[Membership | None, bool]:
     """This process's membership, and whether it comes to a run that is under way, of whose world it is a part now.
 
-    None without process groups and launcher, where there is one worker.
+    None without process groups and launcher, where there is one worker. `prepare` is what can be done before the others
+    wait for a newcomer.
 
     Raises ValueError where no store outlives the workers, RuntimeError for a second optimizer, ExchangeError if a
     newcomer is not let in.
@@ -121,6 +125,8 @@ def enter(survival: Survival, timeout: float, group: Any, hierarchical: Any) -> 
         _memberships.append(membership)
     membership.min_workers, membership.timeout = survival.min_workers, timeout
     if comes:
+        importlib.import_module("torch._dynamo")  # the first optimizer would import it, in seconds
+        prepare()
         generation.leave()  # the world of its own in which the launcher started it
         come_in(membership)
     return membership, comes
@@ -135,4 +141,3 @@ def come_in(membership: Membership) -> None:
             return
         except ExchangeError as error:  # another worker was lost meanwhile: the others decide anew, without this one
             generation.leave(error)
-            membership.renew()

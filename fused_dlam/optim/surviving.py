@@ -93,7 +93,6 @@ class Surviving:
                 if not error.lost:
                     raise
                 generation.leave(error)
-                membership.renew()
                 come_in(membership)
 
     def _survive(self, survival: Survival, membership: Membership | None, graphs: Succession | None) -> None:
