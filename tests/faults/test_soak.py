@@ -1,0 +1,31 @@
+"""Random schedules of kills, stops, delays and joins, at any moment, recoveries included.
+
+Promise: nobody hangs, no survivor fails, all agree on who is left, each takes one local step in every step(), they are
+together, centered buffers have mean zero. See bench/soak.py; 200 schedules by its command.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
+
+
+def soak(tmp_path, *options):
+    command = [sys.executable, str(SOAK), "--folder", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("kind", ["default", "gossip", "hierarchical"])
+def test_kills_and_a_newcomer(tmp_path, kind):
+    soak(tmp_path, "--seeds", "60:61", "-n", "4", "--steps", "40", "--modes", "kill,join", "--optimizers", kind)
+
+
+@pytest.mark.slow
+def test_twenty_schedules(tmp_path, capsys):
+    with capsys.disabled():
+        soak(tmp_path, "--seeds", "0:20", "-n", "6")
