@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..rules.scalars import Scalar
+from ..rules.scalars import Scalar, number
 from .layer import Layer
 
 EPS = 1e-8
@@ -41,7 +41,7 @@ class Lars(Layer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         eta = group["lars"]
-        if eta is not None and not 0.0 < float(eta) < math.inf:
+        if eta is not None and not 0.0 < number("lars", eta) < math.inf:
             raise ValueError(f"Invalid lars: {eta}, must be above 0, or None")
 
     def finishes(self, group: Mapping[str, Any]) -> bool:

@@ -149,6 +149,6 @@ class Planner(DefaultLoadPlanner):
                 raise ValueError(f"{name} cannot be read: {error}") from None
             raise ValueError(
                 f"{name} is made by {', '.join(unsafe)}. Nothing but numbers, text, tensors and NumPy's arrays is"
-                " loaded from a checkpoint, for a file could call anything: save those, or, where the file can be trusted,"
-                " call torch.serialization.add_safe_globals first"
+                " loaded from a checkpoint, for a file could call anything: save those, or, where the file can be"
+                " trusted, call torch.serialization.add_safe_globals first"
             ) from None

@@ -11,6 +11,8 @@ from math import inf, isnan
 from numbers import Real
 from typing import Any
 
+from .scalars import number
+
 #: A hyper-parameter's default: a number, or a function of (momentum, rho) or of (momentum, rho, static). rho is the
 #: topology's contraction per step; static says that it has one matrix for all steps, which is symmetric.
 Default = float | Callable[..., float]
@@ -57,13 +59,13 @@ class Hyper:
     def _contains(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
+        real = number("a hyper-parameter", value)  # infinite for a whole number beyond all floats
         return (
-            not isnan(number)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
+            not isnan(real)
+            and (self.at_least is None or real >= self.at_least)
+            and (self.above is None or real > self.above)
+            and (self.at_most is None or real <= self.at_most)
+            and (self.below is None or real < self.below)
         )
 
     @property
