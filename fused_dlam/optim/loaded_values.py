@@ -21,6 +21,7 @@ PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entrie
 
 def check_loaded(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError or TypeError if an optimizer cannot load this. Talks to nobody."""
+    _check_form(state_dict)
     groups = state_dict["param_groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -40,6 +41,23 @@ def check_loaded(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"group {i} of the checkpoint: {error}") from None
     _check_state(optimizer, state_dict)
+
+
+def _check_form(state_dict: Any) -> None:
+    """Raises ValueError for what is no optimizer's state at all."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("an optimizer's checkpoint is a dictionary with 'state' and 'param_groups', and this one is not")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the checkpoint's state is no dictionary, but {state!r}")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise TypeError(f"the checkpoint's param_groups are no list of dictionaries, but {groups!r}")
+    for i, group in enumerate(groups):
+        if not isinstance(group.get("params"), (list, tuple)):
+            raise TypeError(f"group {i} of the checkpoint has no list of parameters, but {group.get('params')!r}")
+        for key in group["params"]:
+            if not isinstance(key, (int, str)):
+                raise TypeError(f"group {i} of the checkpoint has a parameter {key!r}, which is no number and no name")
 
 
 def check_everywhere(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None:
@@ -91,6 +109,11 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
                         else f": build it with {what}= as there, or load the model alone: its state means nothing here"
                     )
                 )
+        if "method" not in ours and {"method", "memory"} <= set(theirs):
+            raise ValueError(
+                f"the checkpoint is of GossipSGD with method {theirs['method']!r}, and this is a Gossip, whose inner"
+                " optimizer has another state: load the model alone"
+            )
         if "method" not in ours:
             continue  # the inner optimizer of a Gossip knows what it can load
         if "betas" in theirs:  # its steps are counted per parameter, in its state

@@ -73,6 +73,9 @@ class Options:
                 f"Invalid bucket_mb: {_short(self.bucket_mb)}, must be MiB above 0 and finite, or None; one that is"
                 " larger than the model makes one message of it"
             )
+        for name in ("max_grad_norm", "bucket_mb"):  # a tensor or a fraction as the number that it is
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(name, getattr(self, name)))
         if self.comm_dtype is not None and not isinstance(self.comm_dtype, torch.dtype):
             raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {self.comm_dtype!r}")
         if self.comm_dtype is not None and self.comm_dtype not in MESSAGES:

@@ -11,8 +11,6 @@ from math import inf, isnan
 from numbers import Real
 from typing import Any
 
-from .scalars import number
-
 #: A hyper-parameter's default: a number, or a function of (momentum, rho) or of (momentum, rho, static). rho is the
 #: topology's contraction per step; static says that it has one matrix for all steps, which is symmetric.
 Default = float | Callable[..., float]
@@ -59,7 +57,10 @@ class Hyper:
     def _contains(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        real = number("a hyper-parameter", value)  # infinite for a whole number beyond all floats
+        try:
+            real = float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return False
         return (
             not isnan(real)
             and (self.at_least is None or real >= self.at_least)

@@ -177,7 +177,7 @@ def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology
     n = check_workers(n)
     sizes = [m for m in range(1, n + 1) if n % m == 0 and m != 2]
     m = min(sizes, key=lambda m: abs(m - math.sqrt(n))) if machine_size is None else machine_size
-    if isinstance(m, bool) or m not in sizes:
+    if isinstance(m, bool) or not isinstance(m, (int, np.integer)) or m not in sizes:
         raise ValueError(f"machine_size must be a divisor of the {n} workers other than 2, not {m!r}")
     m = int(m)
     machines, inside = n // m, np.arange(n) % m
