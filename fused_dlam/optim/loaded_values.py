@@ -46,7 +46,7 @@ def check_loaded(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
 def _check_form(state_dict: Any) -> None:
     """Raises ValueError for what is no optimizer's state at all."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError("an optimizer's checkpoint is a dictionary with 'state' and 'param_groups', and this one is not")
+        raise ValueError("an optimizer's checkpoint is a dictionary with 'state' and 'param_groups', which this is not")
     groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(state, Mapping):
         raise TypeError(f"the checkpoint's state is no dictionary, but {state!r}")
@@ -194,6 +194,8 @@ def _check_state(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
 def _check_tensor(what: str, value: Any, shape: torch.Size, p: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what}, is no tensor, but {value!r}")
+    if local(value).layout != torch.strided or local(value).is_meta:
+        raise TypeError(f"{what}, is {'on the meta device' if value.is_meta else value.layout}")
     if local(value).shape != shape:
         raise ValueError(f"{what}, has shape {tuple(value.shape)}")
     if not (value.is_floating_point() or value.is_complex()) or value.is_complex() > p.is_complex():

@@ -231,7 +231,7 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, opt
         "parameter shapes, strides or types": str(shapes),
         "how the parameters are sharded": str(split),
         "which parameters are trainable": "".join("1" if p.requires_grad else "0" for p in params),
-        **{name: _text(group.get(name)) for name in names},
+        **{name: _text(name, group.get(name)) for name in names},
         "the topology's weights": engine.topology.fingerprint,
         **options.facts(),
     }
@@ -250,8 +250,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _text(value: object) -> str:
-    return str(float(value)) if isinstance(value, torch.Tensor) else str(value)  # a tensor's text names its device
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    return str(float(value))  # a tensor's text names its device
 
 
 def check_again(group: dict[str, Any], rule: Rule, layers: Sequence[Layer]) -> None:

@@ -14,15 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 TOTAL = int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+PARTS = 1.5  # what the shares of all promises add up to
 OURS = (f"{os.sep}fused_dlam{os.sep}", f"{os.sep}kernels{os.sep}")
 TORCHS = os.path.join("torch", "optim", "optimizer.py")  # whose words about groups are those of torch.optim.SGD
 
 
 def fuzzed(daily, share, **strategies):
-    """A test that draws `daily` examples of a promise, or with -m slow that share of FUZZ_EXAMPLES."""
+    """A test that draws `daily` examples of a promise, or with -m slow its share of FUZZ_EXAMPLES."""
 
     def decorate(promise):
-        often = pytest.param(max(1, round(share * TOTAL)), marks=pytest.mark.slow)
+        often = pytest.param(max(1, round(share / PARTS * TOTAL)), marks=pytest.mark.slow)
 
         @pytest.mark.parametrize("count", [daily, often])
         def test(count):

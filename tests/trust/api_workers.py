@@ -50,8 +50,13 @@ def build(options):
     params.append(torch.nn.Parameter(torch.ones(3), requires_grad=not frozen))
     if kind == "GossipSGD":
         return params, fused_dlam.GossipSGD(params, timeout=TIMEOUT, **options)
-    inner = torch.optim.SGD(params, lr=options.pop("lr", 0.1), momentum=options.pop("momentum", 0.9),
-                            weight_decay=options.pop("weight_decay", 0.0), maximize=options.pop("maximize", False))
+    inner = torch.optim.SGD(
+        params,
+        lr=options.pop("lr", 0.1),
+        momentum=options.pop("momentum", 0.9),
+        weight_decay=options.pop("weight_decay", 0.0),
+        maximize=options.pop("maximize", False),
+    )
     taken = {k: v for k, v in options.items() if k in ("topology", "comm_dtype", "bucket_mb")}
     return params, fused_dlam.Gossip(inner, timeout=TIMEOUT, **taken)
 

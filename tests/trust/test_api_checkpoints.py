@@ -117,7 +117,7 @@ def harm(file, how, place, bit, other):
         file.write_bytes(content)
 
 
-@fuzzed(40, 0.1, kind=st.sampled_from(KINDS), other=st.sampled_from(["same step", "later"]),
+@fuzzed(25, 0.1, kind=st.sampled_from(KINDS), other=st.sampled_from(["same step", "later"]),
         harms=st.lists(HARM, min_size=1, max_size=2, unique_by=lambda h: h[1]))  # fmt: skip
 def test_files_that_were_harmed(kind, other, harms):
     saved = the_saves()
@@ -143,7 +143,7 @@ WORKER = st.fixed_dictionaries({"model": NESTED, "optimizer": NESTED, "scheduler
 NAMES = st.sampled_from(["worker0", "worker1", "parts", "model", "worker"])
 
 
-@fuzzed(15, 0.02, kind=st.sampled_from(KINDS), state=st.dictionaries(NAMES, NESTED | WORKER, min_size=1, max_size=3))
+@fuzzed(8, 0.02, kind=st.sampled_from(KINDS), state=st.dictionaries(NAMES, NESTED | WORKER, min_size=1, max_size=3))
 def test_foreign_checkpoints(state, kind):
     with tempfile.TemporaryDirectory() as folder:
         dcp.save(state, checkpoint_id=folder, no_dist=True)
@@ -187,7 +187,7 @@ def mutated(metadata, draw):
         setattr(metadata, name, draw(st.sampled_from([None, {}, [], 3, {1: 2}])))
 
 
-@fuzzed(25, 0.05, data=st.data(), kind=st.sampled_from(KINDS))
+@fuzzed(12, 0.05, data=st.data(), kind=st.sampled_from(KINDS))
 def test_metadata_that_no_save_writes(data, kind):
     saved = the_saves()
     with tempfile.TemporaryDirectory() as folder:

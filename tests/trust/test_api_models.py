@@ -20,7 +20,9 @@ from fused_dlam import Gossip, GossipSGD
 from fused_dlam.layers import SlowMo
 
 SHAPE = st.sampled_from([(), (0,), (1,), (3,), (2, 3), (2, 0, 3), (1, 3, 2)])
-TYPE = st.sampled_from([torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64])
+TYPE = st.sampled_from(
+    [torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.int64]
+)
 LAYOUT = st.sampled_from(["plain"] * 4 + ["transposed", "strided", "expanded", "sparse", "meta"])
 PIECE = st.tuples(SHAPE, TYPE, LAYOUT, st.sampled_from([True, True, True, False]), st.integers(0, 99))
 GRADIENT = st.sampled_from(["dense"] * 5 + ["none", "zero", "transposed", "expanded", "sparse"])
@@ -107,7 +109,11 @@ def test_parameters_of_every_kind(groups, kinds, twice, later, form, bucket_mb):
     )  # fmt: skip
     for step in range(3):
         for i, (p, twin) in enumerate(zip(everything, twins, strict=True)):
-            g = gradient(kinds[(step * len(everything) + i) % len(kinds)], p, 10 * step + i) if p.requires_grad else None
+            g = (
+                gradient(kinds[(step * len(everything) + i) % len(kinds)], p, 10 * step + i)
+                if p.requires_grad
+                else None
+            )
             p.grad = g
             twin.grad = None if g is None or g.layout != torch.strided else g.to(twin.dtype).clone()
         sparse = any(p.grad is not None and p.grad.layout != torch.strided for p in everything)
@@ -193,7 +199,9 @@ def spoiled(saved, draw, other):
     group, state = saved["param_groups"][0], saved["state"]
     entries = state.get(0, {})
     if where == "group":
-        name = draw(st.sampled_from([*sorted(group), "gossip_step", "betas", "dampening", "nesterov", "lars", "slowmo"]))
+        name = draw(
+            st.sampled_from([*sorted(group), "gossip_step", "betas", "dampening", "nesterov", "lars", "slowmo"])
+        )
         target = group
     elif where == "state" and entries:
         target, name = entries, draw(st.sampled_from([*sorted(entries), "momentum_buffer", "gossip_master", "new"]))

@@ -15,9 +15,8 @@ from api_workers import BAD, TIMEOUT, drawn, run_drawn
 
 from fused_dlam.tools.launch import run_workers
 
-#: What the ranks need not share: settings that each worker may have for itself, as in torch's DDP, or that `Gossip`,
-#: which another kind of optimizer may be, does not have.
-OWN = {"lr", "momentum", "weight_decay", "maximize"}
+#: What may be the same by two names: "auto" is "atc" for most methods. `Gossip` has not all of these options.
+OWN = {"schedule"}
 
 
 def hold(seeds):
@@ -36,7 +35,7 @@ def hold(seeds):
                     wrong.append(where)
             elif kind != other or kind not in ("", "ValueError"):
                 wrong.append(where)
-            elif kind and text != their_text and name != "load another":
+            elif kind and text != their_text and name != "load another" and differ != "kind":  # each has its own advice
                 wrong.append(f"in other words: {where}")
         names = [said[0] for said in zero[seed]]
         if len(zero[seed]) != len(one[seed]):

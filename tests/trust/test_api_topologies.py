@@ -165,7 +165,9 @@ def test_forms(n, offsets, fill, width, data):
 CHANGES = st.lists(st.sampled_from(["lazy", "symmetrize", "every", "with_global_average"]), max_size=3)
 
 
-@fuzzed(50, 0.06, name=st.sampled_from(sorted(FAMILY)), n=st.sampled_from([1, 2, 4, 6, 8]), k=SOME | ODD, changes=CHANGES)
+@fuzzed(
+    50, 0.06, name=st.sampled_from(sorted(FAMILY)), n=st.sampled_from([1, 2, 4, 6, 8]), k=SOME | ODD, changes=CHANGES
+)
 def test_derived(name, n, k, changes):
     assume("hypercube" not in name or n != 6)
     graph = FAMILY[name](n)
