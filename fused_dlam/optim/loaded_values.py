@@ -11,6 +11,7 @@ import torch
 
 from ..comm.errors import ExchangeError, calling
 from ..comm.sharded import local
+from ..rules.scalars import among
 from . import options
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
     """Raises ValueError for a checkpoint of another method or topology."""
     for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
         if "slowmo" in theirs:  # of the releases in which layers were options
-            theirs = {"layers": theirs["slowmo"] or "", **theirs}
+            theirs = {"layers": theirs["slowmo"] if isinstance(theirs["slowmo"], str) else "", **theirs}
         if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
             raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
         for what in ("method", "layers", *PLACE):
@@ -120,9 +121,9 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
             raise ValueError(
                 "the checkpoint is of one of torch's Adams; there is fused_dlam.Gossip(torch.optim.AdamW(...))"
             )
-        if theirs.get("dampening"):
+        if not among(theirs.get("dampening"), (None, 0)):
             raise ValueError("the checkpoint uses dampening, which no method here defines")
-        if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
+        if "nesterov" in theirs and not among(theirs["nesterov"], (ours["method"].startswith("nesterov-"),)):
             raise ValueError(
                 f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same, by a method"
                 " named nesterov-... or one that is not"
@@ -174,6 +175,8 @@ def _check_state(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
             of = f"of parameter {names[j] if names else j} of group {i}, of shape {tuple(p.shape)}"
             if not isinstance(values, Mapping):
                 raise TypeError(f"the checkpoint's state {of} is no dictionary, but {values!r}")
+            if values and "method" not in ours and "step" in optimizer.state.get(p, {}) and "step" not in values:
+                raise ValueError(f"the checkpoint's state {of}, lacks 'step': it is of another optimizer")
             b, slot = slots.get(p, (None, None))  # a frozen parameter has none
             flat = {"gossip_master"} | (
                 set(optimizer._engine.buffers(b)) if b is not None and "method" in ours else set()

@@ -107,10 +107,11 @@ class Known(FileSystemReader):
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> io.BytesIO:
         """The bytes of one entry. Raises ValueError if they are not those that were written."""
+        size = file.seek(0, os.SEEK_END)
+        if not 0 <= sinfo.offset <= sinfo.offset + sinfo.length <= size:
+            raise ValueError(f"{sinfo.relative_path} is torn: it ends within an entry")
         file.seek(sinfo.offset)
         content = file.read(sinfo.length)
-        if len(content) < sinfo.length:
-            raise ValueError(f"{sinfo.relative_path} is torn: it ends within an entry")
         if not sinfo.transform_descriptors:
             _check_records(content, sinfo.relative_path)
         return io.BytesIO(content)
