@@ -56,7 +56,7 @@ class Lars(Layer):
         for layer in self.columns:
             size = (x[:, layer] ** 2).sum(-1) ** 0.5
             decayed, own = g[:, layer], g[:, layer] - weight_decay * x[:, layer]
-            ratio = trust_ratio(size, (own**2).sum(-1) ** 0.5, self.coefficient, weight_decay)
+            ratio = trust_ratio(size, (own**2).sum(-1) ** 0.5, float(self.coefficient), weight_decay)
             g[:, layer] = ratio[:, None] * decayed
         return g
 

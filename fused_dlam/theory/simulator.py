@@ -63,9 +63,11 @@ class Simulation:
             raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
         if not 0 <= number("weight_decay", weight_decay) < math.inf:
             raise ValueError(f"Invalid weight_decay value: {weight_decay}")
-        self.momentum, self.weight_decay, self.hyper = momentum, weight_decay, hyper
+        self.momentum, self.weight_decay, self.hyper = float(momentum), float(weight_decay), hyper
         self.layers = checked(layers)
         self.settings = {name: value for layer in self.layers for name, value in layer.settings.items()}
+        for layer in self.layers:
+            layer.check(self.settings)
         self.state = self.rule.State(*(0.0 * self.x for _ in self.rule.state))
         self.extra = [
             tuple(self.x if kind == "x" else 0.0 * self.x for kind in layer.state.values()) for layer in self.layers
@@ -77,7 +79,7 @@ class Simulation:
 
     def step(self, g: Any, lr: float) -> Any:
         """One step of every worker from its gradient g[i] at x[i], weight decay not included. Returns the new x."""
-        _check_lr(lr)
+        lr = _checked_lr(lr)
         if not isinstance(g, torch.Tensor if isinstance(self.x, torch.Tensor) else np.ndarray):
             raise TypeError(f"g must be of the kind of x, {type(self.x).__name__}, not {type(g).__name__}")
         if g.shape != self.x.shape:
@@ -143,7 +145,7 @@ def simulate(
     if not callable(grad):
         raise TypeError(f"grad must be a function of the step and of x, not {type(grad).__name__}")
     if not callable(lr):
-        _check_lr(lr)
+        _checked_lr(lr)
     x = reals("x0", x0)
     if x.ndim == 1:
         if not isinstance(topology, Topology):
@@ -169,6 +171,8 @@ def reals(what: str, values: Any) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _check_lr(lr: Any) -> None:
-    if not 0 <= number("lr", lr) < math.inf:
+def _checked_lr(lr: Any) -> float:
+    value = number("lr", lr)
+    if not 0 <= value < math.inf:
         raise ValueError(f"Invalid learning rate: {lr}, must be at least 0 and finite")
+    return value

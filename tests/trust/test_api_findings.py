@@ -83,6 +83,8 @@ def test_parameters_of_graphs():
         ({"schedule": np.ones(2)}, ValueError, "Invalid schedule"),
         ({"clip": np.ones(2)}, ValueError, "Invalid clip"),
         ({"method": "qg-dmsgd", "mu": 10**400}, ValueError, "Invalid mu"),
+        ({"layers": [Lars({})]}, TypeError, "lars must be a number"),
+        ({"layers": 3, "lars": 0.1}, TypeError, "layers must be a list"),
     ],
 )
 def test_simulations(options, error, words):

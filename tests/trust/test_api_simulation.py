@@ -129,7 +129,8 @@ def test_limits(graph, method, momentum, scale, data):
     limit = rate_limit(method, graph, momentum, schedule=schedule)
     assert math.isfinite(growth) and growth >= 0 and math.isfinite(limit) and limit >= 0
     full = 2 * (1 + momentum) / (1 + 2 * momentum if method.startswith("nesterov-") else 1)
-    assert limit <= full * (1 + 1e-3) and (graph.n > 1 or limit >= full * (1 - 1e-3))
+    if method.removeprefix("nesterov-") in ("dmsgd", "decentlam", "pc-dmsgd", "mi-dmsgd"):  # all-reduce's, for one
+        assert limit <= full * (1 + 1e-3) and (graph.n > 1 or limit >= full * (1 - 1e-3))
     if graph.period is None:
         return
     same = rate_limit(method, graph, momentum, [scale] * graph.n, schedule=schedule)
