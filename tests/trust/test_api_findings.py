@@ -132,6 +132,13 @@ def test_an_array_is_no_choice(name):
             GossipSGD(parameters(), **{name: value})
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["nesterov", "communicate_every"])
+def test_an_array_is_no_old_option(name):
+    with pytest.raises((TypeError, ValueError), match="nesterov must be|communicate every k"):
+        GossipSGD(parameters(), **{name: torch.ones(2)})
+
+
 def test_a_norm_that_is_a_tensor():
     params = parameters()
     optimizer = GossipSGD(params, lr=1.0, momentum=0.0, max_grad_norm=torch.tensor([0.5]))
