@@ -158,7 +158,7 @@ class Rule:
     def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in self.defaults(hyper).items():
-            values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else value
+            values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)
         if self.derive is not None:
             values.update(self.derive(values, memory))
         if self.halfway:

@@ -1,6 +1,7 @@
 """What the fuzzers of the public API found, a plain case each (checkpoints: tests/optim/test_checkpoint_safety.py)."""
 
 import warnings
+from fractions import Fraction
 
 import networkx as nx
 import numpy as np
@@ -137,6 +138,13 @@ def test_an_array_is_no_choice(name):
 def test_an_array_is_no_old_option(name):
     with pytest.raises((TypeError, ValueError), match="nesterov must be|communicate every k"):
         GossipSGD(parameters(), **{name: torch.ones(2)})
+
+
+def test_a_hyper_parameter_that_is_a_fraction():
+    params, others = parameters(), parameters()
+    stepped(GossipSGD(params, method="adam", beta2=Fraction(1, 2)))
+    stepped(GossipSGD(others, method="adam", beta2=0.5))
+    assert torch.equal(params[0], others[0])
 
 
 def test_a_norm_that_is_a_tensor():
