@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..rules.scalars import Scalar
+from ..rules.scalars import Scalar, number
 from .layer import Layer
 
 EPS = 1e-8
@@ -41,7 +41,7 @@ class Lars(Layer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         eta = group["lars"]
-        if eta is not None and not 0.0 < float(eta) < math.inf:
+        if eta is not None and not 0.0 < number("lars", eta) < math.inf:
             raise ValueError(f"Invalid lars: {eta}, must be above 0, or None")
 
     def finishes(self, group: Mapping[str, Any]) -> bool:
@@ -56,7 +56,7 @@ class Lars(Layer):
         for layer in self.columns:
             size = (x[:, layer] ** 2).sum(-1) ** 0.5
             decayed, own = g[:, layer], g[:, layer] - weight_decay * x[:, layer]
-            ratio = trust_ratio(size, (own**2).sum(-1) ** 0.5, self.coefficient, weight_decay)
+            ratio = trust_ratio(size, (own**2).sum(-1) ** 0.5, float(self.coefficient), weight_decay)
             g[:, layer] = ratio[:, None] * decayed
         return g
 

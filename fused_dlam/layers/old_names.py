@@ -28,7 +28,7 @@ def from_old_names(options: dict[str, Any], layers: Sequence[Layer]) -> Sequence
             raise TypeError(f"slowmo must be a fused_dlam.SlowMo(every=...), not {type(value).__name__}")
         value = value if isinstance(value, kind) else kind(value)
         warn(f"{name}=", f"layers=[fused_dlam.layers.{value}]")
-        layers = (*layers, value)
+        layers = (*(layers if isinstance(layers, (list, tuple)) else (layers,)), value)
     return layers
 
 

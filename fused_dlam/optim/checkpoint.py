@@ -29,6 +29,7 @@ from ..comm.meeting import Meeting
 from ..comm.sharded import local
 from ..comm.watch import log
 from ..engine.buckets import LOW_PRECISION
+from .checkpoint_dictionaries import packed, unpacked
 from .gossip import Gossip
 from .gossip_sgd import GossipSGD
 from .loaded_values import check_loaded
@@ -49,7 +50,7 @@ def worker_state(model: torch.nn.Module, optimizer: GossipSGD | Gossip, **statef
     """
     from .checkpoint_files import PARTS
 
-    own = {name: thing.state_dict() for name, thing in stateful.items()}
+    own = {name: packed(thing.state_dict()) for name, thing in stateful.items()}
     return {  # the parts first: every file begins with its own
         PARTS: _part("-", optimizer),
         f"worker{_number(optimizer)}": {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **own},
@@ -82,6 +83,7 @@ def save_checkpoint(
     Raises, and the last checkpoint stays: OSError on all ranks if one of them cannot write, a full disk for instance;
     ValueError on all if they are at different steps; ExchangeError if a rank does not come, or dies.
     """
+    _check_kinds(model, optimizer, stateful)
     optimizer._check_own_values("save_checkpoint()")
     optimizer._together(lambda: _save(Path(path), model, optimizer, process_group, stateful))
 
@@ -149,9 +151,11 @@ def load_checkpoint(
 
     Raises, on every rank and before anything is loaded: ValueError if the checkpoint lacks something that is asked for,
     is of another method, has parts of more than one save or states that differ in their entries; ValueError or
-    TypeError, as the constructor does, for values and shapes that this optimizer cannot have; OSError for what cannot
-    be read; ExchangeError if a rank does not come within the optimizer's timeout.
+    TypeError, as the constructor does, for values and shapes that this optimizer cannot have; ValueError for bytes that
+    were changed since and for entries that would have to run code, of which nothing is run (safe_reading.py); OSError
+    for what cannot be read; ExchangeError if a rank does not come within the optimizer's timeout.
     """
+    _check_kinds(model, optimizer, stateful)
     optimizer._check_own_values("load_checkpoint()")
     return optimizer._together(lambda: _load(path, model, optimizer, mean, process_group, stateful))
 
@@ -184,12 +188,15 @@ def _load(
         log.info("%s was saved by %d workers: they are averaged", path, reader.count)
         reader.check_alike()
     sums: dict[tuple, torch.Tensor] = {}
-    failure, centered = None, optimizer._engine.rule.centered
+    failure: Exception | None = None
+    centered = optimizer._engine.rule.centered
     try:
         values, sums = _summed(reader, workers) if averages else (reader.read(workers.rank), {})
         state = reader.nested(values)
         _check_model(state["model"], model)
         check_loaded(optimizer, unplaced(state["optimizer"], centered) if averages else state["optimizer"])
+    except (LookupError, AttributeError) as error:  # it is nested as no checkpoint of this package is
+        failure = ValueError(f"{path} holds no worker's state: {type(error).__name__}: {error}")
     except Exception as error:
         failure = error
     _raise_any(meeting, meeting.everybodys(_told(failure)))
@@ -203,7 +210,7 @@ def _load(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for name, thing in stateful.items():
-        thing.load_state_dict(state[name])
+        thing.load_state_dict(unpacked(state[name]))
     return reader.count
 
 
@@ -236,15 +243,43 @@ def _number(optimizer: GossipSGD | Gossip) -> int:
     return optimizer._engine.place.workers.rank
 
 
+def _check_kinds(model: Any, optimizer: Any, stateful: dict[str, Any]) -> None:
+    """Raises TypeError for what has no state to save or to load, ValueError for a name that is taken."""
+    if not isinstance(optimizer, (GossipSGD, Gossip)):
+        raise TypeError(f"optimizer must be a GossipSGD or a Gossip, not {type(optimizer).__name__}")
+    for name, thing in (("model", model), *stateful.items()):
+        for method in ("state_dict", "load_state_dict"):
+            if isinstance(thing, type) or not callable(getattr(thing, method, None)):
+                raise TypeError(f"{name} must have {method}(), which {type(thing).__name__} lacks")
+
+
 def _check_model(loaded: dict[str, Any], model: torch.nn.Module) -> None:
-    """Raises ValueError for shapes that are not the model's, before one is loaded. Which there are the model checks."""
+    """Raises ValueError for names and shapes that are not the model's: torch loads those that fit before it says so.
+
+    Which names there must be is left to a model that may give others to what it loads.
+    """
     own = model.state_dict()
+    if not _renames(model):
+        for names, lacks in ((own.keys() - loaded, "checkpoint"), (loaded.keys() - own, "model")):
+            if names:
+                has = "model" if lacks == "checkpoint" else "checkpoint"
+                raise ValueError(f"the {lacks} lacks {', '.join(sorted(names)[:8])}, which the {has} has")
     for name, value in loaded.items():
         if isinstance(value, torch.Tensor) and isinstance(own.get(name), torch.Tensor):
             if value.shape != own[name].shape:
                 raise ValueError(
                     f"the checkpoint has {name} of shape {tuple(value.shape)}, the model of {tuple(own[name].shape)}"
                 )
+
+
+def _renames(model: Any) -> bool:
+    """Whether a model may load what has other names than its own: by a hook, or by methods that are not torch's."""
+    if not isinstance(model, torch.nn.Module) or type(model).load_state_dict is not torch.nn.Module.load_state_dict:
+        return True
+    return any(
+        module._load_state_dict_pre_hooks or not type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+        for module in model.modules()
+    )
 
 
 # -- what went wrong on one rank is raised on all ---------------------------------------------------------------------

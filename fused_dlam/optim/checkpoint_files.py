@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import re
 import shutil
 import uuid
@@ -26,6 +25,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemWriter, Metadata
 
 from ..comm.watch import log
+from .safe_reading import read_metadata, seal
 
 FOLDER = re.compile(r"step\d+-([0-9a-f]{8})")
 FORMER = re.compile(r"__\d+_\d+\.distcp|(__\d+)?\.metadata\.tmp")  # what a plain dcp.save leaves in the directory
@@ -86,6 +86,7 @@ class Writer(FileSystemWriter):
         for place in {id(one.storage_data): one.storage_data for one in chain(*results)}.values():
             place.relative_path = f"{self.folder}/{place.relative_path}"
         super().finish(metadata, results)
+        seal(Path(self.path, ".metadata"))
         sync(Path(self.path))
         os.replace(Path(self.path, ".metadata"), self.home / ".metadata")
         sync(self.home)
@@ -105,11 +106,9 @@ def tidy(home: Path, former: bool = False) -> None:
     former: also the files of a `dcp.save` that had this directory before.
     """
     try:
-        metadata = home / ".metadata"
         kept = set()
-        if metadata.exists():
-            with open(metadata, "rb") as file:
-                kept = {Path(place.relative_path).parts[0] for place in pickle.load(file).storage_data.values()}
+        if (home / ".metadata").exists():
+            kept = {Path(place.relative_path).parts[0] for place in read_metadata(home).storage_data.values()}
         for entry in list(home.iterdir()):
             if entry.name in kept:
                 continue

@@ -3,7 +3,8 @@
     parts.<rank>.<worker>.<save>    in that rank's file, which it begins: the save and the step
 
 `.metadata` names files and places in them. Should a file be another save's, put there by a copy that was cut off, say,
-it would be read as if it were this one's: DCP looks at nothing but places.
+it would be read as if it were this one's: DCP looks at nothing but places. safe_reading.py tells torn and changed
+bytes, and lets no file run code.
 """
 
 from __future__ import annotations
@@ -13,21 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from .checkpoint_files import PARTS, quietly
-
-
-class _Known(FileSystemReader):
-    """Of a directory whose `.metadata` was read already: a save in the meantime may have put another in its place."""
-
-    def __init__(self, path: str | PathLike[str], metadata: Metadata):
-        super().__init__(path)
-        self.metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
+from .safe_reading import Known, Planner, read_metadata
 
 
 class Part:
@@ -59,15 +50,18 @@ class Reader:
         self.path, self.model, self.params = path, model.state_dict(), params
         self.problem = ""
         try:
-            self.metadata = FileSystemReader(path).read_metadata()
+            self._take(read_metadata(path))
         except FileNotFoundError:
-            self.metadata = Metadata({}, {})
+            self._take(Metadata({}, {}))
         except Exception as error:
-            self.metadata, self.problem = Metadata({}, {}), f"; {type(error).__name__}: {error}"
-        self.stored = self.metadata.state_dict_metadata
+            self._take(Metadata({}, {}))
+            self.problem = f"; {type(error).__name__}: {error}"
+
+    def _take(self, metadata: Metadata) -> None:
+        self.metadata, self.stored = metadata, metadata.state_dict_metadata
         self.keys: dict[int, dict[tuple, str]] = {}
         self._parts: list[tuple[int, str, str, str]] = []
-        for key, place in (self.metadata.planner_data or {}).items():
+        for key, place in (metadata.planner_data or {}).items():
             worker = str(place[0]).removeprefix("worker")
             if worker.isdigit():
                 self.keys.setdefault(int(worker), {})[tuple(place[1:])] = key
@@ -106,7 +100,7 @@ class Reader:
         return floats and place[0] in ("model", "optimizer")
 
     def read(self, worker: int, others: int | None = None) -> dict[tuple, Any]:
-        """A worker's entries; what cannot be averaged of worker `others`. Raises OSError or RuntimeError."""
+        """A worker's entries; what cannot be averaged of worker `others`. Raises OSError or ValueError."""
         chosen = {
             place: key if others is None or self.averages(place) else self.keys[others][place]
             for place, key in self.keys[worker].items()
@@ -117,9 +111,12 @@ class Reader:
     def _load(self, values: dict[str, Any]) -> dict[str, Any]:
         try:
             with quietly():
-                dcp.load(values, storage_reader=_Known(self.path, self.metadata), no_dist=True)
-        except CheckpointException as error:
-            raise error.failures[0][0] from None
+                dcp.load(values, storage_reader=Known(self.path, self.metadata), planner=Planner(), no_dist=True)
+        except CheckpointException as packed:
+            error = packed.failures[0][0]
+            if isinstance(error, (OSError, ValueError, MemoryError, torch.OutOfMemoryError)):
+                raise error from None
+            raise ValueError(f"{self.path} cannot be read: {type(error).__name__}: {error}") from None
         return values
 
     def _room(self, place: tuple, key: str) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from ..comm import sharded
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
+from .overlaps import overlaps_itself
 
 
 class Frozen:
@@ -31,7 +32,10 @@ class Frozen:
                 here = sharded.local(p)
                 flat = here.detach().clone(memory_format=torch.contiguous_format)
                 engine.place.start_equal(torch.view_as_real(flat) if flat.is_complex() else flat)
-                here.copy_(flat)
+                if overlaps_itself(here):  # expanded: it cannot be written in its place
+                    p.data = flat
+                else:
+                    here.copy_(flat)
         return [p for p in params if p.requires_grad]
 
     def zero_grad(self, set_to_none: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from ..comm.errors import ExchangeError, calling
 from ..comm.sharded import local
+from ..rules.scalars import among
 from . import options
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entrie
 
 def check_loaded(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None:
     """Raises ValueError or TypeError if an optimizer cannot load this. Talks to nobody."""
+    _check_form(state_dict)
     groups = state_dict["param_groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -40,6 +42,23 @@ def check_loaded(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"group {i} of the checkpoint: {error}") from None
     _check_state(optimizer, state_dict)
+
+
+def _check_form(state_dict: Any) -> None:
+    """Raises ValueError for what is no optimizer's state at all."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("an optimizer's checkpoint is a dictionary with 'state' and 'param_groups', which this is not")
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the checkpoint's state is no dictionary, but {state!r}")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise TypeError(f"the checkpoint's param_groups are no list of dictionaries, but {groups!r}")
+    for i, group in enumerate(groups):
+        if not isinstance(group.get("params"), (list, tuple)):
+            raise TypeError(f"group {i} of the checkpoint has no list of parameters, but {group.get('params')!r}")
+        for key in group["params"]:
+            if not isinstance(key, (int, str)):
+                raise TypeError(f"group {i} of the checkpoint has a parameter {key!r}, which is no number and no name")
 
 
 def check_everywhere(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None:
@@ -75,7 +94,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
     """Raises ValueError for a checkpoint of another method or topology."""
     for theirs, ours in zip(state_dict["param_groups"], param_groups, strict=False):
         if "slowmo" in theirs:  # of the releases in which layers were options
-            theirs = {"layers": theirs["slowmo"] or "", **theirs}
+            theirs = {"layers": theirs["slowmo"] if isinstance(theirs["slowmo"], str) else "", **theirs}
         if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
             raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
         for what in ("method", "layers", *PLACE):
@@ -91,15 +110,20 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
                         else f": build it with {what}= as there, or load the model alone: its state means nothing here"
                     )
                 )
+        if "method" not in ours and {"method", "memory"} <= set(theirs):
+            raise ValueError(
+                f"the checkpoint is of GossipSGD with method {theirs['method']!r}, and this is a Gossip, whose inner"
+                " optimizer has another state: load the model alone"
+            )
         if "method" not in ours:
             continue  # the inner optimizer of a Gossip knows what it can load
         if "betas" in theirs:  # its steps are counted per parameter, in its state
             raise ValueError(
                 "the checkpoint is of one of torch's Adams; there is fused_dlam.Gossip(torch.optim.AdamW(...))"
             )
-        if theirs.get("dampening"):
+        if not among(theirs.get("dampening"), (None, 0)):
             raise ValueError("the checkpoint uses dampening, which no method here defines")
-        if "nesterov" in theirs and theirs["nesterov"] != ours["method"].startswith("nesterov-"):
+        if "nesterov" in theirs and not among(theirs["nesterov"], (ours["method"].startswith("nesterov-"),)):
             raise ValueError(
                 f"the checkpoint is of torch.optim.SGD(nesterov={theirs['nesterov']}): build with the same, by a method"
                 " named nesterov-... or one that is not"
@@ -151,6 +175,8 @@ def _check_state(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
             of = f"of parameter {names[j] if names else j} of group {i}, of shape {tuple(p.shape)}"
             if not isinstance(values, Mapping):
                 raise TypeError(f"the checkpoint's state {of} is no dictionary, but {values!r}")
+            if values and "method" not in ours and "step" in optimizer.state.get(p, {}) and "step" not in values:
+                raise ValueError(f"the checkpoint's state {of}, lacks 'step': it is of another optimizer")
             b, slot = slots.get(p, (None, None))  # a frozen parameter has none
             flat = {"gossip_master"} | (
                 set(optimizer._engine.buffers(b)) if b is not None and "method" in ours else set()
@@ -171,6 +197,8 @@ def _check_state(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
 def _check_tensor(what: str, value: Any, shape: torch.Size, p: torch.Tensor) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{what}, is no tensor, but {value!r}")
+    if local(value).layout != torch.strided or local(value).is_meta:
+        raise TypeError(f"{what}, is {'on the meta device' if value.is_meta else value.layout}")
     if local(value).shape != shape:
         raise ValueError(f"{what}, has shape {tuple(value.shape)}")
     if not (value.is_floating_point() or value.is_complex()) or value.is_complex() > p.is_complex():

@@ -8,6 +8,7 @@ from .. import rules
 from .. import topology as topologies
 from ..layers.old_names import from_old_names, warn
 from ..rules.rule import Rule
+from ..rules.scalars import among
 from ..topology import Topology, TopologyLike
 
 
@@ -23,7 +24,7 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
     old = [f"{name}={value}" for name, value in (("communicate_every", every), ("global_average_every", global_every))
            if value is not None]  # fmt: skip
     if old:
-        change = f".every({every})" * (every not in (None, 1)) + f".with_global_average({global_every})" * (
+        change = f".every({every})" * (not among(every, (None, 1))) + f".with_global_average({global_every})" * (
             global_every is not None
         )
         warn(", ".join(old), _new_topology(topology, change))
@@ -32,6 +33,8 @@ def translate(options: dict[str, Any], topology: TopologyLike, method: str | Rul
         return topology, method, layers
     if "nesterov" in options:
         nesterov, name = options.pop("nesterov"), rule.name
+        if not among(nesterov, (True, False, None)):
+            raise TypeError(f"nesterov must be True or False, not {nesterov!r}")
         warn(f"nesterov={nesterov}", f"method={'nesterov-' * bool(nesterov) + name!r}")
         if nesterov and f"nesterov-{name}" not in rules.ALL:
             known = ", ".join(other.removeprefix("nesterov-") for other in rules.ALL if other.startswith("nesterov-"))

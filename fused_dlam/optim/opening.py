@@ -53,6 +53,7 @@ class Opening:
         """Fixes this step's scalars, anew if it has begun. skip: see `Engine.begin`."""
         engine, groups = self.engine, self.optimizer.param_groups
         for group in groups:
+            options.check_again(group, engine.rule, self.options.layers)
             self.certificate.recheck(group)
         self._whole, settings = False, self.settings()
         memories = [dict(group["memory"]) for group in groups]
@@ -77,7 +78,6 @@ class Opening:
 
     def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
-        options.check_rates(group)
         return self.engine.rule.scalars(memory=memory, **self._arguments(group))
 
     def _arguments(self, group: dict[str, Any]) -> Arguments:

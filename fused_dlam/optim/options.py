@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ from ..layers import spikes
 from ..layers.layer import Layer, checked, finishing
 from ..rules import scalars
 from ..rules.rule import COMMON, RESERVED, Rule, check_schedule
-from ..rules.scalars import number
+from ..rules.scalars import among, number
 from .overlaps import overlapping
 
 FIRST = ("method", "topology", "schedule")  # of a group's entries, those that explain a difference in the others
@@ -57,28 +58,31 @@ class Options:
     local_steps: bool = False
 
     def __post_init__(self):
-        if self.nonfinite not in ("skip", "raise"):
+        if not among(self.nonfinite, ("skip", "raise")):
             raise ValueError(f"Invalid nonfinite: {self.nonfinite!r}, must be 'skip' or 'raise'")
         object.__setattr__(self, "layers", checked(self.layers))
         check_schedule(self.schedule)
         spikes.check(self.clip)
         if self.clip is not None and self.max_grad_norm is not None:
             raise ValueError("clip='spikes' and max_grad_norm= both shorten gradients: choose one")
-        if self.overlap not in (True, False, "auto"):
+        if not among(self.overlap, (True, False, "auto")):
             raise ValueError(f"Invalid overlap: {self.overlap!r}, must be True, False or 'auto'")
         if self.max_grad_norm is not None and not number("max_grad_norm", self.max_grad_norm) > 0:
             raise ValueError(f"Invalid max_grad_norm: {self.max_grad_norm}, must be above 0, or None")
-        if self.local_steps not in (True, False):
+        if not among(self.local_steps, (True, False)):
             raise TypeError(f"local_steps must be True or False, not {self.local_steps!r}")
         if self.local_steps:
             self._check_local_steps()
-        if self.fused not in (None, True, False):
+        if not among(self.fused, (None, True, False)):
             raise ValueError(f"Invalid fused: {self.fused!r}, must be None, True or False")
         if self.bucket_mb is not None and not 0 < number("bucket_mb", self.bucket_mb) <= LARGEST_BUCKET:
             raise ValueError(
                 f"Invalid bucket_mb: {_short(self.bucket_mb)}, must be MiB above 0 and finite, or None; one that is"
                 " larger than the model makes one message of it"
             )
+        for name in ("max_grad_norm", "bucket_mb"):  # a tensor or a fraction as the number that it is
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(name, getattr(self, name)))
         if self.comm_dtype is not None and not isinstance(self.comm_dtype, torch.dtype):
             raise TypeError(f"comm_dtype must be a torch.dtype, such as torch.bfloat16, not {self.comm_dtype!r}")
         if self.comm_dtype is not None and self.comm_dtype not in MESSAGES:
@@ -163,7 +167,7 @@ def check(group: dict[str, Any], rule: Rule, chosen: Options) -> None:
         raise ValueError(f"Invalid momentum value: {_short(momentum)}, must be in [0, 1)")
     if not 0.0 <= number("weight_decay", weight_decay) < math.inf:
         raise ValueError(f"Invalid weight_decay value: {_short(weight_decay)}")
-    if group.get("maximize", False) not in (True, False):
+    if not among(group.get("maximize", False), (True, False)):
         raise TypeError(f"maximize must be True or False, not {group['maximize']!r}")
     settings = [name for layer in layers for name in layer.settings]
     known = {*rule.hyper, *settings}
@@ -232,10 +236,13 @@ def check_parameters(params: list[torch.Tensor], others: Iterable[torch.Tensor] 
 def snapshot(group: dict[str, Any], names: tuple[str, ...]) -> tuple:
     """What tells whether a setting was changed since. A tensor on a device is known by its version, not read."""
     values = (group[name] for name in names)
-    return tuple(
-        v if not isinstance(v, torch.Tensor) else float(v) if scalars.on_host(v) else (id(v), v._version)
-        for v in values
-    )
+    return tuple(_known_by(v) for v in values)
+
+
+def _known_by(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return float(value) if scalars.on_host(value) and value.numel() == 1 else (id(value), value._version)
+    return value.tolist() if isinstance(value, np.ndarray) else value  # for == to be one truth value
 
 
 def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, options: Options) -> dict[str, str]:
@@ -252,7 +259,7 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, opt
         "parameter shapes, strides or types": str(shapes),
         "how the parameters are sharded": str(split),
         "which parameters are trainable": "".join("1" if p.requires_grad else "0" for p in params),
-        **{name: _text(group.get(name)) for name in names},
+        **{name: _text(name, group.get(name)) for name in names},
         "the topology's weights": engine.topology.fingerprint,
         **options.facts(),
     }
@@ -271,15 +278,19 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _text(value: object) -> str:
-    return str(float(value)) if isinstance(value, torch.Tensor) else str(value)  # a tensor's text names its device
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    if value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    return str(float(value))  # a tensor's text names its device
 
 
-def check_rates(group: dict[str, Any]) -> None:
+def check_again(group: dict[str, Any], rule: Rule, layers: Sequence[Layer]) -> None:
     """Before every step: one learning rate that is not finite would be the end of all workers' parameters.
 
-    Raises ValueError or TypeError for a learning rate or weight decay that the constructor would refuse. A tensor on a
-    device is not read.
+    Raises ValueError or TypeError for what the constructor would refuse of what scripts set between steps: rates,
+    momentum, hyper-parameters, the layers' settings. A tensor on a device is not read.
     """
     for name in ("lr", "weight_decay"):
         value = group[name]
@@ -287,5 +298,12 @@ def check_rates(group: dict[str, Any]) -> None:
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
             continue
-        if not 0.0 <= number(name, float(value) if isinstance(value, torch.Tensor) else value) < math.inf:
-            raise ValueError(f"Invalid {name}: {value!r}, must be at least 0 and finite")
+        if not 0.0 <= number(name, value) < math.inf:
+            raise ValueError(f"Invalid {name}: {_short(value)}, must be at least 0 and finite")
+    if not 0.0 <= number("momentum", group["momentum"]) < 1.0:
+        raise ValueError(f"Invalid momentum value: {_short(group['momentum'])}, must be in [0, 1)")
+    if not among(group["maximize"], (True, False)):
+        raise TypeError(f"maximize must be True or False, not {group['maximize']!r}")
+    rule.check_hyper({name: group[name] for name in rule.hyper})
+    for layer in layers:
+        layer.check(group)

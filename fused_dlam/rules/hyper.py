@@ -57,13 +57,16 @@ class Hyper:
     def _contains(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
-        number = float(value)
+        try:
+            real = float(value)
+        except OverflowError:  # a whole number beyond all floats
+            return False
         return (
-            not isnan(number)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
+            not isnan(real)
+            and (self.at_least is None or real >= self.at_least)
+            and (self.above is None or real > self.above)
+            and (self.at_most is None or real <= self.at_most)
+            and (self.below is None or real < self.below)
         )
 
     @property

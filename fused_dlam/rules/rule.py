@@ -16,7 +16,7 @@ import torch
 
 from .hyper import Default, Hyper, did_you_mean
 from .jit import jit
-from .scalars import Scalar
+from .scalars import Scalar, among
 
 SCHEDULES = ("atc", "midpoint", "awc")
 
@@ -158,7 +158,7 @@ class Rule:
     def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in self.defaults(hyper).items():
-            values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else value
+            values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)
         if self.derive is not None:
             values.update(self.derive(values, memory))
         if self.halfway:
@@ -230,7 +230,8 @@ class Rule:
 
         Raises ValueError for other names, and for rules whose message is not one value in the place of the parameters.
         """
-        if schedule == "auto" or schedule == self.schedule:
+        check_schedule(schedule)
+        if schedule in ("auto", self.schedule):
             return self
         other = object.__new__(type(self))  # copy.copy would take the way of pickle, and return this one
         vars(other).update(vars(self))
@@ -267,7 +268,7 @@ class Rule:
 
 def check_schedule(schedule: Any) -> None:
     """Raises ValueError for what is no schedule."""
-    if schedule not in (*SCHEDULES, "auto"):
+    if not among(schedule, (*SCHEDULES, "auto")):
         raise ValueError(f"Invalid schedule: {schedule!r}, must be 'auto', 'atc', 'midpoint' or 'awc'")
 
 

@@ -30,6 +30,11 @@ def number(name: str, value: Any) -> float:
     raise TypeError(f"{name} must be a number, not {value!r}")
 
 
+def among(value: Any, choices: tuple) -> bool:
+    """Whether a value is one of some words and truth values. An array is none, and is not compared with them."""
+    return isinstance(value, (bool, np.bool_, int, float, str, type(None))) and value in choices
+
+
 def on_host(value: torch.Tensor) -> bool:
     """Whether the host can read the value without waiting."""
     return value.is_cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology.topology import Topology
+
+LONGEST = 10**9  # steps
 
 
 class Simulation:
@@ -52,13 +55,19 @@ class Simulation:
         layers = from_old_names(hyper, layers)
         self.rule = rules.get(method).under(schedule)
         self.rule.check_hyper(hyper)
-        self.x: Any = x.clone() if isinstance(x, torch.Tensor) else np.array(x, dtype=np.float64).view(Array)
+        self.x: Any = x.clone() if isinstance(x, torch.Tensor) else reals("x", x).view(Array)
+        if self.x.ndim != 2 or (isinstance(x, torch.Tensor) and not x.is_floating_point()):
+            raise ValueError(f"x must be real numbers [n, d], not {self.x.dtype} of shape {tuple(self.x.shape)}")
         self.topology = topologies.get(topology, len(x))
-        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-            number(name, value)
-        self.momentum, self.weight_decay, self.hyper = momentum, weight_decay, hyper
+        if not 0 <= number("momentum", momentum) < 1:
+            raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
+        if not 0 <= number("weight_decay", weight_decay) < math.inf:
+            raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+        self.momentum, self.weight_decay, self.hyper = float(momentum), float(weight_decay), hyper
         self.layers = checked(layers)
         self.settings = {name: value for layer in self.layers for name, value in layer.settings.items()}
+        for layer in self.layers:
+            layer.check(self.settings)
         self.state = self.rule.State(*(0.0 * self.x for _ in self.rule.state))
         self.extra = [
             tuple(self.x if kind == "x" else 0.0 * self.x for kind in layer.state.values()) for layer in self.layers
@@ -70,6 +79,9 @@ class Simulation:
 
     def step(self, g: Any, lr: float) -> Any:
         """One step of every worker from its gradient g[i] at x[i], weight decay not included. Returns the new x."""
+        lr = _checked_lr(lr)
+        if not isinstance(g, torch.Tensor if isinstance(self.x, torch.Tensor) else np.ndarray):
+            raise TypeError(f"g must be of the kind of x, {type(self.x).__name__}, not {type(g).__name__}")
         if g.shape != self.x.shape:
             raise ValueError(f"grad returned shape {tuple(g.shape)}, expected {tuple(self.x.shape)}")
         averaged = self.rule.average == "gradient"
@@ -124,13 +136,17 @@ def simulate(
         schedule: "atc", "midpoint" or "awc", see `Rule.under`; "auto" is the method's own.
         options: layers and hyper-parameters, as for `Simulation`.
 
-    No certificate is asked for: unstable choices run, and overflow.
+    Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
     """
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0, not {steps!r}")
+    if steps > LONGEST:
+        raise ValueError(f"steps must be at most {LONGEST:,}: all of them are kept")
+    if not callable(grad):
+        raise TypeError(f"grad must be a function of the step and of x, not {type(grad).__name__}")
     if not callable(lr):
-        number("lr", lr)
-    x = np.array(x0, dtype=np.float64)
+        _checked_lr(lr)
+    x = reals("x0", x0)
     if x.ndim == 1:
         if not isinstance(topology, Topology):
             raise ValueError("x0 must be [n, d] when the topology is given by name, or as a function of n")
@@ -139,6 +155,24 @@ def simulate(
     out = np.empty((steps + 1, *x.shape))
     out[0] = x
     for step in range(steps):
-        g = np.asarray(grad(step, workers.x.view(np.ndarray)), dtype=np.float64).view(Array)
+        g = reals("what grad returns", grad(step, workers.x.view(np.ndarray))).view(Array)
         out[step + 1] = workers.step(g, lr(step) if callable(lr) else lr)
     return out
+
+
+def reals(what: str, values: Any) -> np.ndarray:
+    """A copy in float64. Raises TypeError for what is no array of real numbers."""
+    try:
+        array = np.array(values)
+    except (TypeError, ValueError) as error:  # of lists of unlike lengths, of tensors that need gradients
+        raise TypeError(f"{what} must be an array of real numbers ({error})") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{what} must be an array of real numbers, not of {array.dtype.name}")
+    return array.astype(np.float64)
+
+
+def _checked_lr(lr: Any) -> float:
+    value = number("lr", lr)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"Invalid learning rate: {lr}, must be at least 0 and finite")
+    return value

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import networkx as nx
 import numpy as np
 
-from .matrix import TOLERANCE, Circulant, Dense, Phase, merged
+from .matrix import TOLERANCE, Circulant, Dense, Phase, merged, numbers
 
 
 def as_phases(weights) -> list[Phase]:
-    """The matrices of one period, from whatever a user gave."""
+    """The matrices of one period, from whatever a user gave. Raises TypeError or ValueError if it is none."""
     if isinstance(weights, Phase):
         weights = [weights]
-    if isinstance(weights, (list, tuple)) and any(isinstance(w, Phase) or np.ndim(w) == 2 for w in weights):
+    if isinstance(weights, (list, tuple)) and any(isinstance(w, Phase) or _is_matrix(w) for w in weights):
         # A user's `Circulant` may have offsets beyond n, and the same one twice.
         forms = [merged(w.n, w.weights) if isinstance(w, Circulant) else w for w in weights]
         return [w if isinstance(w, Phase) else Dense(w) for w in forms]
-    array = np.asarray(weights, dtype=np.float64)
+    array = numbers(weights)
     if array.ndim not in (2, 3) or not array.size:
         raise ValueError(f"weights must be one [n, n] matrix or a sequence of them, not of shape {array.shape}")
     return [Dense(W) for W in (array[None] if array.ndim == 2 else array)]
 
 
+def _is_matrix(weights: Any) -> bool:
+    try:
+        return np.ndim(weights) == 2
+    except ValueError:  # rows of unlike lengths
+        return False
+
+
 def check_rows(phase: Phase, where: str) -> None:
     """Raises ValueError if a weight is negative or not finite or a row does not sum to one."""
     values = phase.values()
+    if not values.size:
+        raise ValueError(f"{where}: every row must sum to one; there are no weights")
     if values.min() >= 0 and abs(values.sum(axis=-1) - 1).max() <= TOLERANCE:  # False if there is a NaN
         return
     if not np.isfinite(values).all():

@@ -47,7 +47,8 @@ class RandomTopology(Topology):
         name: what messages and checkpoints call it. Ranks compare names, so a seed belongs in it.
 
     Raises ValueError, at construction or when a step is drawn, if a matrix has another size, a larger degree, negative
-    or non-finite entries, or a row or column that does not sum to one; and if the workers stay unconnected.
+    or non-finite entries, or a row or column that does not sum to one; and if the workers stay unconnected. TypeError
+    if `draw` is no function, or what it returns no matrix of one of these forms.
     """
 
     def __init__(self, draw: Callable[[int], Phase], n: int, degree: int, name: str = "random", *, _first: int = FIRST):
@@ -80,6 +81,8 @@ class RandomTopology(Topology):
 
     def _check_phase(self, phase: Phase, step: int) -> None:
         where = f"topology {self.name!r}, step {step}"
+        if not isinstance(phase, Phase):
+            raise TypeError(f"{where}: draw must return a Circulant, Sparse or Dense, not {type(phase).__name__}")
         if phase.n != self.n:
             raise ValueError(f"{where}: {phase.n} workers instead of {self.n}")
         check_rows(phase, where)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from numbers import Real
 
 import numpy as np
 
@@ -114,7 +115,7 @@ def _first_of_pairs(n: int, a: int) -> np.ndarray:
 
 
 def _share(eta: float) -> float:
-    if isinstance(eta, (bool, str)) or not 0 < eta <= 1:
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 < eta <= 1:
         raise ValueError(f"eta must be in (0, 1], not {eta!r}")
     return float(eta)
 

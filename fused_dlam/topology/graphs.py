@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from numbers import Real
 
 import networkx as nx
 import numpy as np
@@ -15,13 +16,19 @@ from .topology import Topology
 
 
 def metropolis_hastings(graph: nx.Graph) -> np.ndarray:
-    """Symmetric weights for an undirected graph: 1/(1 + the larger degree) per edge. A worker keeps the rest."""
+    """Symmetric weights for an undirected graph: 1/(1 + the larger degree) per edge. A worker keeps the rest.
+
+    Edges that a multigraph has several times count once. Raises ValueError for a directed graph, whose nodes have two
+    degrees.
+    """
     _check_graph(graph)
+    if graph.is_directed():
+        raise ValueError("Metropolis-Hastings weights are those of an undirected graph: pass graph.to_undirected()")
     n = graph.number_of_nodes()
     index = {node: i for i, node in enumerate(graph)}
     degree = {node: len(set(graph[node]) - {node}) for node in graph}
     W = np.zeros((n, n))
-    for a, b in graph.edges:
+    for a, b in graph.edges():
         if a != b:
             W[index[a], index[b]] = W[index[b], index[a]] = 1 / (1 + max(degree[a], degree[b]))
     np.fill_diagonal(W, 1 - W.sum(axis=1))
@@ -33,18 +40,23 @@ def from_networkx(graph: nx.Graph, name: str = "networkx") -> Topology:
 
     An edge j -> i carries j's message to i. If the edges have a `weight`, that is the weight, and a worker without a
     self-loop keeps the rest for itself. If they have none, an undirected graph gets Metropolis-Hastings weights. In a
-    directed graph each worker gives equal weights to itself and to everybody it hears from.
+    directed graph each worker gives equal weights to itself and to everybody it hears from. Weights of edges that a
+    multigraph has several times add up.
     """
     _check_graph(graph)
     if graph.number_of_nodes() == 0:
         raise ValueError("the graph has no nodes")
-    weighted = [data for _, _, data in graph.edges(data=True) if "weight" in data]
+    weighted = [data["weight"] for _, _, data in graph.edges(data=True) if "weight" in data]
+    for weight in weighted:
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"an edge's weight must be a number, not {weight!r}")
     if weighted and len(weighted) < graph.number_of_edges():
         raise ValueError("some edges have a 'weight' and some have none")
     if not weighted and not graph.is_directed():
         return Topology(metropolis_hastings(graph), name)
     A = nx.to_numpy_array(graph, weight="weight" if weighted else None).T
     if not weighted:
+        A = (A > 0).astype(np.float64)
         np.fill_diagonal(A, 1)
         return Topology(A / A.sum(axis=1, keepdims=True), name)
     for i in np.flatnonzero(A.diagonal() == 0):
@@ -165,7 +177,7 @@ def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology
     n = check_workers(n)
     sizes = [m for m in range(1, n + 1) if n % m == 0 and m != 2]
     m = min(sizes, key=lambda m: abs(m - math.sqrt(n))) if machine_size is None else machine_size
-    if isinstance(m, bool) or m not in sizes:
+    if isinstance(m, bool) or not isinstance(m, (int, np.integer)) or m not in sizes:
         raise ValueError(f"machine_size must be a divisor of the {n} workers other than 2, not {m!r}")
     m = int(m)
     machines, inside = n // m, np.arange(n) % m

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 TOLERANCE = 1e-9  # on row and column sums
+LARGEST = 10**7  # of what is counted: lists of so many are made
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Dense:
     """The whole of W, float64 [n, n]."""
 
     def __init__(self, W) -> None:
-        W = np.array(W, dtype=np.float64)
+        W = numbers(W)
         if W.ndim != 2 or W.shape[0] != W.shape[1]:
             raise ValueError(f"a mixing matrix must be square, not of shape {W.shape}")
         self.W, self.n = W, len(W)
@@ -219,15 +220,28 @@ Phase = Circulant | Sparse | Dense
 # -- building blocks ---------------------------------------------------------------------------------------------------
 
 
+def numbers(weights: Any) -> np.ndarray:
+    """A copy in float64. Raises TypeError for what is no array of real numbers."""
+    try:
+        array = np.array(weights)
+    except (TypeError, ValueError) as error:  # of lists of unlike lengths
+        raise TypeError(f"weights must be matrices of numbers ({error})") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"weights must be matrices of real numbers, not of {array.dtype.name}")
+    return array.astype(np.float64)
+
+
 def check_workers(n: int) -> int:
-    """n as an int. Raises ValueError unless it is an integer >= 1."""
+    """n as an int. Raises ValueError unless it is an integer >= 1 and at most `LARGEST`."""
     return check_count("the number of workers", n)
 
 
 def check_count(what: str, count: int, at_least: int = 1) -> int:
-    """count as an int. Raises ValueError unless it is an integer of at least that much."""
+    """count as an int. Raises ValueError unless it is an integer of at least that much and at most `LARGEST`."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < at_least:
         raise ValueError(f"{what} must be an integer >= {at_least}, not {count!r}")
+    if count > LARGEST:
+        raise ValueError(f"{what} must be at most {LARGEST:,}, not one of {int(count).bit_length()} bits")
     return int(count)
 
 
