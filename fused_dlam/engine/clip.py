@@ -19,14 +19,25 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     With a norm that is not finite it is 0: how far to shorten the elements that are finite is not known.
     """
     engine.bring(AVERAGING)
-    return coefficient(engine, [engine.flight(b).active() for b in engine.buckets], unscale, limit)
+    flights = [engine.flight(b) for b in engine.buckets]
+    active = [flight.active() for flight in flights]
+    # g is filled from the gradients when they are averaged; where layers see it, only once this norm is known.
+    gradients = [flight.b.grads if flight.average is None else flight.b.g for flight in flights]
+    return coefficient(engine, active, unscale, limit, gradients)
 
 
-def coefficient(engine: Engine, active: Sequence[list[bool]], unscale: Scalar, limit: float) -> Scalar:
+def coefficient(
+    engine: Engine,
+    active: Sequence[list[bool]],
+    unscale: Scalar,
+    limit: float,
+    gradients: Sequence[torch.Tensor] | None = None,
+) -> Scalar:
     """The same of the gradients that are there. active: for each bucket, which of its parameters have one."""
+    gradients = [b.grads for b in engine.buckets] if gradients is None else gradients
     squares = [
-        torch.linalg.vector_norm(b.g[span], dtype=b.x.dtype).square().double()
-        for b, here in zip(engine.buckets, active, strict=True)
+        torch.linalg.vector_norm(g[span], dtype=b.x.dtype).square().double()
+        for b, g, here in zip(engine.buckets, gradients, active, strict=True)
         for span, now in b.runs(here)
         if now
     ]

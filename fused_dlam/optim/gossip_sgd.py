@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -222,9 +222,11 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
             self._arrivals.hold_back("a parameter group was added after the backward pass")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group["memory"] = dict(group["memory"])
-        group["step"] = self.param_groups[0]["step"]
         try:
+            if not isinstance(group["memory"], Mapping):
+                raise TypeError(f"memory must be numbers by name, not {group['memory']!r}")
+            group["memory"] = dict(group["memory"])
+            group["step"] = self.param_groups[0]["step"]
             options.check(group, self._rule, self._options)
             options.check_parameters(group["params"])
             self._certificate.check(group)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_dlam import Gossip, GossipSGD, Simulation, Topology, consensus_growth, simulate, topology
+from fused_dlam import Gossip, GossipSGD, Simulation, SlowMo, Topology, consensus_growth, simulate, topology
 from fused_dlam.layers import Lars
 
 
@@ -209,3 +209,18 @@ def test_options_of_torch_that_are_arrays(name):
             optimizer.load_state_dict(saved)
     else:
         optimizer.load_state_dict(saved)  # an entry that sets nothing
+
+
+def test_a_norm_before_a_layer_is_this_steps():
+    """With a layer that sees gradients they are copied for it after the norm is taken: it was the last step's."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    p.grad = torch.ones(3, 2)
+    GossipSGD([p], lr=1.0, momentum=0.0, max_grad_norm=0.5, layers=[SlowMo(2)]).step()
+    assert abs(float((1 - p.detach()).norm()) - 0.5) < 1e-5
+
+
+def test_a_groups_memory_is_numbers_by_name():
+    optimizer = GossipSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(TypeError, match="memory must be numbers by name"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "memory": -1})
+    assert len(optimizer.param_groups) == 1
