@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from .. import rules
 from .. import topology as topologies
-from ..comm.errors import calling
-from ..comm.place import Place, alone, layout
+from ..comm.place import Place, layout
 from ..comm.process_group import CPU
 from ..engine.arrivals import Arrivals
 from ..engine.buckets import Bucket
@@ -21,28 +20,28 @@ from ..engine.engine import Engine
 from ..engine.health import Health
 from ..engine.message import message_of
 from ..engine.slot import Slot
-from ..engine.step_allowed import check_step_allowed
 from ..kernels.passes import choose
 from ..layers.layer import Layer
 from ..rules.rule import Rule
-from ..rules.scalars import Scalar
 from ..topology import Topology, TopologyLike
-from . import mixed_precision, options, skipping
+from . import options, skipping
 from .certificate import Certificate
+from .copies import Copies, reclaimed
 from .counter import Counter
 from .frozen import Frozen
-from .kept_state import reclaim, show
-from .local_steps import LocalSteps, TakesLocalSteps, check_local_steps, refuse_scaler
+from .kept_state import show
+from .local_steps import LocalSteps, TakesLocalSteps, check_local_steps
 from .old_names import translate
 from .opening import Opening
 from .options import Options
 from .shared import GossipOptimizer
-from .state_dict import detach, loading, restore
+from .state_dict import detach
+from .steps import Steps
 from .succession import Succession
 from .survival import Members, Survival, enter
 
 
-class GossipSGD(TakesLocalSteps, GossipOptimizer):
+class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
     """Momentum SGD, data parallel by gossip: each `step` takes a local step and averages with neighbors of a graph.
 
     Call it on every rank in place of DDP and `torch.optim.SGD`, on a model that is not wrapped. The constructor moves
@@ -205,7 +204,7 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
         )
         for param_group in self.param_groups:
             self._enter(param_group)
-        self.register_state_dict_pre_hook(_reclaimed)
+        self.register_state_dict_pre_hook(reclaimed)
         self.register_state_dict_post_hook(detach)
 
     # -- parameter groups and their state ----------------------------------------------------------------------------
@@ -254,112 +253,9 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
                 show(self.state, self._engine, b, slot)
             self._arrivals.watch(b)
 
-    def _thaw(self) -> None:
-        """Moves into flat buffers what is trainable now and was not."""
-        for group, params in self._frozen.thawed():
-            self._watch(self._frozen.enter_late(params, group, self._engine, self._step))
-            self._engine.refresh()
-
     @property
     def _step(self) -> int:  # type: ignore[override]
         return self.param_groups[0]["step"]
-
-    # -- the step ----------------------------------------------------------------------------------------------------
-
-    @torch._disable_dynamo  # a compiled caller breaks its graph here, as at any communication
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One local step and one exchange. Every rank must call it equally often, or within `join`.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, which is returned; called once, before the exchange.
-
-        Raises RuntimeError if a parameter was moved since construction, ExchangeError if a peer does not answer.
-        """
-        self._check_connected()
-        check_step_allowed(self._engine, self._averaging)
-        if self._options.local_steps:
-            refuse_scaler(self)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._exchange(self._advance)
-        return loss
-
-    def _advance(self, gradients: bool = True) -> None:
-        """One step. Without gradients: for the other ranks' sake, see `join`.
-
-        Called again when an exchange failed it goes on, alone, from where that was.
-        """
-        engine = self._engine
-        skip: Scalar = 0.0
-        if self._opening.committed != self._step:
-            skip = self._send(gradients)
-        elif engine.step is not None:
-            engine.complete()
-        self._arrivals.finish()
-        for group in self.param_groups:
-            group["step"] += 1
-        self._opening.committed = None
-        self._local_steps.forget()
-        self._counter.note(unsure=isinstance(skip, torch.Tensor))
-        self._health.judge(self._step - 1)
-
-    def _send(self, gradients: bool) -> Scalar:
-        """Begins the step and completes the exchange; returns whether the local step is skipped."""
-        engine = self._engine
-        taken = reclaim(self.state, engine)
-        engine.refresh()
-        if taken and engine.step is not None:
-            self._arrivals.hold_back("the optimizer's state was set between the backward pass and step()")
-        skip: Scalar = float(self._overflow_elsewhere)
-        if gradients:
-            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
-            skip = mixed_precision.unscale(self, engine, self._arrivals)
-        elif getattr(self, "grad_scale", None) is not None:
-            self._arrivals.hold_back("a GradScaler was at work on other ranks")
-        self._thaw()
-        why = self._arrivals.verify()
-        self._local_steps.agree(self._step, gradients)
-        if why or not self._opening.done:
-            self._opening.begin(skip)
-        self._opening.commit()
-        self._health.look(self._step)
-        engine.complete(self._arrivals.ahead, recalls=bool(why))
-        return skip
-
-    # -- other neighbors, see recovery.py ----------------------------------------------------------------------------
-
-    def _groups_or(self, defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        return vars(self).get("param_groups") or [defaults]
-
-    def _pause(self) -> None:
-        self._arrivals.pause()
-
-    def _resume(self, graph: Topology) -> None:
-        rule, _, chosen = self._chosen
-        self._choose(rule, graph, chosen, not self._certificate.allowed)
-        self._opening.certificate = self._certificate
-        for group in self.param_groups:
-            group["topology"] = f"{graph.name} over {graph.n}"
-        self._arrivals.resume()
-
-    def _set_step(self, step: int) -> None:
-        for group in self.param_groups:
-            group["step"] = step
-
-    def _rest(self) -> Any:
-        memories = [group["memory"] for group in self.param_groups]
-        return memories, [[slot.steps for slot in b.slots] for b in self._engine.buckets]
-
-    def _take_rest(self, rest: Any) -> None:
-        memories, counts = rest
-        for group, memory in zip(self.param_groups, memories, strict=True):
-            group["memory"] = dict(memory)
-        for b, steps in zip(self._engine.buckets, counts, strict=True):
-            for slot, number in zip(b.slots, steps, strict=True):
-                slot.steps = number
 
     def close(self) -> None:
         if self._running is not None:
@@ -388,47 +284,3 @@ class GossipSGD(TakesLocalSteps, GossipOptimizer):
         for b in self._engine.buckets:
             b.zero_grad(set_to_none)
         self._frozen.zero_grad(set_to_none)
-
-    # -- checkpoints and copies --------------------------------------------------------------------------------------
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this method and topology, or one of `torch.optim.SGD`. On all ranks.
-
-        What `consensus_state_dict` returned loads on any topology.
-
-        Raises ValueError for a checkpoint of another method or topology.
-        """
-        self._check_own_values("load_state_dict()")
-        with calling("optimizer.load_state_dict()"), loading(self, self._engine):
-            super().load_state_dict(state_dict)
-        self._counter.restore()
-        self._local_steps.forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        can_work_on = self._running is not None and self._running.place.alone
-        return {**state, "_chosen": self._chosen} if can_work_on else state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called on a copied or unpickled optimizer, and by torch's load_state_dict in its middle."""
-        before = [dict(group) for group in self.__dict__.get("param_groups", ())]
-        super().__setstate__(state)
-        for group, old in zip(self.param_groups, before, strict=False):
-            for name, value in old.items():
-                group.setdefault(name, value)  # a checkpoint of torch.optim.SGD, or of the mean, lacks some
-            group["memory"] = dict(group["memory"])
-        if "_chosen" in state:
-            rule, graph, chosen = state["_chosen"]
-            self._choose(rule, graph, chosen, allow_unstable=True)
-            saved = {p: self.state.get(p, {}) for group in self.param_groups for p in group["params"]}
-            device = next(iter(saved)).device
-            self._start(alone(device))
-            restore(saved, self, self._engine)
-            self._counter.restore()
-
-
-def _reclaimed(optimizer: Optimizer) -> None:
-    """Before a checkpoint: entries of the state that a script took away are there again, as at the start."""
-    if isinstance(optimizer, GossipSGD) and optimizer._running is not None:
-        optimizer._local_steps.check_none("state_dict()")
-        reclaim(optimizer.state, optimizer._running)
