@@ -46,6 +46,11 @@ ALONE = [{}, {"method": "dmsgd", **DECAY}, {"topology": rests}, {"max_grad_norm"
 BATCHES, LOCAL = (3, 1, 2), (2, 0, 1)
 
 
+def named(options):
+    """For a test's name, which must be the same in all processes."""
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items()) or "default"
+
+
 def follow(
     method, Ws, grad, x0, table, lrs, *, momentum=0.9, decay=0.0, theta=0.5, rate=0.0, gain=300.0, limit=None,
     weighed=True, state=None,
@@ -113,7 +118,7 @@ def threes():
     return workers.run_together(3, calls)
 
 
-@pytest.mark.parametrize("c", range(len(CASES)), ids=[f"{o}-{'-'.join(rest)}" for o, *rest in CASES])
+@pytest.mark.parametrize("c", range(len(CASES)), ids=[f"{named(o)}-{'-'.join(rest)}" for o, *rest in CASES])
 def test_follows_the_equations(c, trained):
     n, results = trained
     (options, kind, *dtype), method = CASES[c], CASES[c][0].get("method", "mi-dmsgd")
@@ -144,7 +149,7 @@ def test_it_costs_two_numbers(trained):
     assert moved > 0 and round(moved) % (4 * ROUNDS) == 0
 
 
-@pytest.mark.parametrize("k", range(len(ALONE)), ids=map(str, ALONE))
+@pytest.mark.parametrize("k", range(len(ALONE)), ids=map(named, ALONE))
 def test_step_alone_is_todays_step(k, threes):
     """Bit for bit, with as many messages, and nothing of it is kept."""
     for (on, messages, groups), (off, others, without) in threes[f"alone {k}"]:
