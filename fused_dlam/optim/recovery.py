@@ -291,6 +291,21 @@ class Recovery:
                     return
                 if m.store.check([f"{m.view.generation + 1}/arrived"]):
                     self._recover(ExchangeError("other workers have lost one"), None)
+                    if self.next is not None:
+                        self._leave()
+                        return
                 time.sleep(0.05)
         except dist.DistError:  # the launcher is gone: there is nothing to hear of the others
             return
+
+    def _leave(self) -> None:
+        """The others are further, and would wait for steps that this worker, which is through, does not take."""
+        place, self.next = self.next, None
+        assert place is not None
+        log.warning(
+            "worker %d: finish() at step %d, and the others are at step %d: it leaves them. For data that run out at"
+            " different times: `with optimizer.join():`",
+            self.membership.me, self.optimizer._step, self.resumes,
+        )  # fmt: skip
+        self.membership.close()  # counts as gone at once
+        place.abandon()
