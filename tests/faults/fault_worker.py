@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 import torch.distributed as dist
-from places import INSIDE, inside
+from places import IN_RECOVERY, INSIDE, inside
 from table import CONTINUE, OPTIMIZERS, STEP, STEPS
 from torch import nn
 
@@ -29,6 +29,7 @@ class Worker:
     def __init__(self, case, rank, store, cells, folder):
         self.case, self.rank, self.store, self.cells, self.folder = case, rank, store, cells, folder
         self.victim = rank in case["victims"]
+        self.place = case["then"] if case["then"] and rank == case["victims"][-1] else case["place"]
         self.told = {"calls": 0, "own": 0, "events": 0}
 
     # -- the fault ---------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ class Worker:
 
     def at(self, place):
         """A context: the fault happens in it if it is this rank's and of this place."""
-        mine = self.victim and place == self.case["place"]
+        mine = self.victim and place == self.place
         if mine and place not in INSIDE and self.case["act"] in ("kill", "stop"):
             self.strike()
         return inside(place, self.strike) if mine and place in INSIDE else nullcontext()
@@ -105,7 +106,9 @@ class Worker:
             next(self.loader)
         self.say(BUILT)
         self.all_have(BUILT)
-        with self.at("first"), self.at("sent"), self.at("unsent"), self.at("last"):
+        with ExitStack() as places:
+            for place in ("first", "sent", "unsent", "last", *IN_RECOVERY):
+                places.enter_context(self.at(place))
             self.loop()
         self.say(TRAINED)
         if case["place"] == "end" and self.victim:
@@ -160,10 +163,10 @@ class Worker:
         place, optimizer = self.case["place"], self.optimizer
         with self.at("between"):
             pass
-        if place == "averaged":
+        if place in ("averaged", "confirming"):
             before = self.flat()
             try:
-                with self.at("averaged"), optimizer.averaged(self.model):
+                with self.at("averaged"), self.at("confirming"), optimizer.averaged(self.model):
                     self.told["mean"] = self.flat().double().sum().item()
             finally:
                 self.told["intact"] = torch.equal(before, self.flat())

@@ -12,10 +12,14 @@ from unittest import mock
 
 from table import STEP, STEPS
 
+from fused_dlam.comm import generation
 from fused_dlam.comm.group import Group
+from fused_dlam.comm.membership import Membership
 from fused_dlam.comm.place import Place
+from fused_dlam.engine import regroup
 from fused_dlam.engine.flight import Flight
 from fused_dlam.optim.checkpoint_files import Writer
+from fused_dlam.optim.surviving import Surviving
 
 INSIDE = {  # (owner, function, at which of its calls that count)
     "settings": (Group, "agree", 1),
@@ -26,7 +30,13 @@ INSIDE = {  # (owner, function, at which of its calls that count)
     "distance": (Group, "mean", 2),
     "saving": (Writer, "write_data", 1),
     "last": (Flight, "arrive", 2),
+    "confirming": (Place, "confirm", 1),
+    "agreeing": (Membership, "agree", 1),
+    "forming": (generation, "form", 1),
+    "connecting": (Surviving, "_connect", 1),
+    "settling": (regroup, "settle", 1),
 }
+IN_RECOVERY = ("agreeing", "forming", "connecting", "settling")
 STEPPED = {"sent": STEP, "unsent": STEP, "last": STEPS - 1}
 
 
@@ -36,13 +46,13 @@ def inside(place, strike):
     owner, name, nth = INSIDE[place]
     original, count = getattr(owner, name), 0
 
-    def interrupted(self, *arguments, **named):
+    def interrupted(first, *arguments, **named):
         nonlocal count
-        if place not in STEPPED or self.step == STEPPED[place]:
+        if place not in STEPPED or first.step == STEPPED[place]:
             count += 1
             if count == nth:
                 strike()
-        return original(self, *arguments, **named)
+        return original(first, *arguments, **named)
 
     with mock.patch.object(owner, name, interrupted):
         yield

@@ -6,6 +6,7 @@ A case is a dict, for it travels to faults_script.py as a line of JSON:
     act         what the victim does there: kill, stop (itself), return, finish (its loop ends before the others', and
                 it calls finish()), raise, exit, late (it sleeps); store: the store is killed
     victims     ranks
+    then        a place in a recovery: there, and not at the first place, the last of the victims meets its end
     optimizer   a name of OPTIMIZERS
     mode        on_failure
     resume      of a stopped one: "soon", once the others have "recovered", once they have "ended"
@@ -29,16 +30,16 @@ RAISE, CONTINUE = "raise", "continue"
 
 def case(act, place, victims, optimizer="default", mode=RAISE, n=4, **more):
     per_machine = 2 if optimizer == "hierarchical" else 1
-    silent = act in ("stop", "finish") or more.get("loader") or (per_machine > 1 and mode == CONTINUE)
+    silent = act in ("stop", "finish") or more.get("loader")
     silent = silent or place == "built" or (place == "before-saving" and mode == RAISE)  # no connection is in use
     out = dict(
         act=act, place=place, victims=list(victims), optimizer=optimizer, mode=mode, n=n, per_machine=per_machine,
         timeout=SHORT if silent else LONG, resume=None, expect="error" if mode == RAISE else "end", named=mode == RAISE,
-        loader=False,
+        loader=False, then=None,
     )  # fmt: skip
     out |= more
     who = "+".join(map(str, victims))
-    parts = [act, who, place, optimizer, mode]
+    parts = [act, who, place, out["then"], optimizer, mode]
     parts += [f"{n}workers"] * (n != 4) + ["loader"] * out["loader"] + [f"until-{out['resume']}"] * bool(out["resume"])
     out["id"] = "-".join(p for p in parts if p)
     return out
@@ -87,6 +88,10 @@ def _table():
         yield case("kill", "averaged", [1], "default", mode, loader=True)
     for name in ("default", "overlap", "awc", "gossip"):
         yield case("stop", "sent", [1], name, CONTINUE, resume="recovered")
+        for then in ("agreeing", "forming", "connecting", "settling"):
+            yield case("kill", "sent", [1, 2], name, CONTINUE, n=5, then=then)
+    for name in ("default", "hierarchical"):
+        yield case("kill", "confirming", [1], name, CONTINUE)
 
 
 CASES = list(_table())
