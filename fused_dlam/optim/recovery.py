@@ -218,6 +218,8 @@ class Recovery:
 
     def _come_back(self, error: Excluded) -> View:
         """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
+        if self.membership.machines:  # nobody comes to machines
+            raise error
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         self.membership.renew()
         view = self.membership.enter(self.membership.timeout)
