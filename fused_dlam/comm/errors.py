@@ -99,10 +99,13 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
     """The error for a wait that failed. The group counts as broken from here on, and a note for the others is left."""
     group, call = wait.group, current_call()
     group.broken = True
-    me, peer = group.ranks[group.rank], None if wait.peer is None else group.ranks[wait.peer]
+    me = group.ranks[group.rank]
     raw = (str(error).splitlines() or [type(error).__name__])[0]
     kind = kind_of(raw)
     others = [rank for rank in group.ranks if rank != me]
+    peer = group.ranks[wait.peer] if wait.peer is not None else None
+    if len(others) == 1:  # an exchange of all is one with the other
+        peer = others[0]
     own = last_words.Note(peer, wait.step, call)
     told = last_words.exchange(group.generation, me, own, [peer] if peer is not None else others)
     cause = _cause(kind, peer, group.ranks, group.timeout, call) if told is None else _consequence(*told, me)
@@ -111,7 +114,8 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
         if first:
             peer = first[0]
             cause = (
-                f"{listed(first)} ended, is stuck, or does not call {call}: look at that log first. Others gave up too."
+                f"{listed(first)} ended, {'is' if len(first) == 1 else 'are'} stuck, or"
+                f" {'does' if len(first) == 1 else 'do'} not call {call}: look there first. Others gave up too."
             )
     parts = [f"{wait} failed: {cause}"]
     if call in STEPS:

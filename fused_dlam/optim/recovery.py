@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -50,6 +51,7 @@ class Recovery:
         # calls outside of steps that have ended, alike on all ranks between steps
         self.calls = max((arrival.calls for arrival in membership.view.arrivals), default=0)
         self.in_call = self.has_result = False
+        self.take_back: Callable[[], Any] | None = None  # undoes what this worker has of the call
         self.resumes = 0  # the step from which all go on together
         self.next: Place | None = None  # where, while this worker catches up
         self.events: list[dict[str, Any]] = []
@@ -102,8 +104,11 @@ class Recovery:
 
     # -- calls outside of steps --------------------------------------------------------------------------------------
 
-    def together(self, call: Callable[[], T]) -> T:
-        """Makes a call that all ranks make, again and again until all who are left have its result."""
+    def together(self, call: Callable[[], T], undo: Callable[[T], Any] = lambda result: None) -> T:
+        """Makes a call that all ranks make, again and again until all who are left have its result.
+
+        undo: takes back a result that does not count, of which the others are to see nothing when they go on.
+        """
         if self.in_call:
             return call()
         try:
@@ -111,7 +116,7 @@ class Recovery:
                 self.in_call, self.has_result = True, False
                 try:
                     result = call()
-                    self.has_result = True
+                    self.has_result, self.take_back = True, partial(undo, result)
                     self.optimizer._engine.place.confirm()
                 except ExchangeError as error:
                     if not error.lost:
@@ -119,9 +124,16 @@ class Recovery:
                     if not (self._recover(error, None) and self.has_result):
                         continue
                 self.calls += 1
+                self.take_back = None
                 return result
         finally:
-            self.in_call = self.has_result = False
+            self._take_back()
+            self.in_call = False
+
+    def _take_back(self) -> None:
+        undo, self.take_back, self.has_result = self.take_back, None, False
+        if undo is not None:
+            undo()
 
     def gone(self, ranks: list[int]) -> str:
         """Why nobody should wait for all of these ranks to come to a call, "" if nothing is known."""
@@ -140,6 +152,8 @@ class Recovery:
         self._give_up(error)
         result = rest() if rest is not None else None
         done = self._agree(accused)
+        if rest is None and not done:
+            self._take_back()
         self.events.append(
             {
                 "generation": self.membership.view.generation, "members": self.membership.view.members, "why": why,
@@ -206,6 +220,8 @@ class Recovery:
 
     def _come_back(self, error: Excluded) -> View:
         """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
+        if self.membership.machines:  # nobody comes to machines
+            raise error
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         view = self.membership.enter()
         self.optimizer._set_step(view.step)
@@ -278,6 +294,21 @@ class Recovery:
                     return
                 if m.store.check([f"{m.view.generation + 1}/arrived"]):
                     self._recover(ExchangeError("other workers have lost one"), None)
+                    if self.next is not None:
+                        self._leave()
+                        return
                 time.sleep(0.05)
         except dist.DistError:  # the launcher is gone: there is nothing to hear of the others
             return
+
+    def _leave(self) -> None:
+        """The others are further, and would wait for steps that this worker, which is through, does not take."""
+        place, self.next = self.next, None
+        assert place is not None
+        log.warning(
+            "worker %d: finish() at step %d, and the others are at step %d: it leaves them. For data that run out at"
+            " different times: `with optimizer.join():`",
+            self.membership.me, self.optimizer._step, self.resumes,
+        )  # fmt: skip
+        self.membership.close()  # counts as gone at once
+        place.abandon()

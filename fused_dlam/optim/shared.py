@@ -200,7 +200,7 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
         self._averaging = True
         try:
             with torch.no_grad(), calling("optimizer.averaged()"):
-                back = self._together(lambda: self._average(model))
+                back = self._together(lambda: self._average(model), ExitStack.close)
             with back:
                 yield
         finally:

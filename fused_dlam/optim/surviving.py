@@ -69,9 +69,9 @@ class Surviving:
 
     # -- what recovery.py asks for -----------------------------------------------------------------------------------
 
-    def _together(self, call: Callable[[], T]) -> T:
-        """A call that all ranks make: its result for all of them, also if one is lost in it."""
-        return call() if self._recovery is None else self._recovery.together(call)
+    def _together(self, call: Callable[[], T], undo: Callable[[T], Any] = lambda result: None) -> T:
+        """A call that all ranks make: its result for all of them, also if one is lost in it. undo: takes one back."""
+        return call() if self._recovery is None else self._recovery.together(call, undo)
 
     def _exchange(self, advance: Callable[[], T]) -> T:
         """A step."""

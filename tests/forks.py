@@ -1,0 +1,63 @@
+"""Processes that are forks of a script which has imported everything: they start in milliseconds, and may be killed.
+
+For scripts of their own, which have no threads when they fork; pytest has some.
+"""
+
+import atexit
+import multiprocessing.util
+import os
+import sys
+import time
+import traceback
+
+import torch.distributed as dist
+
+HOST = "127.0.0.1"
+
+
+def fork(function, *arguments, out=os.devnull):
+    """Runs a function in a new process, whose output goes to a file, and returns its pid.
+
+    It ends like a script: with what is to be done at the end, and exit code 1 after an exception.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 0
+    try:
+        file = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        function(*arguments)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        sys.last_type, code = sys.exc_info()[0], 1  # as the interpreter leaves it
+    try:
+        multiprocessing.util._exit_function()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def start_store():
+    """A store in a process of its own, as a launcher gives it: (pid, port)."""
+    reads, writes = os.pipe()
+    pid = fork(_keep, writes)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        return pid, int(pipe.readline())
+
+
+def _keep(pipe):
+    store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)
+    os.write(pipe, b"%d\n" % store.port)
+    os.close(pipe)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
