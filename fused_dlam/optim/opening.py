@@ -108,6 +108,7 @@ class Opening:
         """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
         groups = self.optimizer.param_groups
         for group in groups:
+            options.check_again(group, self.engine.rule, self.options.layers)
             self.certificate.recheck(group)
         h = [weighed(self._scalars(group, dict(group["memory"]))) for group in groups]
         scale = local_gradient_scale(self.engine, self.options.max_grad_norm)
