@@ -116,8 +116,8 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """What all ranks must have in common, as text."""
-        names = (
-            "overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late", "local_steps",
+        names = (  # local_steps= changes overlap=, and is to be named
+            "local_steps", "overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late",
         )  # fmt: skip
         return {name: str(getattr(self, name)) for name in names}
 
