@@ -95,6 +95,7 @@ class Worker:
     def train(self):
         case = self.case
         dist.init_process_group("gloo")
+        self.told["started"] = True
         if case["loader"]:  # its workers are forks, and hold copies of every socket
             data = torch.utils.data.DataLoader(
                 list(range(64)), num_workers=1, persistent_workers=True, multiprocessing_context="fork"
