@@ -31,7 +31,7 @@ def told():
     run = subprocess.run(script, capture_output=True, text=True, timeout=300, env=env)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     out = {line["name"]: {int(i): t for i, t in line["told"].items()} for line in lines}
-    assert "looked too early" in out, run.stderr  # the last one
+    assert "asks again" in out, run.stderr  # the last one
     for name, workers in out.items():
         assert not [i for i, t in workers.items() if t and t["outcome"] == "hangs"], (name, workers)
     return out
@@ -117,11 +117,11 @@ def test_newcomers_that_die(told):
 
 def test_newcomers_in_vain(told):
     vain, nobody = told["in vain"][1], told["nobody there"][0]
-    assert vain["outcome"] == "RunEnded" and "was not within 1 s" in vain["text"]
+    assert vain["outcome"] == "RunEnded" and "and was not" in vain["text"]
     assert nobody["outcome"] == "RunEnded" and "nothing to join" in nobody["text"]
 
 
 def test_a_newcomer_asks_again(told):
-    workers = told["looked too early"]
-    assert members(workers[0]) == [[0], [0, 2]] and workers[1]["views"] == [[2, [0, 2], [2], 6]]
-    assert workers[1]["me"] == 2
+    workers = told["asks again"]
+    number = workers[1]["me"]
+    assert number >= 2 and workers[1]["views"] == [[1, [0, number], [number], 6]] == workers[0]["views"]
