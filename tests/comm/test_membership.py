@@ -20,7 +20,7 @@ import fused_dlam
 
 ROOT = Path(fused_dlam.__file__).parents[1]
 # Arrives, looks, counts newcomers, decides, reads it, and raises two numbers that only grow.
-ONE_AGREEMENT = ["append", "check", "get", "add", "compare_set", "get", "add", "compare_set", "add", "add"]
+ONE_AGREEMENT = ["append", "check", "get", "add", "add", "compare_set", "get", "add", "compare_set", "add", "add"]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def told(request):
     n = request.param
     cases = {name: case for name, case in CASES.items() if case[0] == n}
