@@ -38,19 +38,19 @@ def main() -> None:
     layers = [nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10)]
     model = nn.Sequential(*layers)
     (x, y), (tx, ty) = images(part, int(os.environ["PARTS"]))
+    ends: list[float] = []
     optimizer = fused_dlam.GossipSGD(
-        model.parameters(), lr=0.1, on_failure="continue", timeout=float(os.environ["TIMEOUT"])
-    )
+        model.parameters(), lr=0.1, on_failure="continue", timeout=float(os.environ["TIMEOUT"]),
+        on_members_changed=lambda members: ends.append(time.time()),
+    )  # fmt: skip
     draw = torch.Generator().manual_seed(1000 + part)
-    recover, ends = optimizer._recovery._recover, []
+    agree = optimizer._recovery._agree
 
     def watched(*arguments):
         say("RECOVERS")
-        result = recover(*arguments)
-        ends.append(time.time())
-        return result
+        return agree(*arguments)
 
-    optimizer._recovery._recover = watched
+    optimizer._recovery._agree = watched
     for step in range(STEPS):
         if step % 5 == 0:
             say(f"STEP{step}")

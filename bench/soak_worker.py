@@ -46,23 +46,23 @@ def train(number: int, kind: str, steps: int, timeout: float, pause: float, cell
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model, (x, y), test = model_and_data(number)
+    times: list[float] = []
     more = dict(on_failure="continue", timeout=timeout, bucket_mb=0.1, admit_every=10, **KINDS[kind])
+    more["on_members_changed"] = lambda members: times.append(time.time())
     if kind == "gossip":
         inner = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         optimizer = fused_dlam.Gossip(inner, **more)
     else:
         optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.02, **more)
-    began, calls, times = optimizer.steps_done, 0, []
+    began, calls = optimizer.steps_done, 0
     recovery = optimizer._recovery
-    recover = recovery._recover
+    agree = recovery._agree
 
     def watched(*arguments):
         cells[64 + number] += 1
-        result = recover(*arguments)
-        times.append(time.time())
-        return result
+        return agree(*arguments)
 
-    recovery._recover = watched
+    recovery._agree = watched
     with torch.no_grad():
         before = ((model(x) - y) ** 2).mean().item()
     while optimizer.steps_done < steps:

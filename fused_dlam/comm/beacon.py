@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 
 WORD = b"here"
 GRACE = 2.0  # seconds that a process has to answer; on a machine with 50 ready processes per core 0.5 were too few
@@ -39,8 +40,11 @@ class Beacon:
         while True:
             try:
                 caller = self._listener.accept()[0]
-            except OSError:  # closed
-                return
+            except OSError:
+                if self._listener.fileno() == -1:  # closed
+                    return
+                time.sleep(0.1)  # no descriptor is left, say
+                continue
             with caller:
                 try:
                     caller.sendall(WORD)  # four bytes: never waits for the caller

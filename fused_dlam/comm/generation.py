@@ -22,6 +22,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from .beacon import Address
 from .errors import ExchangeError, listed
+from .inherited import noted
 from .membership import POLL, Membership
 from .place import Place
 
@@ -118,10 +119,11 @@ def form(membership: Membership, backend: str) -> None:
     _kept.clear()
     store = Watchful(membership.store, membership.gone_while_forming, membership.timeout)
     try:
-        dist.init_process_group(
-            backend, store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
-            world_size=len(view.members), timeout=timedelta(seconds=membership.timeout),
-        )  # fmt: skip
+        with noted():
+            dist.init_process_group(
+                backend, store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
+                world_size=len(view.members), timeout=timedelta(seconds=membership.timeout),
+            )  # fmt: skip
     except RuntimeError as error:
         failed = ExchangeError(f"forming generation {view.generation} failed: {error}")
         failed.lost = True

@@ -275,7 +275,7 @@ class Membership:
     def _decision(self, g: int) -> View:
         members, new, step, arrivals, addresses, looked = json.loads(self.store.get(f"{g}/members"))
         self.addresses = {int(i): tuple(address) for i, address in addresses.items()}
-        self.highest = max(self.highest, *members)
+        self.highest = max([self.highest, *members])
         # Everybody who reads it tells the newcomers: the one who decided may be gone.
         self._raise_to("generation", g)
         self._raise_to("admitted", looked)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from .inherited import noted
+
 CPU = torch.device("cpu")
 BACKENDS = ("nccl", "gloo", "fake")
 _naming = threading.Lock()
@@ -77,13 +79,14 @@ def _named(name, ranks, backend, timeout, options, local) -> dist.ProcessGroup:
     with _naming:
         own, c10d._process_group_name = c10d._process_group_name, lambda *_, **__: name  # type: ignore[assignment]
         try:
-            return dist.new_group(
-                ranks,
-                timeout=timedelta(seconds=timeout),
-                backend=backend,
-                pg_options=options,
-                use_local_synchronization=local,
-                group_desc="fused_dlam",
-            )
+            with noted():
+                return dist.new_group(
+                    ranks,
+                    timeout=timedelta(seconds=timeout),
+                    backend=backend,
+                    pg_options=options,
+                    use_local_synchronization=local,
+                    group_desc="fused_dlam",
+                )
         finally:
             c10d._process_group_name = own

@@ -51,6 +51,8 @@ def isolate(engine: Engine) -> None:
 
 def enter(engine: Engine, place: Place, graph: Topology) -> None:
     """From the next step on this is the place, and the graph."""
+    # In the order in which they were built: a newcomer knows no other, and a loss may come while one is agreed on.
+    engine.buckets.sort(key=lambda b: b.index)
     engine.flights, engine.place, engine.topology = {}, place, graph
     engine.averager = averager(engine.message, place)
     degree = graph.most_messages if engine.gossips else 0

@@ -144,6 +144,8 @@ def load_checkpoint(
 ) -> int:
     """Loads what `save_checkpoint` saved, on any number of workers, and returns how many had saved it.
 
+    A worker that has just come to a run that is under way loads nothing: it has the others' state.
+
     As many as now: each has its own back and the run goes on bit for bit. Otherwise all start from the mean of the
     workers' parameters, buffers and optimizer state, with MI-DmSGD's correction zero, as its mean is, and go on in
     their own topology from the step that was saved; what is in `stateful` is worker 0's. `mean=True` does so although
@@ -157,6 +159,9 @@ def load_checkpoint(
     """
     _check_kinds(model, optimizer, stateful)
     optimizer._check_own_values("load_checkpoint()")
+    if optimizer._just_came:
+        log.info("load_checkpoint(): this worker came to a run that is under way, and has taken its state: not loaded")
+        return optimizer._engine.place.workers.size
     return optimizer._together(lambda: _load(path, model, optimizer, mean, process_group, stateful))
 
 

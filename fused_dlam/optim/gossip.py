@@ -175,8 +175,9 @@ class Gossip(GossipOptimizer):
             engine.add_group(self._frozen.enter(params, engine, equal=False))
             return
         facts = options.facts(group, params, engine, self._options)
-        engine.place.agree({"the optimizer": type(self.inner).__name__, **facts})
-        engine.start_equal(engine.add_group(self._frozen.enter(params, engine)))
+        self._together(lambda: engine.place.agree({"the optimizer": type(self.inner).__name__, **facts}))
+        buckets = engine.add_group(self._frozen.enter(params, engine))
+        self._together(lambda: engine.start_equal(buckets))
 
     @property
     def _step(self) -> int:  # type: ignore[override]
@@ -236,7 +237,10 @@ class Gossip(GossipOptimizer):
             self._frozen.enter_late(params, number, engine, self._step)
         engine.refresh()
         if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
-            return self._local_step(closure, gradients, skip)
+            loss = self._local_step(closure, gradients, skip)
+            if engine.step is not None:  # it had begun with others
+                engine.end()
+            return loss
         return self._exchanging_step(closure, gradients, skip)
 
     def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:

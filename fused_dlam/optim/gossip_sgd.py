@@ -241,10 +241,10 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
         if not self._comes:  # to others, who compare and copy once all is here
-            engine.place.agree(options.facts(group, params, engine, self._options))
+            self._together(lambda: engine.place.agree(options.facts(group, params, engine, self._options)))
         buckets = engine.add_group(self._frozen.enter(params, engine, equal=not self._comes))
         if not self._comes:
-            engine.start_equal(buckets)
+            self._together(lambda: engine.start_equal(buckets))
         self._watch(buckets)
 
     def _watch(self, buckets: Sequence[Bucket]) -> None:

@@ -50,57 +50,64 @@ class Recovery:
         self.told: ExchangeError | None = None  # an error of the backward pass: step() deals with it
         # calls outside of steps that have ended, alike on all ranks between steps
         self.calls = max((arrival.calls for arrival in membership.view.arrivals), default=0)
-        self.in_call = self.has_result = False
+        self.in_call: int | None = None  # the step at which this worker stood when the present call began
+        self.has_result = False
         self.take_back: Callable[[], Any] | None = None  # undoes what this worker has of the call
+        self.lost: tuple[int, ...] | None = None  # the groups were given up; whom this worker accuses of it
         self.resumes = 0  # the step from which all go on together
         self.next: Place | None = None  # where, while this worker catches up
         self.events: list[dict[str, Any]] = []
         view = membership.view
         self._before = tuple(number for number in view.members if number not in view.new)
-        self._store_failed = False
+        self._store_failed = self._looks = False
+        self.came_at: int | None = None  # the step at which this worker came to a run that was under way
+        self._news: Members | None = None  # that the script was not told of yet
+        self._since = 0.0, 0.0, ""  # when the groups were given up, the CPU time then, and why
 
     def arrive(self, place: Place) -> None:
         """A newcomer, whose groups stand, takes its neighbor's state."""
         self.resumes, self.next = self.membership.view.step, place
         self.optimizer._set_step(self.resumes)
+        self.came_at = self.resumes
         self._go_on()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, advance: Callable[[], T]) -> T:
         """`advance` is the optimizer's step; called again after a failure it does the rest, alone."""
+        self._rejoin()
+        self._announce()
         error, self.told = self.told, None
         if error is None:
             error = self._somebody_asks()
         if error is None:
             try:
-                result = advance()
+                return advance()
             except ExchangeError as failure:
                 if not failure.lost:  # a peer is there, and does something else
                     raise
                 error = failure
-        if error is not None:
-            result = self._recover(error, advance)
-        elif self.next is not None and self.optimizer._step >= self.resumes:
-            self._go_on()
-        return result
+        self._give_up(error)
+        return advance()
 
     def hold(self, error: ExchangeError) -> None:
         """An exchange failed where nothing can be done about it: in the backward pass."""
         self.told = self.told or error
 
     def _somebody_asks(self) -> ExchangeError | None:
-        """A join is a fault without a victim. One worker looks, now and then."""
+        """A join is a fault without a victim. One worker looks, now and then, and then until it has let them in."""
         every, view = self.chosen.admit_every, self.membership.view
         first = self.membership.me == view.members[0] and self.next is None
-        if not (every and first and self.optimizer._step % every == 0) or self._store_failed:
+        due = self._looks or (every and self.optimizer._step % every == 0)
+        if not (first and due) or self._store_failed:
             return None
         try:
-            return ExchangeError("somebody asks to be let in") if self.membership.asked() else None
+            self._looks = self.membership.asked()
         except RuntimeError:  # the store is gone: training goes on
             self._store_failed = True
             log.warning("the store in which workers agree does not answer: the next loss will end the run")
             return None
+        return ExchangeError("somebody asks to be let in") if self._looks else None
 
     # -- calls outside of steps --------------------------------------------------------------------------------------
 
@@ -109,11 +116,18 @@ class Recovery:
 
         undo: takes back a result that does not count, of which the others are to see nothing when they go on.
         """
-        if self.in_call:
+        if self.in_call is not None:
             return call()
+        self.in_call = self.optimizer._step
         try:
+            self._rejoin()
+            if self.next is not None:
+                raise RuntimeError(
+                    f"worker {self.membership.me} makes a call of all workers at step {self.in_call}, and the others"
+                    f" are at step {self.resumes}: they are past it"
+                )
             while True:
-                self.in_call, self.has_result = True, False
+                self.has_result = False
                 try:
                     result = call()
                     self.has_result, self.take_back = True, partial(undo, result)
@@ -121,14 +135,14 @@ class Recovery:
                 except ExchangeError as error:
                     if not error.lost:
                         raise
-                    if not (self._recover(error, None) and self.has_result):
+                    if not (self._recover(error) and self.has_result):
                         continue
                 self.calls += 1
                 self.take_back = None
                 return result
         finally:
             self._take_back()
-            self.in_call = False
+            self.in_call = None
 
     def _take_back(self) -> None:
         undo, self.take_back, self.has_result = self.take_back, None, False
@@ -145,26 +159,31 @@ class Recovery:
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 
-    def _recover(self, error: ExchangeError, rest: Callable[[], T] | None) -> Any:
-        """Until this worker goes on, or catches up. Returns what `rest` does, or whether the present call is done."""
-        start, cpu, why = time.monotonic(), time.process_time(), str(error)
-        accused = self._accused(error)
+    def _recover(self, error: ExchangeError) -> bool:
+        """In a call: until this worker goes on, or is to catch up. Returns whether the call is done for all."""
         self._give_up(error)
-        result = rest() if rest is not None else None
-        done = self._agree(accused)
-        if rest is None and not done:
+        done = self._agree()
+        if not done:
             self._take_back()
-        self.events.append(
-            {
-                "generation": self.membership.view.generation, "members": self.membership.view.members, "why": why,
-                "began": start, "seconds": time.monotonic() - start, "cpu": time.process_time() - cpu,
-                "step": self.resumes,
-            }
-        )  # fmt: skip
-        if self.optimizer._step >= self.resumes:
+        if self._stands_at >= self.resumes:
             self._go_on()
-            self.events[-1].update(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
-        return result if rest is not None else done
+        return done
+
+    def _rejoin(self) -> None:
+        """Before a step, or a call, what was lost in the last one is made up for.
+
+        Not at once: between a step and the calls that the script makes after it there is no place for a newcomer, whose
+        loop begins with a step.
+        """
+        if self.lost is not None:
+            self._agree()
+        if self.next is not None and self._stands_at >= self.resumes:
+            self._go_on()
+
+    @property
+    def _stands_at(self) -> int:
+        """A call may change the step, as loading a checkpoint does."""
+        return self.optimizer._step if self.in_call is None else self.in_call
 
     def _accused(self, error: ExchangeError) -> tuple[int, ...]:
         """The workers for which this one has waited `timeout` in vain. A closed connection accuses nobody."""
@@ -173,20 +192,24 @@ class Recovery:
             return ()
         return tuple(members) if error.peer is None else (members[error.peer],)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: ExchangeError) -> None:
+        """From here on this worker is alone, and who waits for it learns of it."""
+        if self.lost is None:
+            self._since = time.monotonic(), time.process_time(), str(error)
+        self.lost, self.told = self._accused(error), None
         place = self.optimizer._engine.place
         regroup.isolate(self.optimizer._engine)
         self.optimizer._pause()
         generation.leave(error, place)
 
-    def _agree(self, accused: tuple[int, ...]) -> bool:
+    def _agree(self) -> bool:
         """Until the groups of a generation stand. Returns whether the present call is done for all."""
-        membership, done, futile = self.membership, False, 0
+        membership, accused, done, futile = self.membership, self.lost or (), False, 0
         while True:
             before = membership.view.members
             arrival = Arrival(
-                membership.me, membership.beacon.address, self.optimizer._step, self.calls, self.has_result,
-                self.in_call, (*accused, *membership.suspects),
+                membership.me, membership.beacon.address, self._stands_at, self.calls, self.has_result,
+                self.in_call is not None, (*accused, *membership.suspects),
             )  # fmt: skip
             try:
                 view = membership.agree(arrival)
@@ -208,51 +231,73 @@ class Recovery:
                         f" built {FUTILE} times in a row: {error}"
                     ) from None
         membership.suspects.clear()
-        self.resumes = view.step
+        self.lost, self.resumes = None, view.step
         Holdings.failed = False  # what was broken is gone
+        start, cpu, why = self._since
+        self.events.append(
+            {
+                "generation": view.generation, "members": view.members, "why": why, "began": start,
+                "seconds": time.monotonic() - start, "cpu": time.process_time() - cpu, "step": self.resumes,
+            }
+        )  # fmt: skip
         return done
 
     def _is_done(self, view: View) -> bool:
-        if not self.in_call:
+        if self.in_call is None:
             return False
         others = view.arrivals
         return any(a.calls > self.calls for a in others) or all(a.has_result for a in others if a.calls == self.calls)
 
     def _come_back(self, error: Excluded) -> View:
         """The others went on while this worker was silent: it comes as a newcomer, with their state and step."""
-        if self.membership.machines:  # nobody comes to machines
+        if self.membership.machines or self.in_call is not None:  # nobody comes to machines, or into a call
             raise error
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         view = self.membership.enter()
+        self.calls = max((arrival.calls for arrival in view.arrivals), default=self.calls)
         self.optimizer._set_step(view.step)
+        self.optimizer.zero_grad()  # of parameters that it will not have any more
         return view
 
     # -- going on ----------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
         """All are at the same step: the first in the new place."""
-        optimizer, engine, view = self.optimizer, self.optimizer._engine, self.membership.view
-        place, self.next = self.next, None
-        assert place is not None
-        try:
-            graph = self.graphs(place.workers.size)
-            regroup.enter(engine, place, graph)
-            new = [view.rank(number) for number in view.new]
-            if new:
-                self._compare(place)
-            regroup.settle(engine, new)
-            for rank in new:
-                optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
-        except ExchangeError as error:
-            self._recover(error, None)
-            return
+        optimizer, engine = self.optimizer, self.optimizer._engine
+        while True:
+            place, self.next, view = self.next, None, self.membership.view
+            assert place is not None
+            try:
+                graph = self.graphs(place.workers.size)
+                regroup.enter(engine, place, graph)
+                new = [view.rank(number) for number in view.new]
+                if new:
+                    self._compare(place)
+                regroup.settle(engine, new)
+                for rank in new:
+                    optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
+                break
+            except ExchangeError as error:
+                self._give_up(error)
+                self._agree()
+                if self._stands_at < self.resumes:
+                    return
         optimizer._resume(graph)
+        if self.events:
+            start, cpu, _ = self._since
+            self.events[-1].update(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
         lost = tuple(number for number in self._before if number not in view.members)
         came = tuple(number for number in view.members if number not in self._before)
         self._before = view.members
         self._tell(graph.name, lost, came)
-        if self.chosen.on_members_changed is not None:
-            self.chosen.on_members_changed(Members(view.members, lost, came, view.step))
+        self._news = Members(view.members, lost, came, view.step)
+        if self.came_at != self.optimizer._step:  # else in the first step: the script has no optimizer yet
+            self._announce()
+
+    def _announce(self) -> None:
+        news, self._news = self._news, None
+        if news is not None and self.chosen.on_members_changed is not None:
+            self.chosen.on_members_changed(news)
 
     def _compare(self, place: Place) -> None:
         """A newcomer that trains something else is not let in. Raises ValueError there, ExchangeError elsewhere."""
@@ -287,13 +332,14 @@ class Recovery:
         """Stays until all members are through or gone, and goes on with those that are left when one is lost."""
         m = self.membership
         try:
+            self._rejoin()
             m.store.set(f"done/{m.me}", "")
             while True:
                 waiting = [i for i in m.view.members if i != m.me and not m.store.check([f"done/{i}"])]
                 if not waiting or len(m.lost(waiting)) == len(waiting):
                     return
                 if m.store.check([f"{m.view.generation + 1}/arrived"]):
-                    self._recover(ExchangeError("other workers have lost one"), None)
+                    self._recover(ExchangeError("other workers have lost one"))
                     if self.next is not None:
                         self._leave()
                         return

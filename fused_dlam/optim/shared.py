@@ -148,20 +148,19 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
         """
         self._check_connected()
         with calling("optimizer.step_times()"):
-            return self._engine.place.step_times()
+            return self._together(lambda: self._engine.place.step_times())
 
     @torch.no_grad()
     def consensus_distance(self) -> float:
         """sqrt(1/n sum_i |x_i - mean|^2) over all parameters: how far apart the workers are. All ranks must call it."""
-        place = self._engine.place
         self._check_connected()
-        if place.workers.size == 1:
-            return 0.0
         with calling("optimizer.consensus_distance()"):
             return self._together(self._distance)
 
     def _distance(self) -> float:
         place = self._engine.place
+        if place.workers.size == 1:
+            return 0.0
         self._settle()
         total = torch.zeros(1, dtype=torch.float64)
         for b in self._engine.buckets:

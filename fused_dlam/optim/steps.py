@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..comm.errors import ExchangeError
 from ..engine.arrivals import Arrivals
 from ..engine.buckets import Bucket
 from ..engine.health import Health
@@ -113,6 +114,9 @@ class Steps(GossipOptimizer):
 
     def _groups_or(self, defaults: dict[str, Any]) -> list[dict[str, Any]]:
         return vars(self).get("param_groups") or [defaults]
+
+    def _tells(self, hold: Callable[[ExchangeError], None]) -> None:
+        self._arrivals.on_error = hold
 
     def _pause(self) -> None:
         self._arrivals.pause()

@@ -19,6 +19,7 @@ from .survival import Survival, come_in
 if TYPE_CHECKING:
     from ..engine.engine import Engine
     from .frozen import Frozen
+    from .options import Options
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class Surviving:
         param_groups: list[dict[str, Any]]
         _frozen: Frozen
         _place_options: tuple[Any, float, str]
+        _options: Options
 
         @property
         def _engine(self) -> Engine: ...
@@ -100,6 +102,7 @@ class Surviving:
         if membership is None or graphs is None:
             return
         self._recovery = Recovery(self, survival, membership, graphs)  # type: ignore[arg-type]
+        self._tells(self._recovery.hold)
         membership.busy = True
         if self._comes:
             self._recovery.arrive(self._engine.place)
@@ -109,21 +112,33 @@ class Surviving:
             membership.meet()
             graphs.look_ahead(self._engine.topology.n)
 
+    @property
+    def _just_came(self) -> bool:
+        """Whether this worker came to a run that was under way, and has taken no step there yet."""
+        return self._recovery is not None and self._recovery.came_at == self._step
+
     def _gone(self, ranks: list[int]) -> str:
         """Why nobody should wait for all of these ranks any more, "" if nothing is known."""
         return "" if self._recovery is None else self._recovery.gone(ranks)
+
+    def _tells(self, hold: Callable[[ExchangeError], None]) -> None:
+        """Hands errors of the backward pass to `hold`."""
 
     def _pause(self) -> None:
         """There are no neighbors for now."""
 
     def _facts(self) -> dict[str, str]:
         """What a newcomer must have in common with those to whom it comes."""
-        buckets = self._engine.buckets
+        engine = self._engine
+        buckets = [(b.group, b.N, str(b.x.dtype), [tuple(s.p.shape) for s in b.slots]) for b in engine.buckets]
         return {
-            "method": self._engine.rule.name,
-            "schedule": self._engine.message.name,
-            "layout of parameters": str([(b.N, str(b.x.dtype), [tuple(s.p.shape) for s in b.slots]) for b in buckets]),
-            "message type": str(self._engine.message_dtype),
+            "optimizer": type(self).__name__,
+            "method": engine.rule.name,
+            "schedule": engine.message.name,
+            "topology": engine.topology.fingerprint,
+            "layers": str([str(layer) for layer in engine.layers]),
+            "layout of parameters": str(buckets),
+            **self._options.facts(),
         }
 
     @torch.no_grad()
