@@ -99,16 +99,17 @@ class Run:
         start = time.time()
         for number in range(self.options.n):
             self.start(number)
-        gone = lost(self.schedule, self.options.n)
         try:
             while time.time() < start + self.options.deadline:
                 self.reap()
                 self.strike()
+                gone = lost(self.schedule, self.options.n, set(self.struck))
                 expected = set(self.pids) - gone
                 if expected <= set(self.codes) and not (self.schedule.joins and self.newcomer is None and self.struck):
                     break
                 time.sleep(0.001)
         finally:
+            gone = lost(self.schedule, self.options.n, set(self.struck))
             hung = [i for i in self.pids if i not in self.codes and i not in gone]
             for number in [i for i in self.pids if i not in self.codes]:
                 os.kill(self.pids[number], signal.SIGKILL)

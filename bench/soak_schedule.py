@@ -55,9 +55,8 @@ def draw(seed: int, n: int, steps: int, modes: tuple[str, ...], kinds: tuple[str
     return Schedule(seed, optimizer, faults, "join" in modes and dice.random() < 0.5 and per_machine == 1)
 
 
-def lost(schedule: Schedule, n: int) -> set[int]:
-    """Who does not come to the end: a machine goes as one."""
-    gone = {fault.worker for fault in schedule.faults if fault.kind in ("kill", "stop")}
+def lost(schedule: Schedule, n: int, struck: set[int]) -> set[int]:
+    """Who does not come to the end, of those struck for good: a machine goes as one."""
     if schedule.optimizer == "hierarchical":
-        return {i for i in range(n) if {i, i ^ 1} & gone}
-    return gone
+        return {i for i in range(n) if {i, i ^ 1} & struck}
+    return struck

@@ -197,10 +197,13 @@ class Group:
             Mean(self, tensor, step, self.control).wait_received()
 
     def finite_mean(self, tensor: torch.Tensor, step: int | None = None) -> None:
-        """The mean, in place; where it is not finite every rank keeps its own value: a NaN does not spread."""
-        own = tensor.clone()
-        self.mean(tensor, step)
-        torch.where(torch.isfinite(tensor), tensor, own, out=tensor)
+        """The mean, in place; where it is not finite every rank keeps its own value: a NaN does not spread.
+
+        Where it fails all keep what they had: the transport, which may have added some ranks' values, has a copy.
+        """
+        mean = tensor.clone()
+        self.mean(mean, step)
+        torch.where(torch.isfinite(mean), mean, tensor, out=tensor)
 
     def largest(self, value: torch.Tensor, what: str, step: int | None = None) -> torch.Tensor:
         """The element-wise maximum over the ranks, where the transport has it. Part of a step, it counts as payload."""
