@@ -21,7 +21,7 @@ OPTIMIZERS = {
     "gossip": {},
     "hierarchical": {"hierarchical": True},  # 2 machines x 2 ranks
 }
-STEP, STEPS = 4, 12  # the fault is in step 4 of 12
+STEP, STEPS = 4, 18  # the fault is in step 4 of 18
 # Seconds. Where a connection closes nobody waits for the timeout; it is long, so that a busy machine is not taken for a
 # silent one. Where silence is all there is, the timeout is waited for.
 LONG, SHORT = 20.0, 5.0

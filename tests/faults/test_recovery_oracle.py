@@ -20,7 +20,8 @@ from fused_dlam.rules.mi_dmsgd import auto_displacement_rate
 
 STEPS, DIES_AT, LR, BETA, KAPPA = 24, 9, 0.05, 0.9, 300.0
 THETA = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}
-CASES = [("mi-dmsgd", "midpoint", 4, 1), ("mi-dmsgd", "awc", 3, 0), ("dmsgd", "atc", 5, 2)]
+CASES = [("mi-dmsgd", "midpoint", 4, 1), ("mi-dmsgd", "awc", 3, 0)]
+CASES.append(pytest.param("dmsgd", "atc", 5, 2, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("method, schedule, n, victim", CASES)

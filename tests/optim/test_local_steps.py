@@ -98,7 +98,9 @@ def follow(
     return np.stack(path)
 
 
-@pytest.fixture(scope="module", params=[2, 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def trained(request):
     n = request.param
     return n, workers.run_together(n, {"all": (local_workers.train_each, CASES, n)})["all"]

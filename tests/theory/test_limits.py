@@ -125,6 +125,7 @@ def test_following_unlike_curvature(monkeypatch):
         assert rate_limit(method, graph, curvature=h) == pytest.approx(limit, rel=1e-2), method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", [topology.one_peer_exponential(700), topology.exponential(501)], ids=repr)
 def test_the_worst_of_many_modes_are_the_worst_of_all(graph, monkeypatch):
     """To the precision of a limit."""

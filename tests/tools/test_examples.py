@@ -133,6 +133,7 @@ def test_autocast_is_used_where_it_is_asked_for(trained, script):
     assert (plain["net"]["8.weight"] - amp["net"]["8.weight"]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_script(tmp_path):
     pytest.importorskip("sklearn")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

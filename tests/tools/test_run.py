@@ -229,6 +229,7 @@ def test_nobody_reads_any_more():
 # -- several machines --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_nodes(launcher):
     """The second one comes first, and works longer: it needs the store, which lives in the first one's launcher."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -25,7 +25,7 @@ def fuzzed(daily, share, **strategies):
     def decorate(promise):
         often = pytest.param(max(1, round(share / PARTS * TOTAL)), marks=pytest.mark.slow)
 
-        @pytest.mark.parametrize("count", [daily, often])
+        @pytest.mark.parametrize("count", [max(5, daily // 2), often])
         def test(count):
             chosen = settings(
                 max_examples=count, derandomize=True, database=None, deadline=None, print_blob=False,
