@@ -1,4 +1,4 @@
-"""torch's world of one generation: the default process group over its members, over gloo or NCCL.
+"""torch's world of one generation: the default process group over its members, over gloo.
 
     leave()   gives the old world up: its connections close, which is how the others learn of it
     form()    builds the next one, with the same ranks on all members
@@ -35,7 +35,7 @@ def store_address() -> Address | None:
     own = os.environ.get("FUSED_DLAM_STORE", "")
     if own:
         host, _, port = own.rpartition(":")
-        return host, int(port)
+        return host.strip("[]"), int(port)  # an IPv6 address stands in brackets
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return None
@@ -113,7 +113,7 @@ class Watchful(dist.Store):
         return Watchful(self._store.clone(), self._dead, self._timeout)
 
 
-def form(membership: Membership, backend: str) -> None:
+def form(membership: Membership) -> None:
     """The world of `membership.view`. Raises ExchangeError if another worker is lost meanwhile."""
     view, hook = membership.view, sys.excepthook
     _kept.clear()
@@ -121,7 +121,7 @@ def form(membership: Membership, backend: str) -> None:
     try:
         with noted():
             dist.init_process_group(
-                backend, store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
+                "gloo", store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
                 world_size=len(view.members), timeout=timedelta(seconds=membership.timeout),
             )  # fmt: skip
     except RuntimeError as error:
@@ -132,14 +132,8 @@ def form(membership: Membership, backend: str) -> None:
         sys.excepthook = hook  # torch wraps it each time, and the first has the worker's number for life
 
 
-def backend_of_world() -> str:
-    """What to form the next world with."""
-    backend = dist.get_backend()
-    return dist.get_backend_config() if backend == "undefined" else backend
-
-
 def leave(error: BaseException | None = None, place: Place | None = None) -> None:
-    """Gives up all process groups. Over gloo a connection closes when nothing refers to its group any more.
+    """Gives up all process groups. A connection closes when nothing refers to its group any more.
 
     Args:
         error: whose frames refer to them.
@@ -154,10 +148,7 @@ def leave(error: BaseException | None = None, place: Place | None = None) -> Non
     _release(error)
     if not dist.is_initialized():
         return
-    if "nccl" in dist.get_backend_config():
-        c10d._abort_process_group()  # releases what waits on the device for a dead peer; destroying would wait for it
-    else:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
     if any(group() is not None for group in groups):  # in a cycle, of a traceback say
         gc.collect()
 

@@ -295,9 +295,6 @@ class Alone(Group):
     def broadcast(self, tensor: torch.Tensor) -> None:
         pass
 
-    def copy(self, tensor: torch.Tensor, source: int, to: int) -> None:
-        pass
-
     def gathered(self, value: Any, what: str) -> list[Any]:
         return [value]
 

@@ -15,9 +15,7 @@ without `skip_late`, so that no rank runs ahead of a peer by more than that.
 
 from __future__ import annotations
 
-import queue
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .store import default_store
+from .streams import in_turn
 
 if TYPE_CHECKING:
     from .group import Group
@@ -143,9 +142,7 @@ class Waiter:
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Orphan | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._queue,), daemon=True, name="fused_dlam-late").start()
-        weakref.finalize(self, self._queue.put, None).atexit = False
+        self._queue, _ = in_turn(self, "fused_dlam-late")
 
     def take(
         self, works: Sequence[Any], buffers: Sequence[torch.Tensor] = (), posted: dict[int, Any] | None = None
@@ -154,15 +151,3 @@ class Waiter:
         orphan = Orphan(works, buffers, posted)
         self._queue.put(orphan)
         return orphan
-
-
-def _work(orphans: queue.SimpleQueue) -> None:
-    """The thread knows the queue alone, as a courier's does."""
-    while _run(orphans.get()):
-        pass
-
-
-def _run(orphan: Orphan | None) -> bool:
-    if orphan is not None:
-        orphan.run()
-    return orphan is not None

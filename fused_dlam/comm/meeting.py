@@ -45,7 +45,7 @@ class Meeting:
         step: the step at which this rank stands.
         timeout: seconds after which a wait is an error.
         process_group: who takes part; default: all ranks.
-        gone: tells, of ranks that it is given, why nobody should wait for them any more, "" if there is no reason.
+        gone: tells why nobody should wait for all ranks any more, "" if there is no reason.
 
     Raises ExchangeError if a rank does not come in time, and names it. Those who came may call again.
     """
@@ -56,7 +56,7 @@ class Meeting:
         step: int,
         timeout: float,
         process_group: dist.ProcessGroup | None = None,
-        gone: Callable[[list[int]], str] = lambda ranks: "",
+        gone: Callable[[], str] = lambda: "",
     ):
         self.what, self.step, self.timeout, self._gone = what, step, timeout, gone
         together = dist.is_available() and dist.is_initialized()
@@ -170,7 +170,7 @@ class Meeting:
                 late.silent = True
                 raise late
             if now > looked + LOOK:
-                looked, why = now, self._gone(self.ranks)
+                looked, why = now, self._gone()
                 if why:
                     raise self._error(f"cannot take place: {why}")
             if now - warned > max(self.timeout / 10, 0.05):

@@ -204,6 +204,10 @@ class Membership:
             raise RunEnded(f"{len(view.members)} workers are left, and min_workers is {self.min_workers}")
         return view
 
+    def others_agree(self) -> bool:
+        """Whether another worker has begun the next generation, and waits for this one."""
+        return self.store.check([f"{self.view.generation + 1}/arrived"])
+
     def _agree(self, arrival: Arrival) -> View:
         old, g = self.view.members, self.view.generation + 1
         self.store.append(f"{g}/arrived", json.dumps(arrival) + "\n")  # type: ignore[attr-defined]

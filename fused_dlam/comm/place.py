@@ -212,8 +212,9 @@ class Layout(NamedTuple):
                 advise(self.size)
         ledger = Ledger("nccl" not in (inside.backend, between.backend))
         for group in (inside, between):
-            group.generation = name if called else ""  # whoever gives up in one is waited for in the other
             group.ledger = ledger
+            if called:
+                group.generation = name  # whoever gives up in one is waited for in the other
         if called:
             roll_call.clear(members)
         return Place(between, inside, splits, splits and ddp != local)

@@ -26,6 +26,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -93,11 +94,7 @@ class Courier:
     """One thread that posts sends in the order it is given them, as every rank must. It ends with its courier."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
-        work = threading.Thread(target=_work, args=(self._queue,), daemon=True, name="fused_dlam-courier")
-        work.start()
-        self.end = weakref.finalize(self, self._queue.put, None)  # SimpleQueue.put may be called by a collection
-        self.end.atexit = False
+        self._queue, self.end = in_turn(self, "fused_dlam-courier")
 
     def run(self, job: Callable[[], object]) -> Errand:
         errand = Errand(job)
@@ -113,13 +110,25 @@ class Courier:
         self.end()
 
 
-def _work(errands: queue.SimpleQueue) -> None:
-    """The thread knows the queue alone: a thread that knew the courier, or its last errand, would keep both alive."""
-    while _run(errands.get()):
+def in_turn(owner: object, name: str) -> tuple[queue.SimpleQueue, weakref.finalize]:
+    """A queue, and what ends it: a thread has each thing that is put there `run()`, one after the other.
+
+    It ends with its owner, too.
+    """
+    things: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_work, args=(things,), daemon=True, name=name).start()
+    end = weakref.finalize(owner, things.put, None)  # SimpleQueue.put may be called by a collection
+    end.atexit = False
+    return things, end
+
+
+def _work(things: queue.SimpleQueue) -> None:
+    """The thread knows the queue alone: a thread that knew the owner, or its last thing, would keep both alive."""
+    while _run(things.get()):
         pass
 
 
-def _run(errand: Errand | None) -> bool:
-    if errand is not None:
-        errand.run()
-    return errand is not None
+def _run(thing: Any) -> bool:
+    if thing is not None:
+        thing.run()
+    return thing is not None

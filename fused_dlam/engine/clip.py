@@ -23,18 +23,13 @@ def clip_coefficient(engine: Engine, unscale: Scalar, limit: float) -> Scalar:
     active = [flight.active() for flight in flights]
     # g is filled from the gradients when they are averaged; where layers see it, only once this norm is known.
     gradients = [flight.b.grads if flight.average is None else flight.b.g for flight in flights]
-    return coefficient(engine, active, unscale, limit, gradients)
+    return coefficient(engine, gradients, active, unscale, limit)
 
 
 def coefficient(
-    engine: Engine,
-    active: Sequence[list[bool]],
-    unscale: Scalar,
-    limit: float,
-    gradients: Sequence[torch.Tensor] | None = None,
+    engine: Engine, gradients: Sequence[torch.Tensor], active: Sequence[list[bool]], unscale: Scalar, limit: float
 ) -> Scalar:
-    """The same of the gradients that are there. active: for each bucket, which of its parameters have one."""
-    gradients = [b.grads for b in engine.buckets] if gradients is None else gradients
+    """The same of the gradients that are there. Args, for each bucket: they, and which of its parameters have one."""
     squares = [
         torch.linalg.vector_norm(g[span], dtype=b.x.dtype).square().double()
         for b, g, here in zip(engine.buckets, gradients, active, strict=True)

@@ -11,27 +11,21 @@ from torch.optim.optimizer import Optimizer
 
 from .. import topology as topologies
 from ..comm import sharded
-from ..comm.errors import calling
 from ..comm.place import layout
-from ..comm.process_group import CPU
-from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.flight import AVERAGING, OPEN
 from ..engine.health import Health
 from ..engine.message import Message
-from ..engine.slot import Slot
 from ..engine.step_allowed import check_step_allowed
-from ..kernels.passes import choose
 from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
 from ..topology import Topology, TopologyLike
 from . import mixed_precision, options
 from .frozen import Frozen
-from .loaded_values import check_everywhere
+from .inner_copies import InnerCopies
 from .old_names import translate
 from .options import Options
 from .shared import GossipOptimizer
-from .state_dict import restore_copies
 from .succession import Succession
 from .survival import Members, Survival, enter
 
@@ -42,7 +36,7 @@ AVERAGING_RULES = {
 }
 
 
-class Gossip(GossipOptimizer):
+class Gossip(InnerCopies, GossipOptimizer):
     """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
 
         atc       x' = W (x + d)          d the inner optimizer's step at x: adapt, then combine
@@ -98,8 +92,8 @@ class Gossip(GossipOptimizer):
         self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        prepare = lambda: choose(AVERAGING_RULES[schedule][0], CPU, torch.float32, 1, fused, guard=True)  # noqa: E731
-        membership, self._comes = enter(survival, timeout, group, hierarchical, prepare)
+        rule, message = AVERAGING_RULES[schedule]
+        membership, self._comes = enter(survival, timeout, group, hierarchical, rule, fused)
         where = layout(group, hierarchical)
         graphs = None if membership is None else Succession(topology, None)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
@@ -122,11 +116,7 @@ class Gossip(GossipOptimizer):
         self._stepped: int | None = None  # the step in which the inner optimizer has stepped, while that lasts
         self._loss: Any = None
         self._place_options = hierarchical, timeout, "optimizer (Gossip)"
-        if self._comes and membership is not None:
-            place = self._connect_newcomer(membership)
-        else:
-            place = where.connect(everything, timeout, hierarchical is None, "optimizer (Gossip)")
-        rule, message = AVERAGING_RULES[schedule]
+        place = self._first_place(where, membership, hierarchical is None)
         self._ahead = message.leaves_early
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb,
                                elastic=survival.goes_on)  # fmt: skip
@@ -152,9 +142,6 @@ class Gossip(GossipOptimizer):
     def __repr__(self) -> str:
         topology, schedule = self._entries["gossip_topology"], self._entries["gossip_schedule"]
         return f"Gossip({topology!r}, {schedule!r}) of {self.inner!r}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
@@ -318,63 +305,3 @@ class Gossip(GossipOptimizer):
 
     def _take_rest(self, rest: Any) -> None:
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with the exchange's step and, for 16-bit parameters, master values."""
-        for b in self._engine.buckets:
-            b.absorb()
-        state_dict = self.inner.state_dict()
-        state = dict(state_dict["state"])
-        for key, (b, slot) in self._slots(state_dict).items():
-            if b.low is not None and self._engine.place.workers.size > 1:
-                state[key] = {**state.get(key, {}), "gossip_master": slot.stateful(b.x).clone()}
-        return {**state_dict, "state": state}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this topology, or one of the inner optimizer alone. On all ranks.
-
-        What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
-        """
-        self._check_own_values("load_state_dict()")
-        with calling("optimizer.load_state_dict()"):
-            check_everywhere(self, state_dict)
-        before = [{k: g[k] for k in self._entries} for g in self.param_groups]
-        step = self._step
-        state = {
-            key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
-            for key, s in state_dict["state"].items()
-        }
-        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if s != {}}})
-        for group, old in zip(self.param_groups, before, strict=True):
-            for name, value in old.items():
-                group.setdefault(name, value)
-        self._engine.forget(step)
-        masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
-        with torch.no_grad():
-            for b in self._engine.buckets:
-                restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
-
-    def _slots(self, state_dict: dict[str, Any]) -> dict[Any, tuple[Bucket, Slot]]:
-        """(bucket, slot) of a checkpoint's parameters, by their numbers in it."""
-        places = {slot.p: (b, slot) for b in self._engine.buckets for slot in b.slots}
-        return {
-            key: places[p]
-            for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
-            for key, p in zip(theirs["params"], group["params"], strict=True)
-            if p in places
-        }
-
-    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Hooks of `state_dict` and `load_state_dict` are the inner optimizer's, which they are given."""
-        return self.inner.register_state_dict_pre_hook(hook, prepend)
-
-    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.inner.register_state_dict_post_hook(hook, prepend)
-
-    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.inner.register_load_state_dict_pre_hook(hook, prepend)
-
-    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
-        return self.inner.register_load_state_dict_post_hook(hook, prepend)

@@ -13,14 +13,12 @@ from torch.optim.optimizer import ParamsT
 from .. import rules
 from .. import topology as topologies
 from ..comm.place import Place, layout
-from ..comm.process_group import CPU
 from ..engine.arrivals import Arrivals
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from ..engine.health import Health
 from ..engine.message import message_of
 from ..engine.slot import Slot
-from ..kernels.passes import choose
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..topology import Topology, TopologyLike
@@ -147,8 +145,8 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         options.check_names(rule, chosen.layers)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        prepare = lambda: choose(rule.under(schedule), CPU, torch.float32, 1, fused, guard=True)  # noqa: E731
-        membership, self._comes = enter(survival, timeout, group, hierarchical, prepare)
+        own = rule.under(schedule)
+        membership, self._comes = enter(survival, timeout, group, hierarchical, own, fused)
         where = layout(group, hierarchical)
         if where.local and rule.average == "gradient":
             raise ValueError(f"method {rule.name!r} averages over all ranks: hierarchical= is for gossip")
@@ -156,7 +154,7 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
         graphs = None
         if membership is not None:
-            graphs = Succession(topology, rule.under(schedule), allow_unstable, lambda: self._groups_or(defaults))
+            graphs = Succession(topology, own, allow_unstable, lambda: vars(self).get("param_groups") or [defaults])
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         self._choose(rule, graph, chosen, allow_unstable)
         check_local_steps(self._rule, chosen, hierarchical)
@@ -169,13 +167,8 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         survival.check_parameters(everything)
         skipping.check(skip_late, self._rule, graph, where, everything, survival.goes_on)
         advise = hierarchical is None and rule.average == "neighbors"
-        what = f"optimizer ({type(self).__name__})"
-        self._place_options = hierarchical, timeout, what
-        if self._comes and membership is not None:
-            place = self._connect_newcomer(membership)
-        else:
-            place = where.connect(everything, timeout, advise, what)
-        self._start(place, survival.goes_on)
+        self._place_options = hierarchical, timeout, f"optimizer ({type(self).__name__})"
+        self._start(self._first_place(where, membership, advise), survival.goes_on)
         self._survive(survival, membership, graphs)
 
     def _choose(self, rule: Rule, graph: Topology, chosen: Options, allow_unstable: bool) -> None:

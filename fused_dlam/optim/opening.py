@@ -51,10 +51,7 @@ class Opening:
 
     def begin(self, skip: Scalar = 0.0) -> None:
         """Fixes this step's scalars, anew if it has begun. skip: see `Engine.begin`."""
-        engine, groups = self.engine, self.optimizer.param_groups
-        for group in groups:
-            options.check_again(group, engine.rule, self.options.layers)
-            self.certificate.recheck(group)
+        engine, groups = self.engine, self._checked_groups()
         self._whole, settings = False, self.settings()
         memories = [dict(group["memory"]) for group in groups]
         # What may raise comes before anything has begun, so that step() can be called again.
@@ -70,6 +67,13 @@ class Opening:
         self._set(h, self._gradient_scale())  # of the whole gradient: once, whatever the number of groups
         self._after = memories, skip
         self._whole = True
+
+    def _checked_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups, of which scripts may have set anything since."""
+        for group in self.optimizer.param_groups:
+            options.check_again(group, self.engine.rule, self.options.layers)
+            self.certificate.recheck(group)
+        return self.optimizer.param_groups
 
     def settings(self) -> list[tuple]:
         """What a user may change at any time, group by group; learning rates come first."""
@@ -106,10 +110,7 @@ class Opening:
 
     def local_scalars(self, weighed: Callable[[Any], Any]) -> list[Scalars]:
         """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
-        groups = self.optimizer.param_groups
-        for group in groups:
-            options.check_again(group, self.engine.rule, self.options.layers)
-            self.certificate.recheck(group)
+        groups = self._checked_groups()
         h = [weighed(self._scalars(group, dict(group["memory"]))) for group in groups]
         scale = local_gradient_scale(self.engine, self.options.max_grad_norm)
         return [Scalars(own, (), -scale if group["maximize"] else scale) for own, group in zip(h, groups, strict=True)]

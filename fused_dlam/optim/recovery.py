@@ -22,8 +22,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-
 from ..comm import generation
 from ..comm.errors import ExchangeError, listed
 from ..comm.leaving import Holdings
@@ -46,7 +44,6 @@ class Recovery:
 
     def __init__(self, optimizer: GossipOptimizer, chosen: Survival, membership: Membership, graphs: Succession):
         self.optimizer, self.chosen, self.membership, self.graphs = optimizer, chosen, membership, graphs
-        self.backend = generation.backend_of_world()
         self.told: ExchangeError | None = None  # an error of the backward pass: step() deals with it
         # calls outside of steps that have ended, alike on all ranks between steps
         self.calls = max((arrival.calls for arrival in membership.view.arrivals), default=0)
@@ -75,7 +72,7 @@ class Recovery:
 
     def step(self, advance: Callable[[], T]) -> T:
         """`advance` is the optimizer's step; called again after a failure it does the rest, alone."""
-        self._rejoin()
+        self.rejoin()
         self._announce()
         error, self.told = self.told, None
         if error is None:
@@ -120,7 +117,7 @@ class Recovery:
             return call()
         self.in_call = self.optimizer._step
         try:
-            self._rejoin()
+            self.rejoin()
             if self.next is not None:
                 raise RuntimeError(
                     f"worker {self.membership.me} makes a call of all workers at step {self.in_call}, and the others"
@@ -135,7 +132,7 @@ class Recovery:
                 except ExchangeError as error:
                     if not error.lost:
                         raise
-                    if not (self._recover(error) and self.has_result):
+                    if not (self.recover(error) and self.has_result):
                         continue
                 self.calls += 1
                 self.take_back = None
@@ -149,17 +146,16 @@ class Recovery:
         if undo is not None:
             undo()
 
-    def gone(self, ranks: list[int]) -> str:
-        """Why nobody should wait for all of these ranks to come to a call, "" if nothing is known."""
-        view = self.membership.view
-        if self.membership.store.check([f"{view.generation + 1}/arrived"]):
+    def gone(self) -> str:
+        """Why nobody should wait for all ranks to come to a call, "" if nothing is known."""
+        if self.membership.others_agree():
             return "other workers have lost one"
-        dead = self.membership.lost(view.members)
+        dead = self.membership.lost(self.membership.view.members)
         return f"{listed(dead, what='worker')} died" if dead else ""
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 
-    def _recover(self, error: ExchangeError) -> bool:
+    def recover(self, error: ExchangeError) -> bool:
         """In a call: until this worker goes on, or is to catch up. Returns whether the call is done for all."""
         self._give_up(error)
         done = self._agree()
@@ -169,7 +165,7 @@ class Recovery:
             self._go_on()
         return done
 
-    def _rejoin(self) -> None:
+    def rejoin(self) -> None:
         """Before a step, or a call, what was lost in the last one is made up for.
 
         Not at once: between a step and the calls that the script makes after it there is no place for a newcomer, whose
@@ -217,7 +213,7 @@ class Recovery:
             except Excluded as error:
                 view = self._come_back(error)
             try:
-                generation.form(membership, self.backend)
+                generation.form(membership)
                 self.next = self.optimizer._connect(f"generation {view.generation}")
                 break
             except ExchangeError as error:
@@ -272,7 +268,7 @@ class Recovery:
                 regroup.enter(engine, place, graph)
                 new = [view.rank(number) for number in view.new]
                 if new:
-                    self._compare(place)
+                    optimizer._compare(place, self.membership)
                 regroup.settle(engine, new)
                 for rank in new:
                     optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
@@ -299,22 +295,6 @@ class Recovery:
         if news is not None and self.chosen.on_members_changed is not None:
             self.chosen.on_members_changed(news)
 
-    def _compare(self, place: Place) -> None:
-        """A newcomer that trains something else is not let in. Raises ValueError there, ExchangeError elsewhere."""
-        view = self.membership.view
-        facts = place.workers.gathered(self.optimizer._facts(), "comparing what newcomers train")
-        own = next(theirs for number, theirs in zip(view.members, facts, strict=True) if number not in view.new)
-        for number, theirs in zip(view.members, facts, strict=True):
-            differing = [name for name in own if theirs.get(name) != own[name]]
-            if differing and number == self.membership.me:
-                self.membership.close()  # counts as gone at once
-                raise ValueError(
-                    f"this worker comes to a run of another {differing[0]}: here {theirs.get(differing[0])}, there"
-                    f" {own[differing[0]]}. Start it with the same script"
-                )
-            if differing:
-                raise ExchangeError(f"worker {number}, which came, has another {differing[0]} and is not let in")
-
     def _tell(self, graph: str, lost: tuple[int, ...], came: tuple[int, ...]) -> None:
         view = self.membership.view
         parts = [f"lost {listed(lost, what='worker')}"] if lost else []
@@ -325,36 +305,3 @@ class Recovery:
             self.membership.me, view.rank(self.membership.me), len(view.members),
             " and ".join(parts) or "no worker was lost, connections were", view.step, graph, seconds,
         )  # fmt: skip
-
-    # -- the end -----------------------------------------------------------------------------------------------------
-
-    def finish(self) -> None:
-        """Stays until all members are through or gone, and goes on with those that are left when one is lost."""
-        m = self.membership
-        try:
-            self._rejoin()
-            m.store.set(f"done/{m.me}", "")
-            while True:
-                waiting = [i for i in m.view.members if i != m.me and not m.store.check([f"done/{i}"])]
-                if not waiting or len(m.lost(waiting)) == len(waiting):
-                    return
-                if m.store.check([f"{m.view.generation + 1}/arrived"]):
-                    self._recover(ExchangeError("other workers have lost one"))
-                    if self.next is not None:
-                        self._leave()
-                        return
-                time.sleep(0.05)
-        except dist.DistError:  # the launcher is gone: there is nothing to hear of the others
-            return
-
-    def _leave(self) -> None:
-        """The others are further, and would wait for steps that this worker, which is through, does not take."""
-        place, self.next = self.next, None
-        assert place is not None
-        log.warning(
-            "worker %d: finish() at step %d, and the others are at step %d: it leaves them. For data that run out at"
-            " different times: `with optimizer.join():`",
-            self.membership.me, self.optimizer._step, self.resumes,
-        )  # fmt: skip
-        self.membership.close()  # counts as gone at once
-        place.abandon()

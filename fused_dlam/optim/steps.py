@@ -112,9 +112,6 @@ class Steps(GossipOptimizer):
 
     # -- other neighbors, see recovery.py ----------------------------------------------------------------------------
 
-    def _groups_or(self, defaults: dict[str, Any]) -> list[dict[str, Any]]:
-        return vars(self).get("param_groups") or [defaults]
-
     def _tells(self, hold: Callable[[ExchangeError], None]) -> None:
         self._arrivals.on_error = hold
 

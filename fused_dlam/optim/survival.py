@@ -15,6 +15,9 @@ from ..comm import generation, other_averagers, sharded
 from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import machines
+from ..comm.process_group import CPU
+from ..kernels.passes import choose
+from ..rules.rule import Rule
 from ..rules.scalars import number
 
 HOW = (
@@ -80,12 +83,11 @@ class Survival:
 
 
 def enter(
-    survival: Survival, timeout: float, group: Any, hierarchical: Any, prepare: Callable[[], Any]
+    survival: Survival, timeout: float, group: Any, hierarchical: Any, rule: Rule, fused: bool | None
 ) -> tuple[Membership | None, bool]:
     """This process's membership, and whether it comes to a run that is under way, of whose world it is a part now.
 
-    None without process groups and launcher, where there is one worker. `prepare` is what can be done before the others
-    wait for a newcomer.
+    None without process groups and launcher, where there is one worker.
 
     Raises ValueError where no store outlives the workers, RuntimeError for a second optimizer, ExchangeError if a
     newcomer is not let in.
@@ -125,8 +127,10 @@ def enter(
         _memberships.append(membership)
     membership.min_workers, membership.timeout = survival.min_workers, timeout
     if comes:
-        importlib.import_module("torch._dynamo")  # the first optimizer would import it, in seconds
-        prepare()
+        # What takes seconds comes first, for the others wait from the moment in which they have let it in: what the
+        # first optimizer would import, and the rule's passes.
+        importlib.import_module("torch._dynamo")
+        choose(rule, CPU, torch.float32, 1, fused, guard=True)
         generation.leave()  # the world of its own in which the launcher started it
         come_in(membership)
     return membership, comes
@@ -137,7 +141,7 @@ def come_in(membership: Membership) -> None:
     while True:
         membership.enter()
         try:
-            generation.form(membership, "gloo")
+            generation.form(membership)
             return
         except ExchangeError as error:  # another worker was lost meanwhile: the others decide anew, without this one
             generation.leave(error)

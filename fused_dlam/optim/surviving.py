@@ -10,8 +10,9 @@ import torch
 from ..comm import generation, sharded
 from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
-from ..comm.place import Place, layout
+from ..comm.place import Layout, Place, layout
 from ..topology import Topology
+from .finishing import finish
 from .recovery import Recovery
 from .succession import Succession
 from .survival import Survival, come_in
@@ -67,7 +68,7 @@ class Surviving:
         With on_failure="raise" it returns at once. Not needed where the script ends with its loop.
         """
         if self._recovery is not None:
-            self._recovery.finish()
+            finish(self._recovery)
 
     # -- what recovery.py asks for -----------------------------------------------------------------------------------
 
@@ -81,13 +82,18 @@ class Surviving:
 
     def _connect(self, name: str) -> Place:
         """The groups of a new world, under a name that all its ranks know."""
-        hierarchical, timeout, what = self._place_options
-        everything = [p for group in self.param_groups for p in group["params"]]
-        place = layout(None, hierarchical).connect(everything, timeout, False, what, name)
-        return _silent(place)
+        hierarchical, _, _ = self._place_options
+        return self._connect_in(layout(None, hierarchical), False, name)
 
-    def _connect_newcomer(self, membership: Membership) -> Place:
-        """The groups of the world that this worker comes to. If another is lost meanwhile it asks once more."""
+    def _connect_in(self, where: Layout, advise: bool, name: str) -> Place:
+        _, timeout, what = self._place_options
+        everything = [p for group in self.param_groups for p in group["params"]]
+        return where.connect(everything, timeout, advise, what, name)
+
+    def _first_place(self, where: Layout, membership: Membership | None, advise: bool) -> Place:
+        """In the constructor: the groups. A newcomer, if another is lost meanwhile, asks once more."""
+        if not self._comes or membership is None:
+            return self._connect_in(where, advise, "")
         while True:
             try:
                 return self._connect(f"generation {membership.view.generation}")
@@ -108,7 +114,8 @@ class Surviving:
             self._recovery.arrive(self._engine.place)
             self._comes = False
         else:
-            _silent(self._engine.place)
+            place = self._engine.place
+            place.workers.generation = place.inside.generation = ""  # no notes on who went first: that is agreed on
             membership.meet()
             graphs.look_ahead(self._engine.topology.n)
 
@@ -117,9 +124,9 @@ class Surviving:
         """Whether this worker came to a run that was under way, and has taken no step there yet."""
         return self._recovery is not None and self._recovery.came_at == self._step
 
-    def _gone(self, ranks: list[int]) -> str:
-        """Why nobody should wait for all of these ranks any more, "" if nothing is known."""
-        return "" if self._recovery is None else self._recovery.gone(ranks)
+    def _gone(self) -> str:
+        """Why nobody should wait for all ranks any more, "" if nothing is known."""
+        return "" if self._recovery is None else self._recovery.gone()
 
     def _tells(self, hold: Callable[[ExchangeError], None]) -> None:
         """Hands errors of the backward pass to `hold`."""
@@ -141,6 +148,22 @@ class Surviving:
             **self._options.facts(),
         }
 
+    def _compare(self, place: Place, membership: Membership) -> None:
+        """A newcomer that trains something else is not let in. Raises ValueError there, ExchangeError elsewhere."""
+        view = membership.view
+        facts = place.workers.gathered(self._facts(), "comparing what newcomers train")
+        own = next(theirs for number, theirs in zip(view.members, facts, strict=True) if number not in view.new)
+        for number, theirs in zip(view.members, facts, strict=True):
+            differing = [name for name in own if theirs.get(name) != own[name]]
+            if differing and number == membership.me:
+                membership.close()  # counts as gone at once
+                raise ValueError(
+                    f"this worker comes to a run of another {differing[0]}: here {theirs.get(differing[0])}, there"
+                    f" {own[differing[0]]}. Start it with the same script"
+                )
+            if differing:
+                raise ExchangeError(f"worker {number}, which came, has another {differing[0]} and is not let in")
+
     @torch.no_grad()
     def _copy_rest(self, source: int, to: int) -> None:
         """A newcomer takes what is not in flat buffers: frozen parameters, and what the method remembers."""
@@ -150,9 +173,3 @@ class Surviving:
         rest = workers.copy_object(self._rest() if workers.rank == source else None, source, to)
         if workers.rank == to:
             self._take_rest(rest)
-
-
-def _silent(place: Place) -> Place:
-    """Nobody looks for notes on who went first (comm/last_words.py): that is agreed on."""
-    place.workers.generation = place.inside.generation = ""
-    return place

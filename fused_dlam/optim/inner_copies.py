@@ -1,0 +1,83 @@
+"""`Gossip`'s checkpoints: the inner optimizer's, with the exchange's step and master values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from ..comm.errors import calling
+from ..engine.buckets import Bucket
+from ..engine.slot import Slot
+from .loaded_values import check_everywhere
+from .shared import GossipOptimizer
+from .state_dict import restore_copies
+
+
+class InnerCopies(GossipOptimizer):
+    """The part of a `Gossip` that is saved and loaded."""
+
+    inner: Optimizer
+    _entries: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, with the exchange's step and, for 16-bit parameters, master values."""
+        for b in self._engine.buckets:
+            b.absorb()
+        state_dict = self.inner.state_dict()
+        state = dict(state_dict["state"])
+        for key, (b, slot) in self._slots(state_dict).items():
+            if b.low is not None and self._engine.place.workers.size > 1:
+                state[key] = {**state.get(key, {}), "gossip_master": slot.stateful(b.x).clone()}
+        return {**state_dict, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this topology, or one of the inner optimizer alone. On all ranks.
+
+        What `consensus_state_dict` returned loads on any topology. Raises ValueError for one of another topology.
+        """
+        self._check_own_values("load_state_dict()")
+        with calling("optimizer.load_state_dict()"):
+            check_everywhere(self, state_dict)
+        before = [{k: g[k] for k in self._entries} for g in self.param_groups]
+        step = self._step
+        state = {
+            key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
+            for key, s in state_dict["state"].items()
+        }
+        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if s != {}}})
+        for group, old in zip(self.param_groups, before, strict=True):
+            for name, value in old.items():
+                group.setdefault(name, value)
+        self._engine.forget(step)
+        masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
+        with torch.no_grad():
+            for b in self._engine.buckets:
+                restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
+
+    def _slots(self, state_dict: dict[str, Any]) -> dict[Any, tuple[Bucket, Slot]]:
+        """(bucket, slot) of a checkpoint's parameters, by their numbers in it."""
+        places = {slot.p: (b, slot) for b in self._engine.buckets for slot in b.slots}
+        return {
+            key: places[p]
+            for theirs, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            for key, p in zip(theirs["params"], group["params"], strict=True)
+            if p in places
+        }
+
+    def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        """Hooks of `state_dict` and `load_state_dict` are the inner optimizer's, which they are given."""
+        return self.inner.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
+        return self.inner.register_load_state_dict_post_hook(hook, prepend)
