@@ -58,12 +58,14 @@ def computes(beacon):
 
 def has_a_child(beacon):
     """As a data loader's worker is: it lives on when its parent is dead."""
-    parent = os.getpid()
+    parent, (read, write) = os.getpid(), os.pipe()
     if os.fork() == 0:
+        os.write(write, b"1")  # it has closed what is not its own: a parent that dies before it does would be seen late
         while os.getppid() == parent:
             time.sleep(0.01)
         time.sleep(3.0)
         os._exit(0)
+    os.read(read, 1)
 
 
 def had_a_child(beacon):
