@@ -28,7 +28,8 @@ class ExchangeError(RuntimeError):
     streams, and what becomes of a dead peer is torch's choice, by its documentation: by default its watchdog ends this
     process once `timeout` has passed, and nothing is raised. With TORCH_NCCL_BLOCKING_WAIT=1 every wait is one of the
     host and raises this error, at the price of the overlap; with TORCH_NCCL_ASYNC_ERROR_HANDLING=2 the process lives on
-    and the next exchange raises it, while this rank may have combined what never came: go back to a checkpoint.
+    and the next exchange raises it, while this rank may have combined what never came: go back to a checkpoint. With
+    on_failure="continue" the host waits, see lookout.py.
 
     Attributes: `rank` and `peer` (global numbers; None for a peer that is not known), `step`, `call`.
     """
@@ -121,7 +122,7 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
     if call in STEPS:
         if kind != "other":
             parts.append("For data that run out at different times: `with optimizer.join():`.")
-        parts.append(LOST if group.backend == "nccl" else TORN)
+        parts.append(TORN if group.host_waits else LOST)
     parts.append(f"(The transport says: {_shortened(raw)})")
     out = ExchangeError(" ".join(parts))
     out.rank, out.peer, out.step, out.call = me, peer, wait.step, call

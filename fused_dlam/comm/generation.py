@@ -1,4 +1,4 @@
-"""torch's world of one generation: the default process group over its members, over gloo.
+"""torch's world of one generation: the default process group over its members.
 
     leave()   gives the old world up: its connections close, which is how the others learn of it
     form()    builds the next one, with the same ranks on all members
@@ -121,8 +121,9 @@ def form(membership: Membership) -> None:
     try:
         with noted():
             dist.init_process_group(
-                "gloo", store=dist.PrefixStore(f"world{view.generation}", store), rank=view.rank(membership.me),
-                world_size=len(view.members), timeout=timedelta(seconds=membership.timeout),
+                membership.backend, store=dist.PrefixStore(f"world{view.generation}", store),
+                rank=view.rank(membership.me), world_size=len(view.members),
+                timeout=timedelta(seconds=membership.timeout),
             )  # fmt: skip
     except RuntimeError as error:
         failed = ExchangeError(f"forming generation {view.generation} failed: {error}")

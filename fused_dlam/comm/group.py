@@ -19,10 +19,11 @@ from . import process_group as process_groups
 from . import roll_call
 from .leaving import Holdings, provide, wait_to_leave
 from .ledger import Ledger
+from .lookout import Lookout, patience
 from .process_group import CPU
-from .streams import Courier
+from .streams import Courier, wait_for
 from .transfer import Mean
-from .watch import ClosedError, Watched, forget, watch_over
+from .watch import ClosedError, Watched, forget, log, watch_over
 
 
 class Group:
@@ -39,12 +40,15 @@ class Group:
         name: of what is built here, from a roll call that all ranks have answered; without it one is held here.
         what: is built, for messages.
         notes: whether its ranks leave notes when they give up (last_words.py).
+        lookout: over NCCL, tells why a wait should end (lookout.py).
 
     It ends with `close()`, or when it is collected: connections, threads and files are given back.
     """
 
     holdings: Holdings | None = None
     generation = ""  # under which its ranks leave notes when they give up
+    lookout: Lookout | None = None
+    interrupted = ""  # why its operations were aborted
 
     def __init__(
         self,
@@ -56,13 +60,16 @@ class Group:
         name: str = "",
         what: str = "process group",
         notes: bool = True,
+        lookout: Lookout | None = None,
     ):
         if not timeout > 0:
             raise ValueError(f"timeout must be positive seconds, not {timeout}")
         self.timeout, self.device = timeout, device
         self.ranks = ranks or dist.get_process_group_ranks(process_group or dist.group.WORLD)
         self.backend = process_groups.transport(process_group, device)
-        self.ledger = Ledger(self.backend != "nccl")
+        self.lookout = lookout if self.backend == "nccl" else None
+        self.control_backend = "gloo" if self.lookout else self.backend
+        self.ledger = Ledger(self.host_waits)
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.bytes_sent = 0.0  # payload of this rank: messages to neighbors, and what a ring all-reduce sends
@@ -71,16 +78,19 @@ class Group:
         held = name or roll_call.call(self.ranks, what, facts, timeout)
         self.generation = held if notes else ""
         with self.watched(f"building the {what}", None), self.placed():
-            built = process_groups.build(self.ranks, self.backend, timeout, parts or [self.ranks], held)
+            least = patience(timeout) if self.lookout else timeout
+            built = process_groups.build(self.ranks, self.backend, least, parts or [self.ranks], held)
             # Data go in the order of buckets, in the backward pass on one rank and in step() on another; what the
             # script asks for (averages, agreements) goes in its own order. On one gloo group they would be mixed up.
             control = built
-            if self.backend == "gloo":
+            if self.control_backend == "gloo":
                 control = process_groups.build(self.ranks, "gloo", timeout, parts or [self.ranks], f"{held} control")
             self.holdings = Holdings(built, control, self.backend, timeout)
             provide(self, self.holdings)
+            if self.lookout:  # NCCL connects in the next line, which nothing could interrupt: all are there now
+                dist.all_reduce(torch.zeros(1), group=control)
             # The first operation of a NCCL group must be one that all its ranks take part in.
-            dist.all_reduce(torch.zeros(1, device=self.wire), group=built)
+            dist.all_reduce(torch.zeros(1, device=self.device if self.backend == "nccl" else CPU), group=built)
         if not name:
             roll_call.clear(self.ranks)
         watch_over(self)
@@ -141,8 +151,26 @@ class Group:
 
     @property
     def wire(self) -> torch.device:
-        """Where the transport reads what it sends."""
-        return self.device if self.backend == "nccl" else CPU
+        """Where what is asked for in the script's order is read when it is sent."""
+        return self.device if self.control_backend == "nccl" else CPU
+
+    @property
+    def host_waits(self) -> bool:
+        """Whether the host waits for what comes. Over NCCL streams do, unless there is a lookout."""
+        return self.backend != "nccl" or self.lookout is not None
+
+    def reach(self, device: torch.device) -> None:
+        """Where only a stream has waited for NCCL so far and the host must: until what was waited for is there."""
+        if self.lookout:
+            wait_for(device)
+
+    def interrupt(self, why: str) -> None:
+        """From another thread: what this rank waits for on a device will not come."""
+        self.interrupted = why
+        try:
+            self.process_group.abort()
+        except RuntimeError as error:
+            log.warning("rank %d: aborting an exchange failed: %s", self.ranks[self.rank], error)
 
     @cached_property
     def courier(self) -> Courier:
@@ -189,7 +217,7 @@ class Group:
         Raises TypeError for integers and float8, of which there is none, before anything is sent.
         """
         has_mean(tensor)
-        if self.backend == "nccl" and not tensor.is_cuda:  # a step counter that an optimizer keeps on the host, say
+        if self.control_backend == "nccl" and not tensor.is_cuda:  # an optimizer's step counter on the host, say
             device = tensor.to(self.device)
             Mean(self, device, step, self.control).wait_received()
             tensor.copy_(device)
@@ -242,7 +270,7 @@ class Group:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Rank 0's values to all, in place."""
         with self.watched("broadcast from rank 0", None):
-            carried = tensor.cpu() if tensor.is_cuda and self.stages else tensor
+            carried = tensor.cpu() if tensor.is_cuda and self.control_backend == "gloo" else tensor
             dist.broadcast(carried, self.ranks[0], group=self.control)
             if carried is not tensor:
                 tensor.copy_(carried)
@@ -276,7 +304,7 @@ class Alone(Group):
     """A group of one: a mean is the tensor itself, and nothing is ever sent. No process group is needed."""
 
     def __init__(self, device: torch.device = CPU):
-        self.timeout, self.device, self.backend = 600.0, device, "none"
+        self.timeout, self.device, self.backend, self.control_backend = 600.0, device, "none", "none"
         me = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         self.ranks, self.size, self.rank = [me], 1, 0
         self.bytes_sent, self.messages_sent = 0.0, 0

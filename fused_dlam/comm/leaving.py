@@ -60,7 +60,8 @@ class Holdings:
             _, group = groups.popitem()
             try:
                 if group in c10d._world.pg_map:  # the user may have destroyed all, and begun anew
-                    if self.broken and self.backend == "nccl":  # else it would wait for a dead peer's messages
+                    nccl = "nccl" in dist.get_backend_config(group)
+                    if self.broken and nccl:  # else it would wait for a dead peer's messages
                         c10d._abort_process_group(group)
                     else:
                         dist.destroy_process_group(group)

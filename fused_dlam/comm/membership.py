@@ -92,6 +92,7 @@ class Membership:
         self.store, self.me, self.n, self.timeout = store, me, n, timeout
         self.machines = [tuple(machine) for machine in machines]
         self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
+        self.backend = "gloo"  # of the worlds that are formed
         self.highest = n - 1  # the largest number that was ever a member's
         self.beacon = Beacon(towards)
         self.addresses: dict[int, Address] = {}
@@ -208,6 +209,13 @@ class Membership:
         """Whether another worker has begun the next generation, and waits for this one."""
         return self.store.check([f"{self.view.generation + 1}/arrived"])
 
+    def gone(self) -> str:
+        """Why nobody should wait for all members any more, "" if nothing is known."""
+        if self.others_agree():
+            return "other workers have lost one"
+        dead = self.lost(self.view.members)
+        return f"{listed(dead, what='worker')} died" if dead else ""
+
     def _agree(self, arrival: Arrival) -> View:
         old, g = self.view.members, self.view.generation + 1
         self.store.append(f"{g}/arrived", json.dumps(arrival) + "\n")  # type: ignore[attr-defined]
@@ -248,7 +256,7 @@ class Membership:
 
     def lost(self, members: Sequence[int]) -> list[int]:
         """Those of `members` whose process is certainly gone."""
-        return [i for i in members if i != self.me and refuses(self.addresses[i])]
+        return [i for i in members if i != self.me and i in self.addresses and refuses(self.addresses[i])]
 
     def _arrivals(self, g: int) -> dict[int, Arrival]:
         """Who has arrived, by number. One message to the store."""

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from . import other_averagers, roll_call, sharded
 from .group import Alone, Group
 from .ledger import Ledger, StepTime
+from .lookout import Lookout
 from .streams import host_like, to_host
 from .watch import log
 
@@ -65,6 +66,7 @@ class Place:
         own, parts = (to_host(own), host_like(whole)) if staged else (own.clone(), whole)
         with self.inside.watched("gathering a message inside the machine", step):
             _all_gather(parts, own, group=self.inside.process_group)
+            self.inside.reach(flat.device)
         if staged:
             whole.copy_(parts, non_blocking=True)
 
@@ -161,13 +163,20 @@ class Layout(NamedTuple):
         return [list(ranks) for ranks in zip(*rows, strict=True)]
 
     def connect(
-        self, params: Sequence[torch.Tensor], timeout: float, warn: bool, what: str = "optimizer", name: str = ""
+        self,
+        params: Sequence[torch.Tensor],
+        timeout: float,
+        warn: bool,
+        what: str = "optimizer",
+        name: str = "",
+        lookout: Lookout | None = None,
     ) -> Place:
         """Builds the groups. All ranks must call it.
 
         Args:
             what: they build, for messages.
             name: of what is built, where the ranks have agreed on it. Without one they hold a roll call.
+            lookout: over NCCL, tells why a wait should end (lookout.py).
 
         Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip, and on all ranks
         if they do not build the same; ExchangeError if one has not come within `timeout` seconds.
@@ -200,17 +209,18 @@ class Layout(NamedTuple):
         if len(shards) > 1:
             known = sorted(shards) == local
             parts = self.machines if known else ()
-            inside = Group(None, timeout, shards, device, parts, f"{name} inside" if known else "", what, called)
+            shared = f"{name} inside" if known else ""
+            inside = Group(None, timeout, shards, device, parts, shared, what, called, lookout)
         elif local:
-            inside = Group(None, timeout, local, device, self.machines, f"{name} inside", what, called)
+            inside = Group(None, timeout, local, device, self.machines, f"{name} inside", what, called, lookout)
         between: Group = Alone(device)
         if self.size > 1:
             between = Group(
-                self.process_group, timeout, across or None, device, numbers, f"{name} between", what, called
+                self.process_group, timeout, across or None, device, numbers, f"{name} between", what, called, lookout
             )
             if warn:
                 advise(self.size)
-        ledger = Ledger("nccl" not in (inside.backend, between.backend))
+        ledger = Ledger(inside.host_waits and between.host_waits)
         for group in (inside, between):
             group.ledger = ledger
             if called:

@@ -39,8 +39,13 @@ def host_like(tensor: torch.Tensor) -> torch.Tensor:
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A CUDA tensor's values on the host, once they are there: waits for what is queued on the current stream."""
     host = host_like(tensor).copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).synchronize()
+    wait_for(tensor.device)
     return host
+
+
+def wait_for(device: torch.device) -> None:
+    """The host waits for what is queued on the device's current stream."""
+    torch.cuda.current_stream(device).synchronize()
 
 
 class Lane:

@@ -139,6 +139,7 @@ class Transfer:
         for j, work in self._receives:
             with self.group.watched("waiting for a message from", self.step, j):
                 work.wait()
+                self.group.reach(self._rows[0].device if self._rows else self.group.device)
         self._receives = []
 
     def wait_received(self) -> None:
@@ -172,12 +173,13 @@ class Mean:
         self.group, self.step, self._tensor = group, step, tensor
         transport = over or group.process_group
         self._host, op, self._over = tensor, dist.ReduceOp.SUM, group.size
-        if group.backend == "nccl":
+        self._backend = group.backend if over is None else group.control_backend
+        if self._backend == "nccl":
             op, self._over = dist.ReduceOp.AVG, 1
         elif tensor.dtype in (torch.float16, torch.bfloat16):
             tensor.div_(group.size)
             self._over = 1
-        if tensor.is_cuda and group.stages:
+        if tensor.is_cuda and self._backend == "gloo":
             self._host = to_host(tensor)
         with group.watched("all-reduce", step):
             self._work: dist.Work | None = _work(dist.all_reduce(self._host, op, transport, async_op=True))
@@ -192,12 +194,14 @@ class Mean:
     @property
     def arrived(self) -> bool:
         """Whether waiting for it would not hold up the host. Over NCCL a wait only orders streams."""
-        return self._work is None or self.group.backend == "nccl" or self._work.is_completed()
+        return self._work is None or not self.group.host_waits or self._work.is_completed()
 
     def wait_received(self) -> None:
         if self._work is not None:
             with self.group.watched("all-reduce", self.step):
                 self._work.wait()
+                if self._backend == "nccl":
+                    self.group.reach(self._tensor.device)
             self.group.taken(self._work)
             self._work = None
             if self._over > 1:
@@ -217,8 +221,8 @@ def connect(group: Group, topology: Topology, device: torch.device) -> None:
     if group.backend != "nccl":
         return
     sent = group.messages_sent, group.bytes_sent
-    with torch.cuda.device(device):
-        group.mean(torch.zeros(1, device=device))
+    with group.placed() if device == group.device else torch.cuda.device(device):
+        Mean(group, torch.zeros(1, device=device), None).wait_received()
         for step in foreseen(topology):
             if not topology.averages_exactly(step):
                 peers = topology.peers(group.rank, step)

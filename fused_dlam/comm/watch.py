@@ -1,4 +1,7 @@
-"""Every wait has a name, and is counted (ledger.py); one that takes long is told of while it lasts."""
+"""Every wait has a name, and is counted (ledger.py); one that takes long is told of while it lasts.
+
+Over NCCL one that nothing else would end is interrupted where the group has a lookout (lookout.py).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import profiler
 
 from .errors import ClosedError, ExchangeError, call_of, current_call, failure
+from .lookout import LOOK
 
 if TYPE_CHECKING:
     from .group import Group
@@ -65,6 +69,8 @@ class Watched:
             _current[self.thread] = self.outer
         if isinstance(error, RuntimeError) and not isinstance(error, ExchangeError | ClosedError):
             raise failure(self, error) from error
+        if error is None and self.group.interrupted:
+            raise failure(self, RuntimeError(self.group.interrupted))
 
 
 # The main thread, a hook's and the courier's wait at the same time, each in what is outermost for it alone. One thread
@@ -100,9 +106,29 @@ def _look() -> None:
             if every is None:
                 _thread = None
                 return
-        _wake.wait(min(max(every / 20, 0.05), 5.0))
+        looks = any(group.lookout for group in _groups)
+        _wake.wait(min(max(every / 20, 0.05), LOOK if looks else 5.0))
         _wake.clear()
         remind()
+        if looks:
+            interrupt()
+
+
+def interrupt() -> None:
+    """Ends the waits of which a lookout knows that they are in vain, and those that have lasted for `timeout`."""
+    now = time.monotonic()
+    for wait in list(_current.values()):
+        group = wait.group
+        if group.lookout is None or group.interrupted or now < wait.since + LOOK:
+            continue
+        try:
+            why = group.lookout()
+        except RuntimeError:  # the store in which workers agree does not answer
+            why = ""
+        if not why and now > wait.since + group.timeout:
+            why = f"timed out after {now - wait.since:.3g} s"
+        if why:
+            group.interrupt(why)
 
 
 def remind(now: float | None = None) -> None:

@@ -81,7 +81,7 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
             between 8 and 32.
         timeout: seconds after which waiting for a peer is an error.
         on_failure: "raise" (default) ends all ranks with an error that names the one that was lost; "continue" goes on
-            without it, over gloo and under a launcher that keeps the store (`fused-dlam run`), see
+            without it, under a launcher that keeps the store (`fused-dlam run`), see
             fused_dlam/comm/README.md. Then a name or function is needed as topology.
         min_workers: how many must be left for that.
         admit_every: steps after which one worker looks whether another asks to be let in; 0: none looks.

@@ -148,10 +148,7 @@ class Recovery:
 
     def gone(self) -> str:
         """Why nobody should wait for all ranks to come to a call, "" if nothing is known."""
-        if self.membership.others_agree():
-            return "other workers have lost one"
-        dead = self.membership.lost(self.membership.view.members)
-        return f"{listed(dead, what='worker')} died" if dead else ""
+        return self.membership.gone()
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +211,7 @@ class Recovery:
                 view = self._come_back(error)
             try:
                 generation.form(membership)
-                self.next = self.optimizer._connect(f"generation {view.generation}")
+                self.next = self.optimizer._connect(membership)
                 break
             except ExchangeError as error:
                 log.info("another worker was lost: %s", error)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..comm import generation, other_averagers, sharded
+from ..comm import generation, lookout, other_averagers, sharded
 from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import machines
@@ -99,12 +99,9 @@ def enter(
     comes = os.environ.get(generation.NEWCOMER) == "1" and not _memberships
     if not together or (dist.get_world_size() == 1 and not comes and not _memberships):
         return None, False
-    if "nccl" in dist.get_backend_config():
-        raise ValueError(
-            "on_failure='continue' is for gloo, which carries CUDA tensors through host memory: over NCCL nothing tells"
-            " the host that a peer is gone before its message, which never came, was combined on the GPU. Call"
-            ' init_process_group("gloo"), or use on_failure="raise" and restart from a checkpoint'
-        )
+    backend = dist.get_backend_config()
+    if "nccl" in backend:
+        lookout.prepare()
     address = generation.store_address()
     if address is None:
         raise ValueError(
@@ -126,6 +123,7 @@ def enter(
             membership = Membership(store, address, dist.get_rank(), dist.get_world_size(), timeout, together_go)
         _memberships.append(membership)
     membership.min_workers, membership.timeout = survival.min_workers, timeout
+    membership.backend = backend if "nccl" in backend else "gloo"
     if comes:
         # What takes seconds comes first, for the others wait from the moment in which they have let it in: what the
         # first optimizer would import, and the rule's passes.

@@ -80,23 +80,25 @@ class Surviving:
         """A step."""
         return advance() if self._recovery is None else self._recovery.step(advance)
 
-    def _connect(self, name: str) -> Place:
+    def _connect(self, membership: Membership) -> Place:
         """The groups of a new world, under a name that all its ranks know."""
         hierarchical, _, _ = self._place_options
-        return self._connect_in(layout(None, hierarchical), False, name)
+        name = f"generation {membership.view.generation}"
+        return self._connect_in(layout(None, hierarchical), membership, False, name)
 
-    def _connect_in(self, where: Layout, advise: bool, name: str) -> Place:
+    def _connect_in(self, where: Layout, membership: Membership | None, advise: bool, name: str) -> Place:
         _, timeout, what = self._place_options
         everything = [p for group in self.param_groups for p in group["params"]]
-        return where.connect(everything, timeout, advise, what, name)
+        lookout = None if membership is None else membership.gone
+        return where.connect(everything, timeout, advise, what, name, lookout)
 
     def _first_place(self, where: Layout, membership: Membership | None, advise: bool) -> Place:
         """In the constructor: the groups. A newcomer, if another is lost meanwhile, asks once more."""
         if not self._comes or membership is None:
-            return self._connect_in(where, advise, "")
+            return self._connect_in(where, membership, advise, "")
         while True:
             try:
-                return self._connect(f"generation {membership.view.generation}")
+                return self._connect(membership)
             except ExchangeError as error:
                 if not error.lost:
                     raise

@@ -25,6 +25,10 @@ class End:
 
     rank, ranks, timeout, backend, generation, broken = 1, [4, 6], 2.0, "gloo", "", False
     stages, process_group, ledger = False, None, Ledger()
+    host_waits, lookout, interrupted = True, None, ""
+
+    def reach(self, device):
+        pass
 
     def count(self, message, receivers):
         pass
@@ -125,7 +129,7 @@ def test_a_dead_peer_over_nccl_is_an_exchange_error(monkeypatch):
             raise dist.DistBackendError("NCCL communicator was aborted on rank 1.")
 
     end = End()
-    end.backend = "nccl"
+    end.backend, end.host_waits = "nccl", False
     monkeypatch.setattr(dist, "P2POp", lambda *arguments: arguments)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda ops: [Lost()])
     flight = transfer.Transfer(end, [torch.zeros(3)], Peers((0,), (0.5,), (0,)), step=7)

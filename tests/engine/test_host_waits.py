@@ -7,6 +7,7 @@ design is listed with its reason.
 """
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fake_where import ours
 from layers_of_users import spaced
 
 import fused_dlam
+from fused_dlam.comm.place import Layout
 from fused_dlam.layers import Lars, SlowMo
 
 BF16 = torch.bfloat16
@@ -73,6 +75,22 @@ def other_gradients_missing(run, k):
     run.training.absent = (k % 3, 5)
 
 
+def with_lookout(**options):
+    """As on_failure="continue" has it over NCCL."""
+
+    def make(params):
+        connect = Layout.connect
+
+        def watched(where, everything, timeout, warn, what, name, lookout):
+            return connect(where, everything, timeout, warn, what, name, lambda: "")
+
+        with mock.patch.object(Layout, "connect", watched):
+            return gossip_sgd(**options)(params)
+
+    return make
+
+
+BOTH = dict(config="cpu:gloo,cuda:nccl")
 MODES = {
     "atc": (gossip_sgd(), {}),
     "atc, overlap=False": (gossip_sgd(overlap=False), {}),
@@ -124,8 +142,17 @@ MODES = {
     "messages through the host": (gossip_sgd(), dict(config="cpu:gloo,cuda:gloo", name="gloo")),
     "messages through the host, awc": (gossip_sgd(schedule="awc"), dict(config="cpu:gloo,cuda:gloo", name="gloo")),
 }
+LOST = "over NCCL, what a lost worker never sent must not be combined: the host waits for each of four messages"
 # Lines that wait by design, how often in three steps, and why.
 BY_DESIGN = {
+    "on_failure='continue'": (with_lookout(), BOTH, ("streams.py", 12), LOST),
+    "on_failure='continue', awc": (with_lookout(schedule="awc"), BOTH, ("streams.py", 12), LOST),
+    "on_failure='continue', machines": (
+        with_lookout(hierarchical=True),
+        BOTH | MACHINES,
+        ("streams.py", 36),
+        LOST + ", and for what a machine's ranks average before it and gather after it",
+    ),
     "several workers and a scaler": (
         gossip_sgd(),
         dict(scaler=True),

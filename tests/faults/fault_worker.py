@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import ExitStack, nullcontext
 
+import streamed_transport
 import torch
 import torch.distributed as dist
 from places import IN_RECOVERY, INSIDE, inside
@@ -94,6 +95,8 @@ class Worker:
 
     def train(self):
         case = self.case
+        if case["streamed"]:
+            streamed_transport.play()
         dist.init_process_group("gloo")
         self.told["started"] = True
         if case["loader"]:  # its workers are forks, and hold copies of every socket

@@ -15,6 +15,11 @@ import torch.distributed as dist
 
 import fused_dlam
 
+if "STREAMED" in os.environ:
+    import streamed_transport
+
+    streamed_transport.play(os.environ["STREAMED"] == "careless")
+
 DIMENSION = 7
 
 

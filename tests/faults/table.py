@@ -11,6 +11,7 @@ A case is a dict, for it travels to faults_script.py as a line of JSON:
     mode        on_failure
     resume      of a stopped one: "soon", once the others have "recovered", once they have "ended"
     expect      of the others: "end" (exit 0), "error" (an ExchangeError)
+    streamed    over a transport that is like NCCL, streamed_transport.py
     named       whether each of the others must name a victim
 """
 
@@ -35,12 +36,13 @@ def case(act, place, victims, optimizer="default", mode=RAISE, n=4, **more):
     out = dict(
         act=act, place=place, victims=list(victims), optimizer=optimizer, mode=mode, n=n, per_machine=per_machine,
         timeout=SHORT if silent else LONG, resume=None, expect="error" if mode == RAISE else "end", named=mode == RAISE,
-        loader=False, then=None,
+        loader=False, then=None, streamed=False,
     )  # fmt: skip
     out |= more
     who = "+".join(map(str, victims))
     parts = [act, who, place, out["then"], optimizer, mode]
-    parts += [f"{n}workers"] * (n != 4) + ["loader"] * out["loader"] + [f"until-{out['resume']}"] * bool(out["resume"])
+    parts += [f"{n}workers"] * (n != 4) + ["loader"] * out["loader"] + ["streamed"] * out["streamed"]
+    parts += [f"until-{out['resume']}"] * bool(out["resume"])
     out["id"] = "-".join(p for p in parts if p)
     return out
 
@@ -92,6 +94,18 @@ def _table():
             yield case("kill", "sent", [1, 2], name, CONTINUE, n=5, then=then)
     for name in ("default", "hierarchical"):
         yield case("kill", "confirming", [1], name, CONTINUE)
+    for name in OPTIMIZERS:  # NCCL's part is played by streamed_transport.py
+        for place, victims in (("sent", [1]), ("sent", [0]), ("unsent", [1]), ("between", [2])):
+            yield case("kill", place, victims, name, CONTINUE, streamed=True)
+        for place in ("averaged", "saving"):
+            yield case("kill", place, [1], name, CONTINUE, streamed=True)
+        yield case("stop", "sent", [1], name, CONTINUE, resume="soon", timeout=LONG, named=False, streamed=True)
+        yield case("stop", "sent", [1], name, CONTINUE, resume="ended", streamed=True)
+        yield case("return", "between", [1], name, CONTINUE, streamed=True)
+    for name in ("default", "awc"):
+        yield case("stop", "sent", [1], name, CONTINUE, resume="recovered", streamed=True)
+        for then in ("agreeing", "forming", "connecting", "settling"):
+            yield case("kill", "sent", [1, 2], name, CONTINUE, n=5, then=then, streamed=True)
 
 
 CASES = list(_table())
@@ -102,6 +116,6 @@ EVERYDAY = {
     "kill-0-settings-default-raise", "kill-1+2-sent-overlap-continue-5workers", "store-between-default-continue",
     "stop-1-sent-default-raise-until-ended", "stop-1-sent-default-continue-until-recovered",
     "return-1-between-default-raise", "late-1-last-default-raise-3workers", "kill-1-sent-hierarchical-raise",
-    "stop-1-before-saving-default-raise-until-ended",
+    "stop-1-before-saving-default-raise-until-ended", "kill-1-sent-awc-continue-streamed",
 }  # fmt: skip
 assert EVERYDAY <= {case["id"] for case in CASES}
