@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from .. import topology as topologies
 from ..topology import Topology
+from .collectives import has_mean
 from .errors import calling
-from .group import Group, has_mean
+from .group import Group
 from .place import needs_process_group
 from .process_group import transport
 from .transfer import Transfer

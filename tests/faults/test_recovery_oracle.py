@@ -19,6 +19,7 @@ from recovery_run import DIMENSION, problem
 from fused_dlam import topology
 from fused_dlam.rules.mi_dmsgd import auto_displacement_rate
 
+NOBODY = -1
 STEPS, DIES_AT, LR, BETA, KAPPA = 24, 9, 0.05, 0.9, 300.0
 THETA = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}
 CASES = [("mi-dmsgd", "midpoint", 4, 1), ("mi-dmsgd", "awc", 3, 0)]
@@ -36,6 +37,13 @@ def test_where_the_device_waits_and_hears_nothing_too(tmp_path, method, schedule
     assert error_of(tmp_path, method, schedule, n, victim, STREAMED="1") < 1e-12
 
 
+def test_combined_before_it_is_there_it_is_another_run(tmp_path):
+    """The negative control: a host that does not wait for the device. Nobody dies."""
+    with pytest.raises(AssertionError):
+        assert error_of(tmp_path, "mi-dmsgd", "midpoint", 4, NOBODY, STREAMED="careless") < 1e-3
+    assert error_of(tmp_path, "mi-dmsgd", "midpoint", 4, NOBODY, STREAMED="1") < 1e-12
+
+
 def error_of(tmp_path, method, schedule, n, victim, **environment):
     """The largest of all steps and survivors."""
     command = [sys.executable, str(Path(__file__).with_name("recovery_run.py")), str(tmp_path), method, schedule]
@@ -50,8 +58,9 @@ def error_of(tmp_path, method, schedule, n, victim, **environment):
     ends = {i: torch.load(tmp_path / f"{i}.pt") for i in range(n) if i != victim}
     survivors = tuple(ends)
     assert {end["members"] for end in ends.values()} == {survivors}
-    ((resumes, members),) = {event for end in ends.values() for event in end["events"]}
-    assert members == survivors and DIES_AT <= resumes <= DIES_AT + 4
+    events = {event for end in ends.values() for event in end["events"]}
+    ((resumes, members),) = events if victim != NOBODY else {(STEPS, survivors)}
+    assert members == survivors and (DIES_AT <= resumes <= DIES_AT + 4 or victim == NOBODY)
     combined = {i: end["combined"] for i, end in ends.items()}
     assert all(len(steps) == STEPS for steps in combined.values())  # one local step each
     assert all(all(steps[:DIES_AT]) and all(steps[resumes:]) for steps in combined.values())
