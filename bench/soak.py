@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Random faults against on_failure="continue": kills, stops, delays and joins, at any moment, recoveries included.
+"""Random faults against on_failure="continue": kills, stops, cuts, delays, joins, at any moment, recoveries included.
 
     python bench/soak.py --seeds 0:200             a line for each schedule, and what became of it
     python bench/soak.py --seeds 7 --modes kill    one of them
+    sudo python bench/soak.py --lab                each worker on a host of its own, whose link may be cut too
 
 Workers are forks of this process, so that a schedule takes seconds; the store has a process of its own, as a launcher
-gives it. Held after each schedule: nobody hangs; no survivor fails; all agree on who is left, and that is who was not
-killed; each survivor took one local step in every step(); parameters are finite and together; the centered buffers have
-mean zero; the loss has fallen. Exit status 1 if one schedule is bad.
+gives it. With --lab hosts are network namespaces with links of 200 Mbit/s (netlab_hosts.py). Held after each schedule:
+nobody hangs; no survivor fails; all agree on who is left, and that is who was not killed; each survivor took one local
+step in every step(); parameters are finite and together; the centered buffers have mean zero; the loss has fallen; a
+newcomer's call before its first step is refused. Exit status 1 if one schedule is bad.
 
 Times: from a kill until the last worker goes on. A machine that does other work makes them longer.
 """
@@ -20,62 +22,33 @@ import mmap
 import os
 import shutil
 import signal
-import socket
 import statistics
 import sys
 import tempfile
 import time
-import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch._dynamo  # noqa: F401 -- else each worker imports it with its first optimizer
-import torch.distributed as dist
+from netlab_hosts import Lab
+from netlab_hosts import run as ip
+from soak_processes import HOST, fork, fork_quietly, free_port, keep_store, on_host
 from soak_schedule import MODES, Schedule, draw, lost
 from soak_worker import KINDS, run
 
 from fused_dlam.optim import checkpoint  # noqa: F401
 
-HOST = "127.0.0.1"
-
-
-def fork(function, *arguments, out: Path | None = None) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 0
-    try:
-        with open(out or os.devnull, "a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        function(*arguments)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def keep_store(port: int) -> None:
-    store = dist.TCPStore(HOST, port, None, True, wait_for_workers=False)  # noqa: F841
-    time.sleep(3600)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+RATE = 2e8  # bits per second of each link of the lab
 
 
 class Run:
     """One schedule: workers, the faults as they come due, and what was found."""
 
-    def __init__(self, schedule: Schedule, options: argparse.Namespace):
-        self.schedule, self.options = schedule, options
+    def __init__(self, schedule: Schedule, options: argparse.Namespace, lab: Lab | None = None):
+        self.schedule, self.options, self.lab = schedule, options, lab
         self.folder = Path(tempfile.mkdtemp(prefix=f"soak{schedule.seed}-", dir=options.folder))
         self.cells = memoryview(mmap.mmap(-1, 8 * 128)).cast("q")
         self.pids: dict[int, int] = {}
@@ -86,15 +59,19 @@ class Run:
 
     def start(self, number: int, newcomer: bool = False) -> None:
         o, per_machine = self.options, 2 if self.schedule.optimizer == "hierarchical" else 1
+        host = None if self.lab is None else self.lab.namespace(number)
         self.pids[number] = fork(
-            run, number, o.n, self.store, per_machine, newcomer, self.schedule.optimizer, o.steps, o.timeout, o.pause,
-            self.cells, self.folder, out=self.folder / f"{number}.log",
+            on_host, host, run, number, o.n, self.store, per_machine, newcomer, self.schedule.optimizer, o.steps,
+            o.timeout, o.pause, self.cells, self.folder, out=self.folder / f"{number}.log",
         )  # fmt: skip
 
     def go(self) -> dict:
-        port = free_port()
-        self.store = f"{HOST}:{port}"
-        keeper = fork(keep_store, port)
+        address, port, host = HOST, free_port(), None
+        if self.lab is not None:
+            address, host = "10.77.200.1", self.lab.switch
+            ip("ip", "-n", host, "addr", "add", f"{address}/16", "dev", "br0")
+        self.store = f"{address}:{port}"
+        keeper = fork(on_host, host, keep_store, address, port)
         time.sleep(0.2)
         start = time.time()
         for number in range(self.options.n):
@@ -143,7 +120,11 @@ class Run:
                 if fault.worker in self.codes:
                     continue
                 pid = self.pids[fault.worker]
-                os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+                if fault.kind == "cut":
+                    assert self.lab is not None
+                    ip("ip", "-n", self.lab.switch, "link", "set", f"p{fault.worker}", "down")
+                else:
+                    os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
                 if fault.kind == "delay":
                     self.continued.append((now + 0.3 * self.options.timeout, pid))
                 else:
@@ -188,6 +169,8 @@ class Run:
         if not numbers <= set(next(iter(members))):
             yield f"{numbers} came to the end, and {members} count"
         for i, end in ends.items():
+            if i == self.newcomer and "before its first step" not in end["early"]:
+                yield (f"the newcomer's call before its first step was not refused: {end['early']!r}")
             if end["done"] != steps or end["calls"] != steps - end["began"]:
                 yield f"worker {i} took {end['calls']} steps from {end['began']} on, to {end['done']}"
             falls = 0.9 if self.schedule.optimizer == "slowmo" else 0.7
@@ -206,11 +189,13 @@ class Run:
 
 
 def one(seed: int, options: argparse.Namespace) -> dict:
-    modes, kinds = tuple(options.modes.split(",")), tuple(options.optimizers.split(","))
+    modes = options.modes.split(",") if options.modes else [*MODES, *(["cut"] if options.lab else [])]
+    modes, kinds = tuple(modes), tuple(options.optimizers.split(","))
     schedule = draw(seed, options.n, options.steps, modes, kinds)
     waits = any(fault.kind != "kill" for fault in schedule.faults)
     options = argparse.Namespace(**{**vars(options), "timeout": options.timeout or (6.0 if waits else 30.0)})
-    report = Run(schedule, options).go()
+    with Lab(options.n + 1, RATE) if options.lab else nullcontext() as lab:
+        report = Run(schedule, options, lab).go()
     what = f"{schedule.optimizer}: {'; '.join(map(str, schedule.faults))}{'; join' if schedule.joins else ''}"
     figures = " ".join(f"{k}={report[k]:.3g}" for k in ("down", "recovery", "cpu", "test", "wall") if k in report)
     print(f"{'BAD' if report['bad'] else 'ok '} seed {seed} [{what}] {figures}", flush=True)
@@ -225,16 +210,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--seeds", default="0:20", help="one, or FIRST:END")
-    add("--modes", default=",".join(MODES))
+    add("--modes", help=f"default: {','.join(MODES)}; with --lab cut as well")
+    add("--lab", action="store_true", help="each worker on a host of its own; needs root")
     add("--optimizers", default=",".join(KINDS))
     add("-n", type=int, default=8)
     add("--steps", type=int, default=60)
     add("--pause", type=float, default=0.01, help="seconds of computing per step")
-    add("--timeout", type=float, help="default 30, and 6 where a worker is stopped or delayed")
+    add("--timeout", type=float, help="default 30, and 6 where a worker is stopped, cut off or delayed")
     add("--deadline", type=float, default=180.0, help="seconds after which a schedule hangs")
     add("--folder", default=tempfile.gettempdir())
     add("--keep", action="store_true", help="the logs of good schedules too")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if "cut" in (options.modes or "").split(",") and not options.lab:
+        parser.error("links are cut with --lab alone")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,18 +249,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def one_into(pipe: int, seed: int, options: argparse.Namespace) -> None:
     os.write(pipe, json.dumps(one(seed, options)).encode())
-
-
-def fork_quietly(function, *arguments) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function(*arguments)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ MODES = ("kill", "stop", "delay", "join")
 class Fault:
     """One thing that happens to one worker.
 
-    kind: "kill" and "stop" for good, "delay" for a while below the timeout.
+    kind: "kill", "stop" and "cut" (its link) for good, "delay" for a while below the timeout.
     step: the worker's own at which it is due, plus `after` seconds; None: while another worker recovers.
     """
 

@@ -54,7 +54,12 @@ def train(number: int, kind: str, steps: int, timeout: float, pause: float, cell
         optimizer = fused_dlam.Gossip(inner, **more)
     else:
         optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.02, **more)
-    began, calls = optimizer.steps_done, 0
+    began, calls, early = optimizer.steps_done, 0, ""
+    if "FUSED_DLAM_NEWCOMER" in os.environ:
+        try:
+            optimizer.consensus_distance()  # the others are in a step
+        except RuntimeError as error:
+            early = str(error)
     recovery = optimizer._recovery
     agree = recovery._agree
 
@@ -95,7 +100,7 @@ def train(number: int, kind: str, steps: int, timeout: float, pause: float, cell
             {
                 "number": recovery.membership.me, "members": optimizer.members, "began": began, "calls": calls,
                 "done": optimizer.steps_done, "before": before, "after": after, "test": final, "times": times,
-                "events": recovery.events,
+                "events": recovery.events, "early": early,
             }
         )
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..comm import generation, sharded
-from ..comm.errors import ExchangeError
+from ..comm.errors import ExchangeError, current_call
 from ..comm.membership import Membership
 from ..comm.place import Layout, Place, layout
 from ..topology import Topology
@@ -74,7 +74,15 @@ class Surviving:
 
     def _together(self, call: Callable[[], T], undo: Callable[[T], Any] = lambda result: None) -> T:
         """A call that all ranks make: its result for all of them, also if one is lost in it. undo: takes one back."""
-        return call() if self._recovery is None else self._recovery.together(call, undo)
+        if self._recovery is None:
+            return call()
+        if self._just_came:
+            raise RuntimeError(
+                f"this worker came to a run that is under way, at step {self._step}, and makes a call of all workers"
+                f" ({current_call()}) before its first step there, while the others take that step: make it after"
+                " step() in the loop, and what comes before the loop `if optimizer.steps_done == 0`"
+            )
+        return self._recovery.together(call, undo)
 
     def _exchange(self, advance: Callable[[], T]) -> T:
         """A step."""
