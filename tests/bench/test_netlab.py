@@ -7,7 +7,6 @@
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from namespaces import needs_namespaces
 
 NETLAB = Path(__file__).resolve().parents[2] / "bench" / "netlab.py"
 sys.path.append(str(NETLAB.parent))  # netlab_hosts
@@ -23,17 +23,6 @@ _spec = util.spec_from_file_location("netlab", NETLAB)
 netlab = util.module_from_spec(_spec)
 _spec.loader.exec_module(netlab)
 
-
-def _namespaces_work():
-    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
-        return False
-    name = f"probe{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, timeout=10).returncode == 0
-    subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=10)
-    return made
-
-
-needs_namespaces = pytest.mark.skipif(not _namespaces_work(), reason="needs root, iproute2 and network namespaces")
 
 # Host 1 sends host 0 one second's worth of bytes at 40 Mbit/s; host 0 prints how long that took.
 TRANSFER = """

@@ -1,4 +1,4 @@
-"""Random schedules of kills, stops, delays and joins, at any moment, recoveries included.
+"""Random schedules of kills, stops, cuts, delays and joins, at any moment, recoveries included.
 
 Promise: nobody hangs, no survivor fails, all agree on who is left, each takes one local step in every step(), they are
 together, centered buffers have mean zero. See bench/soak.py; 200 schedules by its command.
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from namespaces import needs_namespaces
 
 SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
 
@@ -23,6 +24,12 @@ def soak(tmp_path, *options):
 @pytest.mark.parametrize("kind", ["default", pytest.param("hierarchical", marks=pytest.mark.slow)])
 def test_kills_and_a_newcomer(tmp_path, kind):
     soak(tmp_path, "--seeds", "60:61", "-n", "4", "--steps", "40", "--modes", "kill,join", "--optimizers", kind)
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_cut_links(tmp_path):
+    soak(tmp_path, "--lab", "--modes", "cut,kill,join", "--seeds", "400:403", "-n", "4", "--steps", "40")
 
 
 @pytest.mark.slow
