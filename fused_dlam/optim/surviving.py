@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..comm import generation, sharded
-from ..comm.errors import ExchangeError
+from ..comm.errors import ExchangeError, calling
 from ..comm.membership import Membership
 from ..comm.place import Layout, Place, layout
 from ..topology import Topology
@@ -82,18 +82,19 @@ class Surviving:
 
     def _connect(self, name: str) -> Place:
         """The groups of a new world, under a name that all its ranks know."""
-        hierarchical, _, _ = self._place_options
-        return self._connect_in(layout(None, hierarchical), False, name)
+        hierarchical, timeout, _ = self._place_options
+        with calling(f"forming {name}"):  # no step: nothing is torn where it fails
+            return layout(None, hierarchical).connect(self._everything, timeout, False, f"groups of {name}", name)
 
-    def _connect_in(self, where: Layout, advise: bool, name: str) -> Place:
-        _, timeout, what = self._place_options
-        everything = [p for group in self.param_groups for p in group["params"]]
-        return where.connect(everything, timeout, advise, what, name)
+    @property
+    def _everything(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _first_place(self, where: Layout, membership: Membership | None, advise: bool) -> Place:
         """In the constructor: the groups. A newcomer, if another is lost meanwhile, asks once more."""
         if not self._comes or membership is None:
-            return self._connect_in(where, advise, "")
+            _, timeout, what = self._place_options
+            return where.connect(self._everything, timeout, advise, what)
         while True:
             try:
                 return self._connect(f"generation {membership.view.generation}")

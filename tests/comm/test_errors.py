@@ -166,3 +166,10 @@ def test_a_long_wait_is_told_of_a_few_times(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert 3 <= len(lines) <= 5
     assert "rank 6 in optimizer.averaged() at step 5: waiting for a message from rank 4: still waiting" in lines[0]
+
+
+def test_groups_that_are_formed_anew():
+    """No optimizer is built then, and no step is torn."""
+    for rank, (text, lost) in enumerate(run_together(2, {"x": (ending_workers.formed_anew,)})["x"]):
+        assert text.startswith(f"rank {rank} in forming generation 3: building the groups of generation 3 failed: ")
+        assert lost and "optimizer" not in text and "step" not in text, text
