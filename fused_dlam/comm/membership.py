@@ -89,7 +89,7 @@ class Membership:
         timeout: float,
         machines: Sequence[Sequence[int]] = (),
     ):
-        self.store, self.me, self.n, self.timeout = store, me, n, timeout
+        self.store, self.towards, self.me, self.n, self.timeout = store, towards, me, n, timeout
         self.machines = [tuple(machine) for machine in machines]
         self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
         self.highest = n - 1  # the largest number that was ever a member's
@@ -100,9 +100,18 @@ class Membership:
         if me >= 0:
             self.store.set(f"address/{me}", json.dumps(self.beacon.address))
 
+    def renew(self) -> None:
+        """Another beacon, by which this process counts from here on. Who knows the former one takes it for dead."""
+        self.beacon.close()
+        self.beacon = Beacon(self.towards)
+        self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
+
     def meet(self) -> None:
-        """At the start: learns the others' addresses. Raises ExchangeError, naming who has not come."""
-        end, missing = time.monotonic() + self.timeout, list(range(self.n))
+        """Learns the members' addresses, at the start, and anew for each optimizer after a first that was closed.
+
+        All have said theirs before they built the groups that stand by now. Raises ExchangeError, naming who has not.
+        """
+        end, missing = time.monotonic() + self.timeout, list(self.view.members)
         while missing:
             if self.store.check([f"address/{missing[0]}"]):
                 number = missing.pop(0)
@@ -295,6 +304,7 @@ class Membership:
         return host, port
 
     def close(self) -> None:
+        """From here on this worker counts as dead, though its process may live."""
         self.beacon.close()
 
 
