@@ -28,6 +28,7 @@ from .beacon import Address, Beacon, answers, refuses
 from .errors import ExchangeError, listed
 from .watch import log
 
+KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
@@ -115,7 +116,7 @@ class Membership:
         while missing:
             if self.store.check([f"address/{missing[0]}"]):
                 number = missing.pop(0)
-                self.addresses[number] = self._address(number)
+                self.addresses[number] = _address(self.store, number)
             elif time.monotonic() > end:
                 raise ExchangeError(
                     f"rank {self.me}: {listed(missing)} did not build the optimizer within {self.timeout:g} s"
@@ -143,6 +144,9 @@ class Membership:
 
         Raises RunEnded once none of them lives, or after ten times `timeout`.
         """
+        if self.me in self.view.members:  # under a number that is given up here: nobody is to wait for it
+            self.beacon.close()
+            self.beacon = Beacon(self.towards)
         self._ask()
         mine, start = {self.me}, time.monotonic()
         asked = looked = start
@@ -156,25 +160,21 @@ class Membership:
                     return view
             if time.monotonic() > looked + 1.0:
                 looked = time.monotonic()
-                if not self._anybody_lives():
-                    break
+                if not somebody_trains(self.store):
+                    raise RunEnded(
+                        "nobody is left who could let this worker in: the others have ended, or were lost. Restart from"
+                        " a checkpoint"
+                    )
             if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died
                 asked = time.monotonic()
-                log.warning("worker %d has asked to be let in for %.0f s", self.me, asked - start)
+                log.warning("this worker has asked to be let in for %.0f s", asked - start)
                 self._ask()
                 mine.add(self.me)
             time.sleep(5 * POLL)
         raise RunEnded(
-            f"worker {self.me} asked to be let in for {time.monotonic() - start:.0f} s and was not: the others have"
-            " ended, or do not look (admit_every=)"
+            f"this worker asked to be let in for {time.monotonic() - start:.0f} s and was not: the others do not look"
+            " (admit_every=)"
         )
-
-    def _anybody_lives(self) -> bool:
-        g = int(self.store.add("generation", 0))
-        if g:
-            self._decision(g)
-        addresses = self.addresses or {i: self._address(i) for i in range(self.n) if i != self.me}
-        return not all(refuses(address) for i, address in addresses.items() if i != self.me)
 
     def _ask(self) -> None:
         """Under a new number: an old one may have been looked at."""
@@ -277,7 +277,7 @@ class Membership:
             looked = asked
             for i in range(self.n, self.n + int(self.store.add("numbers", 0))):
                 if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
-                    address = self._address(i)
+                    address = _address(self.store, i)
                     if not refuses(address):
                         addresses[i] = address
                         new.append(i)
@@ -299,13 +299,23 @@ class Membership:
         while (now := int(self.store.add(key, 0))) < value:
             self.store.compare_set(key, str(now), str(value))
 
-    def _address(self, number: int) -> Address:
-        host, port = json.loads(self.store.get(f"address/{number}"))
-        return host, port
-
     def close(self) -> None:
         """From here on this worker counts as dead, though its process may live."""
         self.beacon.close()
+
+
+def somebody_trains(store: dist.Store) -> bool | None:
+    """Whether a member may be alive, and let others in. None: training has not begun."""
+    if not store.check(["n"]):
+        return None
+    g = int(store.add("generation", 0))
+    members = json.loads(store.get(f"{g}/members"))[0] if g else range(int(store.get("n")))
+    return not all(refuses(_address(store, i)) for i in members)
+
+
+def _address(store: dist.Store, number: int) -> Address:
+    host, port = json.loads(store.get(f"address/{number}"))
+    return host, port
 
 
 def _arrival(line: list) -> Arrival:

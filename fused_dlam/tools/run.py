@@ -77,6 +77,7 @@ class Node:
         self.running: list[Worker] = []
         self.ends: dict[int, tuple[int, bool]] = {}  # by rank, in their order
         self.restarts: dict[int, int] = {}  # by rank
+        self.over = False  # whether nobody is left who could let a newcomer in
 
     def run(self) -> int:
         """Returns the exit code. Raises LaunchError if the run cannot start."""
@@ -148,7 +149,7 @@ class Node:
     def _watch(self) -> None:
         """Until all workers have ended, or a signal has come."""
         lost = False
-        while self.running and not self.signals:
+        while self.running and not self.signals and not self.over:
             time.sleep(POLL)
             dead = [worker for worker in self._ended() if self.ends[worker.rank][0] != 0]
             if any(code == 0 for code, _ in self.ends.values()):
@@ -158,22 +159,31 @@ class Node:
             if self.launchers.lost and not lost:
                 lost = True
                 say("node 0's launcher is gone, and the store with it: the workers here cannot survive another loss")
+        if self.over:
+            say("the run is over: all workers were lost, nobody can let a newcomer in. Restart from a checkpoint")
 
     def _report(self, worker: Worker) -> None:
         """Says how it died and, if it may be, starts it again. The others are left alone."""
         rank, made, left = worker.rank, self.restarts.get(worker.rank, 0), len(self.running)
         words = f"rank {rank} {how(self.ends[rank][0])} after {time.monotonic() - worker.started:.1f} s"
-        # Where nobody is left on the only machine, nobody could let a newcomer in.
-        if made < self.a.restart and (left or self.a.nnodes > 1) and not self.launchers.ending() and not self.signals:
+        self.over = self.over or self._is_over()
+        if made < self.a.restart and not self.over and not self.launchers.ending() and not self.signals:
             self.restarts[rank] = made + 1
             try:
                 self._start(rank - self.a.node_rank * self.a.n, newcomer=True)
                 words += f"; it is started again as a newcomer ({made + 1} of {self.a.restart})"
             except OSError as error:
                 words += f"; it cannot be started again: {error}"
-        elif left:
+        elif left and not self.over:
             words += f"; {left} of {self.a.n} workers here go on"
         say(words)
+
+    def _is_over(self) -> bool:
+        """Whether all who train are dead, on all machines, so that no newcomer can be let in."""
+        if not self.a.restart or self.launchers.ending() or any(not worker.newcomer for worker in self.running):
+            return False
+        trains = self.launchers.somebody_trains() if self.running or self.a.nnodes > 1 else False
+        return self.a.nnodes == 1 if trains is None else not trains
 
     def _ended(self) -> list[Worker]:
         """Those that have ended since it was last asked. They are no longer running."""

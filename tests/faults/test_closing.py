@@ -1,5 +1,8 @@
-"""Promises of `optimizer.close()` with on_failure="continue": all may close theirs and build another, also after a loss,
-and a loss after that is seen as one; a worker that closes alone is gone for the others at once, though it lives."""
+"""Promises of `optimizer.close()` with on_failure="continue".
+
+All may close theirs and build another, also after a loss, and a loss after that is survived; a worker that closes alone
+is gone for the others at once, though it lives.
+"""
 
 import json
 import os

@@ -155,6 +155,20 @@ def test_a_killed_worker_is_started_again_as_a_newcomer(launcher):
     assert run.end() == 0
 
 
+def test_nobody_is_left_who_could_let_a_newcomer_in(launcher):
+    """It does not wait in vain, and nobody else is started."""
+    run = launcher("killed", "-n", 2, "--restart", 2)
+    pids = [run.told(f"rank{rank}")["pid"] for rank in range(2)]
+    os.kill(pids[1], signal.SIGKILL)
+    run.until("rank 1")
+    newcomer = run.told("newcomer")["pid"]
+    os.kill(pids[0], signal.SIGKILL)
+    assert "again" not in run.until("rank 0")
+    assert run.end() == 128 + signal.SIGKILL
+    assert "the run is over: all workers were lost" in run.err and "from a checkpoint" in run.err
+    wait(lambda: not alive(newcomer))
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_what_ends_the_launcher_ends_its_workers(number, code, launcher):
     run = launcher("stopped", "-n", 2, "--grace", 1)
