@@ -44,6 +44,7 @@ class Group:
     """
 
     holdings: Holdings | None = None
+    numbers: Sequence[int] = ()  # of the workers for life, by rank, where ranks have changed
     generation = ""  # under which its ranks leave notes when they give up
 
     def __init__(

@@ -17,6 +17,7 @@ A worker has a number for life: its rank at the start. Newcomers get the numbers
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from .errors import ExchangeError, listed
 from .watch import log
 
 KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
+PROCESS = "FUSED_DLAM_PROCESS"  # under which name the launcher has started this process
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
@@ -157,6 +159,7 @@ class Membership:
                 admitted = mine & set(view.new)
                 if admitted:
                     self.view, self.me = view, max(admitted)
+                    self.store.append("came", f"{os.environ.get(PROCESS, '-')} {self.me}\n")  # type: ignore[attr-defined]
                     return view
             if time.monotonic() > looked + 1.0:
                 looked = time.monotonic()
@@ -311,6 +314,12 @@ def somebody_trains(store: dist.Store) -> bool | None:
     g = int(store.add("generation", 0))
     members = json.loads(store.get(f"{g}/members"))[0] if g else range(int(store.get("n")))
     return not all(refuses(_address(store, i)) for i in members)
+
+
+def who_came(store: dist.Store) -> dict[str, int]:
+    """The numbers of those that were let in, by the names of their processes: for whoever speaks of them."""
+    lines = store.get("came").decode().splitlines() if store.check(["came"]) else []
+    return {name: int(number) for name, number in map(str.split, lines)}
 
 
 def _address(store: dist.Store, number: int) -> Address:

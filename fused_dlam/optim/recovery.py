@@ -266,6 +266,7 @@ class Recovery:
             try:
                 graph = self.graphs(place.workers.size)
                 regroup.enter(engine, place, graph)
+                place.workers.numbers = place.inside.numbers = view.members
                 new = [view.rank(number) for number in view.new]
                 if new:
                     optimizer._compare(place, self.membership)

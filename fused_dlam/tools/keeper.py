@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..comm.membership import KEYS, somebody_trains
+from ..comm.membership import KEYS, somebody_trains, who_came
 
 ANSWER = timedelta(seconds=30)  # for what is in the store already, or about to be
 BACKLOG = 4096  # connections: all workers may come at once
@@ -89,6 +89,7 @@ class Launchers:
         self.beat, self.silence = beat, silence
         self.lost = False  # whether node 0 and the store are gone
         self._ending = self._said = self._leaving = False
+        self._numbers: dict[str, int] = {}
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
 
@@ -124,6 +125,15 @@ class Launchers:
         if self.node == 0:
             self._ending = self._ending or self._store.check(["ending"])
         return self._ending
+
+    def numbers(self) -> dict[str, int]:
+        """The workers that were let in, by the names under which their processes were started.
+
+        On nodes other than 0 up to `beat` seconds late.
+        """
+        if self.node == 0:
+            self._numbers = who_came(self._members)
+        return self._numbers
 
     def somebody_trains(self) -> bool | None:
         """Whether a worker may be alive, on any node, that could let a newcomer in. None: nobody knows."""
@@ -165,6 +175,7 @@ class Launchers:
                 if self._said:
                     self._store.set("ending", "")
                 self._ending = self._ending or self._store.check(["ending"])
+                self._numbers = who_came(self._members)
                 self._wake.wait(self.beat)
                 self._wake.clear()
             if self._said:

@@ -57,11 +57,13 @@ def test_of_two_one_after_the_other_is_lost():
     assert run.launchers.somebody_trains()
 
 
-def test_a_newcomer_that_was_let_in_counts_until_it_has_to_ask_again():
+def test_a_newcomer_that_was_let_in_counts_until_it_has_to_ask_again(monkeypatch):
     """All others are lost before its groups stand: it knows that nobody is there, and the launcher that it waits."""
     run = Run()
     run.members[1].close()
+    monkeypatch.setenv("FUSED_DLAM_PROCESS", "1.1")
     newcomer = run.newcomer()
+    assert run.launchers.numbers() == {"1.1": 2}
     run.members[0].close()
     assert run.launchers.somebody_trains()
     with pytest.raises(RunEnded, match="nobody is left who could let this worker in.*from a checkpoint"):
