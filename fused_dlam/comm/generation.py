@@ -23,7 +23,7 @@ import torch.distributed.distributed_c10d as c10d
 from .beacon import Address
 from .errors import ExchangeError, listed
 from .inherited import noted
-from .membership import POLL, Membership
+from .membership import KEYS, POLL, Membership
 from .place import Place
 
 NEWCOMER = "FUSED_DLAM_NEWCOMER"  # set by the launcher for a worker that it started again
@@ -44,7 +44,7 @@ def store_address() -> Address | None:
 def connect(address: Address, timeout: float) -> dist.Store:
     """This job's own keys in that store, over a connection of its own: a wait in another one would hold it."""
     store = dist.TCPStore(address[0], address[1], None, False, timedelta(seconds=timeout))
-    return dist.PrefixStore(f"fused_dlam/members/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(KEYS + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 # torch holds the C++ part of a store that is written in Python, whose methods are gone once Python lets go of it.

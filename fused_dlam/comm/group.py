@@ -47,6 +47,7 @@ class Group(Collectives):
     """
 
     holdings: Holdings | None = None
+    numbers: Sequence[int] = ()  # of the workers for life, by rank, where ranks have changed
     generation = ""  # under which its ranks leave notes when they give up
     lookout: Lookout | None = None
     interrupted = ""  # why its operations were aborted

@@ -37,7 +37,7 @@ def exchange(generation: str, me: int, own: Note, witnesses: Sequence[int]) -> t
 
     None if there is no note, which is all that happens where the default store cannot be asked.
     """
-    found = _asking(generation, lambda store, found: _look(store, me, own, witnesses, found))
+    found = asking(generation, lambda store, found: _look(store, me, own, witnesses, found))
     return found[0] if found else None
 
 
@@ -48,11 +48,11 @@ def silent(generation: str, members: Sequence[int]) -> list[int]:
         time.sleep(HESITATION)
         found.append([rank for rank in members if _note_of(store, rank) is None])
 
-    found = _asking(generation, look)
+    found = asking(generation, look)
     return found[0] if found else []
 
 
-def _asking(generation: str, look: Callable[[dist.Store, list], None]) -> list:
+def asking(generation: str, look: Callable[[dist.Store, list], None]) -> list:
     """What `look` finds in the notes, as far as it comes within `PATIENCE`. Nothing where nobody can be asked."""
     found: list = []
 

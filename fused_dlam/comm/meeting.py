@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from . import process_group as process_groups
 from .errors import ExchangeError, listed
+from .gone import died, neighbors, own
 from .store import default_store
 from .watch import log
 
@@ -30,6 +31,7 @@ class _Hall:
 
     def __init__(self) -> None:
         self.groups: dict[float, dist.ProcessGroup] = {}  # by timeout
+        self.near: dict[int, tuple[int, str]] = {}  # processes of ranks on this machine (gone.py)
         self.last: list[str] = []  # the tokens of the last meeting: who still shows his is not at this one
 
 
@@ -92,10 +94,23 @@ class Meeting:
             raise
         except RuntimeError as error:
             self._leave()
+            raw = str(error).splitlines()[0][:160]
+            dead = died(self._name, self.ranks[self.rank], self.ranks, self._hall.near)
+            if dead:
+                raise self._error(
+                    f"failed: {listed(dead)} ended in the middle of it, or {'was' if len(dead) == 1 else 'were'}"
+                    f" killed. Look there first. (The transport says: {raw})",
+                    dead[0],
+                ) from error
             raise self._error(
-                f"failed ({str(error).splitlines()[0][:160]}). Another rank died, was cut off, or took longer than"
-                f" {self.timeout:g} s (timeout=) for its part: look at the others' logs"
+                f"failed ({raw}). Another rank died, was cut off, or took longer than {self.timeout:g} s (timeout=) for"
+                " its part: look at the others' logs"
             ) from error
+
+    @property
+    def _name(self) -> str:
+        """Of this meeting, the same on all ranks."""
+        return f"meeting {_hashed(self._hall.last)}"
 
     def _leave(self) -> None:
         """A group is of no use after an error: the next meeting builds another."""
@@ -129,9 +144,11 @@ class Meeting:
             ) from error
         if not all_have:  # one has none, or one that an error has ended: all build another
             with self.waiting():
-                name = f"meeting {_hashed(hall.last)}"
+                name, hall.near = self._name, {}
                 hall.groups[self.timeout] = process_groups.build(self.ranks, "gloo", self.timeout, [self.ranks], name)
         self.process_group = hall.groups[self.timeout]
+        if not all_have:
+            hall.near = neighbors(dict(zip(self.ranks, self.everybodys(own()), strict=True)))
 
     def _call_the_roll(self, store: dist.Store, has: bool) -> bool:
         """Returns once all ranks are here: whether each of them `has` the group of an earlier meeting.

@@ -17,6 +17,7 @@ A worker has a number for life: its rank at the start. Newcomers get the numbers
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from .beacon import Address, Beacon, answers, refuses
 from .errors import ExchangeError, listed
 from .watch import log
 
+KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
+PROCESS = "FUSED_DLAM_PROCESS"  # under which name the launcher has started this process
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
@@ -89,7 +92,7 @@ class Membership:
         timeout: float,
         machines: Sequence[Sequence[int]] = (),
     ):
-        self.store, self.me, self.n, self.timeout = store, me, n, timeout
+        self.store, self.towards, self.me, self.n, self.timeout = store, towards, me, n, timeout
         self.machines = [tuple(machine) for machine in machines]
         self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
         self.backend = "gloo"  # of the worlds that are formed
@@ -101,13 +104,22 @@ class Membership:
         if me >= 0:
             self.store.set(f"address/{me}", json.dumps(self.beacon.address))
 
+    def renew(self) -> None:
+        """Another beacon, by which this process counts from here on. Who knows the former one takes it for dead."""
+        self.beacon.close()
+        self.beacon = Beacon(self.towards)
+        self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
+
     def meet(self) -> None:
-        """At the start: learns the others' addresses. Raises ExchangeError, naming who has not come."""
-        end, missing = time.monotonic() + self.timeout, list(range(self.n))
+        """Learns the members' addresses, at the start, and anew for each optimizer after a first that was closed.
+
+        All have said theirs before they built the groups that stand by now. Raises ExchangeError, naming who has not.
+        """
+        end, missing = time.monotonic() + self.timeout, list(self.view.members)
         while missing:
             if self.store.check([f"address/{missing[0]}"]):
                 number = missing.pop(0)
-                self.addresses[number] = self._address(number)
+                self.addresses[number] = _address(self.store, number)
             elif time.monotonic() > end:
                 raise ExchangeError(
                     f"rank {self.me}: {listed(missing)} did not build the optimizer within {self.timeout:g} s"
@@ -135,6 +147,9 @@ class Membership:
 
         Raises RunEnded once none of them lives, or after ten times `timeout`.
         """
+        if self.me in self.view.members:  # under a number that is given up here: nobody is to wait for it
+            self.beacon.close()
+            self.beacon = Beacon(self.towards)
         self._ask()
         mine, start = {self.me}, time.monotonic()
         asked = looked = start
@@ -145,28 +160,25 @@ class Membership:
                 admitted = mine & set(view.new)
                 if admitted:
                     self.view, self.me = view, max(admitted)
+                    self.store.append("came", f"{os.environ.get(PROCESS, '-')} {self.me}\n")  # type: ignore[attr-defined]
                     return view
             if time.monotonic() > looked + 1.0:
                 looked = time.monotonic()
-                if not self._anybody_lives():
-                    break
+                if not somebody_trains(self.store):
+                    raise RunEnded(
+                        "nobody is left who could let this worker in: the others have ended, or were lost. Restart from"
+                        " a checkpoint"
+                    )
             if time.monotonic() > asked + ASK_AGAIN:  # whoever looked may have died
                 asked = time.monotonic()
-                log.warning("worker %d has asked to be let in for %.0f s", self.me, asked - start)
+                log.warning("this worker has asked to be let in for %.0f s", asked - start)
                 self._ask()
                 mine.add(self.me)
             time.sleep(5 * POLL)
         raise RunEnded(
-            f"worker {self.me} asked to be let in for {time.monotonic() - start:.0f} s and was not: the others have"
-            " ended, or do not look (admit_every=)"
+            f"this worker asked to be let in for {time.monotonic() - start:.0f} s and was not: the others do not look"
+            " (admit_every=)"
         )
-
-    def _anybody_lives(self) -> bool:
-        g = int(self.store.add("generation", 0))
-        if g:
-            self._decision(g)
-        addresses = self.addresses or {i: self._address(i) for i in range(self.n) if i != self.me}
-        return not all(refuses(address) for i, address in addresses.items() if i != self.me)
 
     def _ask(self) -> None:
         """Under a new number: an old one may have been looked at."""
@@ -276,7 +288,7 @@ class Membership:
             looked = asked
             for i in range(self.n, self.n + int(self.store.add("numbers", 0))):
                 if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
-                    address = self._address(i)
+                    address = _address(self.store, i)
                     if not refuses(address):
                         addresses[i] = address
                         new.append(i)
@@ -298,12 +310,29 @@ class Membership:
         while (now := int(self.store.add(key, 0))) < value:
             self.store.compare_set(key, str(now), str(value))
 
-    def _address(self, number: int) -> Address:
-        host, port = json.loads(self.store.get(f"address/{number}"))
-        return host, port
-
     def close(self) -> None:
+        """From here on this worker counts as dead, though its process may live."""
         self.beacon.close()
+
+
+def somebody_trains(store: dist.Store) -> bool | None:
+    """Whether a member may be alive, and let others in. None: training has not begun."""
+    if not store.check(["n"]):
+        return None
+    g = int(store.add("generation", 0))
+    members = json.loads(store.get(f"{g}/members"))[0] if g else range(int(store.get("n")))
+    return not all(refuses(_address(store, i)) for i in members)
+
+
+def who_came(store: dist.Store) -> dict[str, int]:
+    """The numbers of those that were let in, by the names of their processes: for whoever speaks of them."""
+    lines = store.get("came").decode().splitlines() if store.check(["came"]) else []
+    return {name: int(number) for name, number in map(str.split, lines)}
+
+
+def _address(store: dist.Store, number: int) -> Address:
+    host, port = json.loads(store.get(f"address/{number}"))
+    return host, port
 
 
 def _arrival(line: list) -> Arrival:

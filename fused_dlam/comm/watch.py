@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.autograd import profiler
@@ -38,14 +39,17 @@ class Watched:
     def __str__(self) -> str:
         return self.text(current_call())
 
-    def text(self, call: str) -> str:
-        group = self.group
+    def text(self, call: str, numbers: Sequence[int] = ()) -> str:
+        """numbers: of the workers for life, by rank, where ranks have changed."""
         at = "" if self.step is None else f" at step {self.step}"
-        return f"rank {group.ranks[group.rank]} in {call}{at}: {self._named}"
+        return f"{self._called(self.group.rank, numbers)} in {call}{at}: {self._named(numbers)}"
 
-    @property
-    def _named(self) -> str:
-        return self.what if self.peer is None else f"{self.what} rank {self.group.ranks[self.peer]}"
+    def _named(self, numbers: Sequence[int] = ()) -> str:
+        return self.what if self.peer is None else f"{self.what} {self._called(self.peer, numbers)}"
+
+    def _called(self, i: int, numbers: Sequence[int]) -> str:
+        rank = self.group.ranks[i]
+        return f"worker {numbers[rank]}" if numbers else f"rank {rank}"
 
     def __enter__(self) -> None:
         self.since, self.thread = time.monotonic(), threading.get_ident()
@@ -54,7 +58,7 @@ class Watched:
         _current[self.thread] = self
         self.span: Any = None
         if profiler._is_profiler_enabled:
-            self.span = profiler.record_function(f"fused_dlam::{self._named} step {self.step}")
+            self.span = profiler.record_function(f"fused_dlam::{self._named()} step {self.step}")
             self.span.__enter__()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -138,4 +142,4 @@ def remind(now: float | None = None) -> None:
         if now > wait.when:
             waited = now - wait.since
             wait.when = wait.since + 2 * max(waited, wait.group.timeout / 10)
-            log.warning("%s: still waiting after %.3g s", wait.text(call_of(wait.thread)), waited)
+            log.warning("%s: still waiting after %.3g s", wait.text(call_of(wait.thread), wait.group.numbers), waited)

@@ -1,5 +1,6 @@
 """When neighbors are lost: the broken step is ended alone, and the next ones run with whoever is left.
 
+    let_go    of the messages that are under way
     isolate   what is left of the present step is this worker's alone: no pull where nothing was combined yet
     enter     another place and another graph, between two steps
     settle    newcomers get a copy; what has mean zero over the workers has it again over those that are left
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-def isolate(engine: Engine) -> None:
-    """From here on this is one worker. What was combined in the present step stays, the rest gets no pull."""
-    # Receives of the next step, which this one has posted already, hold connections open.
+def let_go(engine: Engine) -> None:
+    """Of messages. Receives of the next step, which are posted already, hold connections open."""
     for flight in (*engine.flights.values(), *engine.following.values()):
         flight.close()
         flight.transfer = flight.average = None
+
+
+def isolate(engine: Engine) -> None:
+    """From here on this is one worker. What was combined in the present step stays, the rest gets no pull."""
+    let_go(engine)
+    for flight in engine.flights.values():
         flight.failure = ""
         if flight.combined:
             flight.stage, flight.talks = DONE, False

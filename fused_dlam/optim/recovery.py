@@ -57,6 +57,7 @@ class Recovery:
         view = membership.view
         self._before = tuple(number for number in view.members if number not in view.new)
         self._store_failed = self._looks = False
+        self.empty = False  # whether this worker was let in, and has not taken a neighbor's state yet
         self.came_at: int | None = None  # the step at which this worker came to a run that was under way
         self._news: Members | None = None  # that the script was not told of yet
         self._since = 0.0, 0.0, ""  # when the groups were given up, the CPU time then, and why
@@ -65,7 +66,7 @@ class Recovery:
         """A newcomer, whose groups stand, takes its neighbor's state."""
         self.resumes, self.next = self.membership.view.step, place
         self.optimizer._set_step(self.resumes)
-        self.came_at = self.resumes
+        self.came_at, self.empty = self.resumes, True
         self._go_on()
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ class Recovery:
                 self.in_call is not None, (*accused, *membership.suspects),
             )  # fmt: skip
             try:
+                if self.empty:  # a member without a state would go on with its own
+                    raise Excluded(f"worker {membership.me} was let in, and a worker was lost before it had its state")
                 view = membership.agree(arrival)
                 done = done or self._is_done(view)
             except Excluded as error:
@@ -248,6 +251,9 @@ class Recovery:
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         view = self.membership.enter()
         self.calls = max((arrival.calls for arrival in view.arrivals), default=self.calls)
+        self.empty = True
+        if self.came_at == self.optimizer._step:
+            self.came_at = view.step
         self.optimizer._set_step(view.step)
         self.optimizer.zero_grad()  # of parameters that it will not have any more
         return view
@@ -263,6 +269,7 @@ class Recovery:
             try:
                 graph = self.graphs(place.workers.size)
                 regroup.enter(engine, place, graph)
+                place.workers.numbers = place.inside.numbers = view.members
                 new = [view.rank(number) for number in view.new]
                 if new:
                     optimizer._compare(place, self.membership)
@@ -275,6 +282,7 @@ class Recovery:
                 self._agree()
                 if self._stands_at < self.resumes:
                     return
+        self.empty = False
         optimizer._resume(graph)
         if self.events:
             start, cpu, _ = self._since

@@ -14,6 +14,7 @@ from ..comm.errors import ExchangeError, calling
 from ..comm.ledger import StepTime, Waits
 from ..comm.place import built_too_early
 from ..comm.watch import ClosedError, log
+from ..engine import regroup
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
@@ -71,11 +72,14 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
     def close(self) -> None:
         """Gives back threads, files and process groups, as deletion does in time. Parameters stay as they are.
 
-        Afterwards step() raises RuntimeError. Harmless when repeated; over NCCL all ranks must call it.
+        Afterwards step() raises RuntimeError. Harmless when repeated; over NCCL all ranks must call it. With
+        on_failure="continue" a rank that closes alone is gone for the others at once, which go on without it.
         """
-        self._closed = True
+        closed, self._closed = self._closed, True
         self._engine.place.close()
-        if self._recovery is not None:
+        regroup.let_go(self._engine)
+        if self._recovery is not None and not closed:  # else the membership may be another optimizer's by now
+            self._recovery.membership.close()
             self._recovery.membership.busy = False
 
     def _check_open(self) -> None:

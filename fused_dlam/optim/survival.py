@@ -114,6 +114,7 @@ def enter(
                 "a process has one optimizer with on_failure='continue': put all parameters into groups of one, or"
                 " close() the other first"
             )
+        membership.renew()  # before the groups are built: all know it then
     else:
         store = generation.connect(address, timeout)
         if comes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..comm import generation, sharded
-from ..comm.errors import ExchangeError, current_call
+from ..comm.errors import ExchangeError, calling, current_call
 from ..comm.membership import Membership
 from ..comm.place import Layout, Place, layout
 from ..topology import Topology
@@ -90,20 +90,22 @@ class Surviving:
 
     def _connect(self, membership: Membership) -> Place:
         """The groups of a new world, under a name that all its ranks know."""
-        hierarchical, _, _ = self._place_options
+        hierarchical, timeout, _ = self._place_options
         name = f"generation {membership.view.generation}"
-        return self._connect_in(layout(None, hierarchical), membership, False, name)
+        with calling(f"forming {name}"):  # no step: nothing is torn where it fails
+            where, what = layout(None, hierarchical), f"groups of {name}"
+            return where.connect(self._everything, timeout, False, what, name, membership.gone)
 
-    def _connect_in(self, where: Layout, membership: Membership | None, advise: bool, name: str) -> Place:
-        _, timeout, what = self._place_options
-        everything = [p for group in self.param_groups for p in group["params"]]
-        lookout = None if membership is None else membership.gone
-        return where.connect(everything, timeout, advise, what, name, lookout)
+    @property
+    def _everything(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _first_place(self, where: Layout, membership: Membership | None, advise: bool) -> Place:
         """In the constructor: the groups. A newcomer, if another is lost meanwhile, asks once more."""
         if not self._comes or membership is None:
-            return self._connect_in(where, membership, advise, "")
+            _, timeout, what = self._place_options
+            lookout = None if membership is None else membership.gone
+            return where.connect(self._everything, timeout, advise, what, "", lookout)
         while True:
             try:
                 return self._connect(membership)

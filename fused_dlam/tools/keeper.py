@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from ..comm.membership import KEYS, somebody_trains, who_came
+
 ANSWER = timedelta(seconds=30)  # for what is in the store already, or about to be
 BACKLOG = 4096  # connections: all workers may come at once
 
@@ -83,9 +85,11 @@ class Launchers:
 
     def __init__(self, store: dist.Store, node: int, nodes: int, *, beat: float = 5.0, silence: float = 60.0) -> None:
         self._store, self.node, self.nodes = dist.PrefixStore("fused-dlam run", store), node, nodes
+        self._members = dist.PrefixStore(f"{KEYS}0", store)
         self.beat, self.silence = beat, silence
         self.lost = False  # whether node 0 and the store are gone
         self._ending = self._said = self._leaving = False
+        self._numbers: dict[str, int] = {}
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
 
@@ -122,6 +126,22 @@ class Launchers:
             self._ending = self._ending or self._store.check(["ending"])
         return self._ending
 
+    def numbers(self) -> dict[str, int]:
+        """The workers that were let in, by the names under which their processes were started.
+
+        On nodes other than 0 up to `beat` seconds late.
+        """
+        if self.node == 0:
+            self._numbers = who_came(self._members)
+        return self._numbers
+
+    def somebody_trains(self) -> bool | None:
+        """Whether a worker may be alive, on any node, that could let a newcomer in. None: nobody knows."""
+        try:
+            return somebody_trains(self._members)
+        except RuntimeError:  # node 0 is gone
+            return None
+
     def leave(self) -> None:
         """The others' last word: node 0 need not wait for this node."""
         self._leaving = True
@@ -155,6 +175,7 @@ class Launchers:
                 if self._said:
                     self._store.set("ending", "")
                 self._ending = self._ending or self._store.check(["ending"])
+                self._numbers = who_came(self._members)
                 self._wake.wait(self.beat)
                 self._wake.clear()
             if self._said:

@@ -21,7 +21,8 @@ on_failure="continue" needs: a worker that dies takes no other with it, and the 
 other lives in this launcher (on node 0), not in a worker. Scripts call init_process_group("gloo") as under torchrun.
 """
 MORE = """\
-output       Each line is passed on behind its worker's rank. One that ends with an error is reported; the others go on.
+output       Each line is passed on behind its worker's number: its rank at the start, and for a newcomer the next one
+             that was free. One that ends with an error is reported; the others go on.
 exit status  0 if a worker of this machine ended with 0 and no other ended with an error of its own. One that was killed
              by a signal, or was started again by --restart, does not count as long as another one ended with 0. Else
              the exit code of the first worker that failed (128 + the signal's number if signals ended all). 2 for
@@ -77,6 +78,7 @@ class Node:
         self.running: list[Worker] = []
         self.ends: dict[int, tuple[int, bool]] = {}  # by rank, in their order
         self.restarts: dict[int, int] = {}  # by rank
+        self.over = False  # whether nobody is left who could let a newcomer in
 
     def run(self) -> int:
         """Returns the exit code. Raises LaunchError if the run cannot start."""
@@ -100,7 +102,7 @@ class Node:
         try:
             try:
                 for local in range(self.a.n):
-                    self._start(local)
+                    self._start(self.a.node_rank * self.a.n + local)
             except OSError as error:
                 raise LaunchError(f"a worker cannot be started: {error}") from error
             self._watch()
@@ -131,16 +133,16 @@ class Node:
             "FUSED_DLAM_STORE": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         }
 
-    def _start(self, local: int, newcomer: bool = False) -> None:
-        """Worker `local` of this machine. A newcomer begins in a world of its own, and is let in through the store."""
-        rank = self.a.node_rank * self.a.n + local
-        env = {**self.env, "RANK": str(rank), "LOCAL_RANK": str(local)}
-        if newcomer:
+    def _start(self, rank: int, former: Worker | None = None) -> None:
+        """A worker of this machine. A newcomer begins in a world of its own, and is let in through the store."""
+        local, name = rank - self.a.node_rank * self.a.n, f"{rank}.{self.restarts.get(rank, 0)}"
+        env = {**self.env, "RANK": str(rank), "LOCAL_RANK": str(local), "FUSED_DLAM_PROCESS": name}
+        if former is not None:
             del env["TORCHELASTIC_USE_AGENT_STORE"]
             env.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", FUSED_DLAM_NEWCOMER="1")
         how_run = ["-m"] if self.a.m else []
         command = [sys.executable, "-u", *how_run, self.a.script, *self.a.args]
-        self.running.append(Worker(rank, newcomer, command, env, self.reaper))
+        self.running.append(Worker(rank, former, command, env, self.reaper))
 
     def _stopped(self) -> bool:
         return bool(self.signals)
@@ -148,8 +150,9 @@ class Node:
     def _watch(self) -> None:
         """Until all workers have ended, or a signal has come."""
         lost = False
-        while self.running and not self.signals:
+        while self.running and not self.signals and not self.over:
             time.sleep(POLL)
+            self._learn()
             dead = [worker for worker in self._ended() if self.ends[worker.rank][0] != 0]
             if any(code == 0 for code, _ in self.ends.values()):
                 self.launchers.say_ending()
@@ -158,22 +161,39 @@ class Node:
             if self.launchers.lost and not lost:
                 lost = True
                 say("node 0's launcher is gone, and the store with it: the workers here cannot survive another loss")
+        if self.over:
+            say("the run is over: all workers were lost, nobody can let a newcomer in. Restart from a checkpoint")
+
+    def _learn(self) -> None:
+        """The numbers of workers that were let in."""
+        numbers = self.launchers.numbers()
+        for worker in self.running:
+            number = numbers.get(worker.name, worker.number)
+            if number != worker.number:
+                say(f"worker {number} has come, in the place of worker {worker.renumber(number)}")
 
     def _report(self, worker: Worker) -> None:
         """Says how it died and, if it may be, starts it again. The others are left alone."""
         rank, made, left = worker.rank, self.restarts.get(worker.rank, 0), len(self.running)
-        words = f"rank {rank} {how(self.ends[rank][0])} after {time.monotonic() - worker.started:.1f} s"
-        # Where nobody is left on the only machine, nobody could let a newcomer in.
-        if made < self.a.restart and (left or self.a.nnodes > 1) and not self.launchers.ending() and not self.signals:
+        words = f"{worker} {how(self.ends[rank][0])} after {time.monotonic() - worker.started:.1f} s"
+        self.over = self.over or self._is_over()
+        if made < self.a.restart and not self.over and not self.launchers.ending() and not self.signals:
             self.restarts[rank] = made + 1
             try:
-                self._start(rank - self.a.node_rank * self.a.n, newcomer=True)
-                words += f"; it is started again as a newcomer ({made + 1} of {self.a.restart})"
+                self._start(rank, worker)
+                words += f"; a newcomer is started in its place ({made + 1} of {self.a.restart})"
             except OSError as error:
-                words += f"; it cannot be started again: {error}"
-        elif left:
+                words += f"; no newcomer can be started: {error}"
+        elif left and not self.over:
             words += f"; {left} of {self.a.n} workers here go on"
         say(words)
+
+    def _is_over(self) -> bool:
+        """Whether all who train are dead, on all machines, so that no newcomer can be let in."""
+        if not self.a.restart or self.launchers.ending() or any(not worker.newcomer for worker in self.running):
+            return False
+        trains = self.launchers.somebody_trains() if self.running or self.a.nnodes > 1 else False
+        return self.a.nnodes == 1 if trains is None else not trains
 
     def _ended(self) -> list[Worker]:
         """Those that have ended since it was last asked. They are no longer running."""
@@ -191,11 +211,11 @@ class Node:
             worker.terminate()
         self._wait(self.a.grace, patient=True)
         for worker in self.running:
-            say(f"rank {worker.rank} is killed: it has not ended")
+            say(f"{worker} is killed: it has not ended")
             worker.kill()
         self._wait(AFTER_KILL, patient=False)
         for worker in self.running:
-            say(f"rank {worker.rank}, process {worker.process.pid}, cannot be killed")
+            say(f"{worker}, process {worker.process.pid}, cannot be killed")
 
     def _wait(self, seconds: float, patient: bool) -> None:
         """For running workers to end. The patient ones leave at a second signal."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from typing import BinaryIO
 
 from .reaper import Reaper
@@ -16,24 +17,44 @@ _one_at_a_time = threading.Lock()
 
 
 class Worker:
-    """A running process; `rank` is its global rank, `newcomer` says that it was started in the place of a dead one.
+    """A running process.
 
-    Raises OSError if the process cannot be started.
+    Args:
+        rank: its global rank at the start.
+        former: the one in whose place it is started, as a newcomer.
+
+    `number` is the worker's for life: its rank at the start. A newcomer has that of `former` until it was let in, where
+    `renumber` is called. Raises OSError if the process cannot be started.
     """
 
-    def __init__(self, rank: int, newcomer: bool, command: list[str], env: dict[str, str], reaper: Reaper) -> None:
-        self.rank, self.newcomer, self.started, self._reaper = rank, newcomer, time.monotonic(), reaper
+    def __init__(
+        self, rank: int, former: Worker | None, command: list[str], env: dict[str, str], reaper: Reaper
+    ) -> None:
+        self.rank, self.newcomer, self.started, self._reaper = rank, former is not None, time.monotonic(), reaper
+        self.number: int = rank if former is None else former.number
+        self.waits = self.newcomer  # to be let in
+        self.name = env["FUSED_DLAM_PROCESS"]
         self.process = subprocess.Popen(
             reaper.makes_known(command), env=env, pass_fds=[reaper.pipe], start_new_session=True, bufsize=0,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        prefix = b"[%d] " % rank
         self._readers = [
-            threading.Thread(target=pass_on, args=(source, target, prefix), daemon=True)
+            threading.Thread(target=pass_on, args=(source, target, self._prefix), daemon=True)
             for source, target in ((self.process.stdout, 1), (self.process.stderr, 2))
         ]
         for reader in self._readers:
             reader.start()
+
+    def __str__(self) -> str:
+        return f"the newcomer for worker {self.number}" if self.waits else f"worker {self.number}"
+
+    def _prefix(self) -> bytes:
+        return b"[new for %d] " % self.number if self.waits else b"[%d] " % self.number
+
+    def renumber(self, number: int) -> int:
+        """It was let in under this number: the one that it has had."""
+        former, self.number, self.waits = self.number, number, False
+        return former
 
     def ended(self) -> bool:
         """Whether it has; its number stays its own until `bury`."""
@@ -73,8 +94,8 @@ def how(code: int) -> str:
         return f"was killed by signal {-code}"
 
 
-def pass_on(source: BinaryIO, target: int, prefix: bytes) -> None:
-    """Writes the lines of `source` to the descriptor `target`, each with the prefix, until `source` ends.
+def pass_on(source: BinaryIO, target: int, prefix: Callable[[], bytes]) -> None:
+    """Writes the lines of `source` to the descriptor `target`, each with its prefix, until `source` ends.
 
     A line ends with a newline or a carriage return, as progress bars have it. Lines of several sources are not mixed.
     """
@@ -85,9 +106,9 @@ def pass_on(source: BinaryIO, target: int, prefix: bytes) -> None:
         if len(rest) >= LONGEST:
             pieces.append(rest + b"\n")
             rest = b""
-        _write(target, prefix, pieces)
+        _write(target, prefix(), pieces)
     if rest:
-        _write(target, prefix, [rest.rstrip(b"\r") + b"\n"])
+        _write(target, prefix(), [rest.rstrip(b"\r") + b"\n"])
 
 
 def _write(target: int, prefix: bytes, pieces: list[bytes]) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -216,3 +217,15 @@ def means(rank):
     assert group.bytes_sent == sent
     out["after"] = neighbor_allreduce(torch.full((3,), float(rank)), "full")[0].item()
     return out
+
+
+def formed_anew(rank):
+    """What is said where the groups of another generation cannot be built."""
+    optimizer = GossipSGD([torch.nn.Parameter(torch.ones(3))], 0.1, timeout=20.0)
+    closed = RuntimeError("Connection closed by peer [127.0.0.1]:4444")
+    with mock.patch("fused_dlam.comm.process_group.build", side_effect=closed):
+        try:
+            optimizer._connect(SimpleNamespace(view=SimpleNamespace(generation=3), gone=lambda: ""))
+        except ExchangeError as error:
+            return str(error), error.lost
+    return "no error", False

@@ -24,7 +24,7 @@ class End:
     """One rank's end of a group that is not there."""
 
     rank, ranks, timeout, backend, generation, broken = 1, [4, 6], 2.0, "gloo", "", False
-    stages, process_group, ledger = False, None, Ledger()
+    stages, process_group, ledger, numbers = False, None, Ledger(), ()
     host_waits, lookout, interrupted = True, None, ""
 
     def reach(self, device):
@@ -170,3 +170,20 @@ def test_a_long_wait_is_told_of_a_few_times(caplog):
     lines = [record.getMessage() for record in caplog.records]
     assert 3 <= len(lines) <= 5
     assert "rank 6 in optimizer.averaged() at step 5: waiting for a message from rank 4: still waiting" in lines[0]
+
+
+def test_where_ranks_have_changed_waits_name_workers(caplog):
+    end = End()
+    end.numbers = [0, 1, 3, 4, 5, 7, 9]
+    with watching.Watched(end, "waiting for a message from", 5, 0) as _:
+        (wait,) = [w for w in watching._current.values() if w.group is end]
+        watching.remind(wait.since + end.timeout / 2)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("worker 9 in step() at step 5: waiting for a message from worker 5: still")
+
+
+def test_groups_that_are_formed_anew():
+    """No optimizer is built then, and no step is torn."""
+    for rank, (text, lost) in enumerate(run_together(2, {"x": (ending_workers.formed_anew,)})["x"]):
+        assert text.startswith(f"rank {rank} in forming generation 3: building the groups of generation 3 failed: ")
+        assert lost and "optimizer" not in text and "step" not in text, text

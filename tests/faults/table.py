@@ -70,9 +70,8 @@ def _table():
         for name in ("default", "gossip", "hierarchical"):
             for place, victims in (("averaged", [1]), ("averaged", [0]), ("distance", [1])):
                 yield case("kill", place, victims, name, mode)
-            # Which of them was killed while all write is not known with on_failure="raise".
             for place, victims in (("saving", [1]), ("saving", [0]), ("before-saving", [1])):
-                yield case("kill", place, victims, name, mode, named=mode == RAISE and place != "saving")
+                yield case("kill", place, victims, name, mode, named=mode == RAISE)
         yield case("stop", "before-saving", [1], "default", mode, resume="ended")
         yield case("stop", "before-saving", [1], "gossip", mode, resume="ended")
         # There is nothing to go on from before all are there.

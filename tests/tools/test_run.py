@@ -121,14 +121,14 @@ def test_a_worker_that_fails_takes_its_children_with_it_and_nobody_else(launcher
     run = launcher("fails", "-n", 3, script=("-m", SCRIPT.stem))
     told = [run.told(f"rank{rank}") for rank in range(3)]
     run.tell("fail")
-    line = run.until("rank 1")
-    assert line.startswith("fused-dlam run: rank 1 ended with exit code 3 after ")
+    line = run.until("worker 1")
+    assert line.startswith("fused-dlam run: worker 1 ended with exit code 3 after ")
     assert line.endswith(" s; 2 of 3 workers here go on\n")
     assert [alive(t["pid"]) for t in told] == [True, False, True]
     wait(lambda: not alive(told[1]["child"]))
     assert alive(told[0]["child"]) and alive(told[2]["child"])
     run.tell("go")
-    assert run.end() == 3 and "rank" not in run.err.replace(line, "")
+    assert run.end() == 3 and "worker" not in run.err.replace(line, "")
     wait(lambda: not any(alive(t[key]) for t in told for key in ("pid", "child")))
 
 
@@ -137,22 +137,41 @@ def test_a_killed_worker_is_started_again_as_a_newcomer(launcher):
     run = launcher("killed", "-n", 3, "--restart", 2)
     pids = [run.told(f"rank{rank}")["pid"] for rank in range(3)]
     os.kill(pids[1], signal.SIGKILL)
-    line = run.until("rank 1")
-    assert "rank 1 was killed by SIGKILL after" in line and "started again as a newcomer (1 of 2)" in line
+    line = run.until("worker 1")
+    assert "worker 1 was killed by SIGKILL after" in line and "a newcomer is started in its place (1 of 2)" in line
     newcomer = run.told("newcomer")
     assert newcomer["total"] == 1.0 and newcomer["calls"] == 1  # alone, and at the store
     env = newcomer["env"]
     assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == ("0", "1", "127.0.0.1", "0")
     assert env["LOCAL_RANK"] == "1" and "TORCHELASTIC_USE_AGENT_STORE" not in env
+    run.tell("let in")
+    assert run.until("worker 3").endswith("run: worker 3 has come, in the place of worker 1\n")
+    run.tell("speak")
+    wait(lambda: "[3] is let in\n" in run.out.read_text())
     os.kill(newcomer["pid"], signal.SIGTERM)
-    assert "by SIGTERM" in (line := run.until("rank 1")) and "(2 of 2)" in line
+    assert "worker 3 was killed by SIGTERM" in (line := run.until("by SIGTERM")) and "(2 of 2)" in line
     os.kill(run.told("second")["pid"], signal.SIGKILL)
-    assert run.until("rank 1").endswith("; 2 of 3 workers here go on\n")
+    line = run.until("newcomer for")
+    assert "the newcomer for worker 3 was killed" in line and line.endswith("; 2 of 3 workers here go on\n")
     run.tell("go2")
     wait(lambda: not Path(f"/proc/{pids[2]}").exists())  # the launcher has seen it
     os.kill(pids[0], signal.SIGKILL)
-    assert "again" not in run.until("rank 0")
+    assert "newcomer" not in run.until("worker 0")
     assert run.end() == 0
+
+
+def test_nobody_is_left_who_could_let_a_newcomer_in(launcher):
+    """It does not wait in vain, and nobody else is started."""
+    run = launcher("killed", "-n", 2, "--restart", 2)
+    pids = [run.told(f"rank{rank}")["pid"] for rank in range(2)]
+    os.kill(pids[1], signal.SIGKILL)
+    run.until("worker 1")
+    newcomer = run.told("newcomer")["pid"]
+    os.kill(pids[0], signal.SIGKILL)
+    assert "newcomer" not in run.until("worker 0")
+    assert run.end() == 128 + signal.SIGKILL
+    assert "the run is over: all workers were lost" in run.err and "from a checkpoint" in run.err
+    wait(lambda: not alive(newcomer))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -162,8 +181,8 @@ def test_what_ends_the_launcher_ends_its_workers(number, code, launcher):
     run.process.send_signal(number)
     assert run.end() == code
     assert run.told("saved")["pid"] == told[0]["pid"]  # it had the time to
-    assert f"{number.name}: 2 workers are asked to end" in run.err and "rank 1 is killed" in run.err
-    assert "rank 0" not in run.err
+    assert f"{number.name}: 2 workers are asked to end" in run.err and "worker 1 is killed" in run.err
+    assert "worker 0" not in run.err
     wait(lambda: not any(alive(t[key]) for t in told for key in ("pid", "child")))
 
 
@@ -215,14 +234,14 @@ class Source:
 )
 def test_lines_are_passed_on_behind_a_prefix(chunks, out, tmp_path):
     with (tmp_path / "out").open("wb") as target:
-        pass_on(Source(chunks), target.fileno(), b"<")
+        pass_on(Source(chunks), target.fileno(), lambda: b"<")
     assert (tmp_path / "out").read_bytes() == out
 
 
 def test_nobody_reads_any_more():
     listens, writes = os.pipe()
     os.close(listens)
-    pass_on(Source([b"one\n", b"two\n"]), writes, b"")
+    pass_on(Source([b"one\n", b"two\n"]), writes, bytes)
     os.close(writes)
 
 

@@ -1,0 +1,78 @@
+"""A script of its own: four workers that close optimizers, all together or one alone, and lose one in between.
+
+python closing_script.py FOLDER: leaves what each worker came to in FOLDER/<number>.json.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch
+import torch._dynamo  # noqa: F401 -- else each worker imports it with its first optimizer
+import torch.distributed as dist
+from forks import HOST, fork, start_store
+
+import fused_dlam
+
+N, STEPS, AT = 4, 8, 3
+TIMEOUT = 600.0  # seconds: longer than the test lasts, so nobody may wait for it
+
+
+class Worker:
+    def __init__(self, folder, me):
+        self.folder, self.me, self.x = folder, me, torch.nn.Parameter(torch.full((5,), float(me)))
+
+    def train(self, at=lambda optimizer: False):
+        """With an optimizer of its own: the members at the end. at: what to do at step AT; whether to go on no more."""
+        optimizer = fused_dlam.GossipSGD([self.x], lr=0.1, on_failure="continue", timeout=TIMEOUT)
+        while optimizer.steps_done < STEPS:
+            if optimizer.steps_done == AT and at(optimizer):
+                return None
+            optimizer.zero_grad()
+            self.x.square().sum().backward()
+            optimizer.step()
+        members = optimizer.members
+        optimizer.close()
+        optimizer.close()
+        return members
+
+    def run(self):
+        dist.init_process_group("gloo")
+        told = [self.train(), self.train(self.dies)]
+        told.append(self.train(self.closes))
+        (self.folder / f"{self.me}.json").write_text(json.dumps(told))
+        while self.me == 2:  # its process lives on
+            time.sleep(1.0)
+
+    def dies(self, optimizer):
+        if self.me == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def closes(self, optimizer):
+        if self.me == 2:
+            optimizer.close()
+        return self.me == 2
+
+
+def main(folder):
+    keeper, port = start_store()
+    pids = {}
+    for me in range(N):
+        own = {"RANK": me, "WORLD_SIZE": N, "MASTER_ADDR": HOST, "MASTER_PORT": port}
+        own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
+        os.environ.update({name: str(value) for name, value in own.items()})
+        pids[me] = fork(Worker(folder, me).run, out=str(folder / f"{me}.log"))
+    try:
+        return [os.waitstatus_to_exitcode(os.waitpid(pids[me], 0)[1]) for me in (0, 1)] != [0, 0]
+    finally:
+        os.kill(pids[2], signal.SIGKILL)
+        os.kill(keeper, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    sys.exit(main(Path(sys.argv[1])))
