@@ -10,13 +10,14 @@ Nobody waits longer for a late peer than those seconds and a question to the sto
 
 What is left out still arrives: its sends and receives are posted, and gloo cannot take them back. They keep their
 buffers as an `Orphan` until they are through. A pair has two of them at most; then its messages are waited for as
-without `skip_late`, so that no rank runs ahead of a peer by more than that.
+without `skip_late`, so that no rank runs ahead of a peer by more than that. A rank that was held up once stays behind
+by that time, and its exchanges may be late for long: after eight in a row a pair's next one is waited for.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .transfer import Transfer
 
 MOST = 2  # orphans of a pair
+IN_A_ROW = 8  # exchanges of a pair that may be left out one after the other
 SKIP, USE = 1, 1 << 20  # what proposals add to the sum: one of each of two ranks can be told apart
 REMEMBERED = 10_000  # exchanges that were left out: the last ones
 
@@ -47,6 +49,7 @@ class Late:
         self._store = default_store(f"fused_dlam late {group.generation}")
         self._waiters: dict[int, Waiter] = {}
         self._orphans: dict[int, deque[Orphan]] = {}
+        self._in_a_row: Counter[int] = Counter()  # by peer; alike at both ends
 
     def use(self, j: int, step: int, transfers: Sequence[Transfer], buffers: Sequence[torch.Tensor]) -> bool:
         """Waits for a peer's messages, and returns whether both ends use them, or both leave them out.
@@ -63,7 +66,7 @@ class Late:
             while orphans and orphans[0].done.is_set():
                 orphans.popleft().check()
             messages = waiter.take([work for t in transfers for work in t.take_receives()])
-            must = self._store is None or len(orphans) >= MOST
+            must = self._store is None or len(orphans) >= MOST or self._in_a_row[j] >= IN_A_ROW
             here = messages.within(group.timeout if must else self.seconds)
             if must and not here:
                 raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
@@ -74,10 +77,12 @@ class Late:
             with group.watched("waiting for a message from", step, j):
                 if not messages.within(group.timeout):
                     raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
+            self._in_a_row[j] = 0
             return True
         # The sends, which are behind the receives. This rank must not leave before they are through.
         sends = [work for t in transfers for work in t.take_sends()]
         orphans.append(waiter.take(sends, buffers, None if group.holdings is None else group.holdings.posted))
+        self._in_a_row[j] += 1
         self.skipped.append((step, group.ranks[j]))
         return False
 

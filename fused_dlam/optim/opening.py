@@ -21,6 +21,7 @@ from .counter import Arguments, Counter
 from .kept_state import reclaim
 from .local_steps import LocalSteps, local_gradient_scale
 from .options import Options
+from .skipping import contraction
 
 if TYPE_CHECKING:
     from .gossip_sgd import GossipSGD
@@ -88,10 +89,10 @@ class Opening:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
-        graph = self.engine.topology
+        rho, static = contraction(self.engine.topology, self.options.skip_late)
         return dict(
-            lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay,
-            rho=graph.slowest_rho, static=graph.is_static, hyper=hyper,
+            lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
+            static=static, hyper=hyper,
         )  # fmt: skip
 
     def commit(self) -> None:

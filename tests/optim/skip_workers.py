@@ -72,8 +72,10 @@ def at_random(rank, n, method, graph, steps=30):
 
 
 def in_time(rank, n, method, graph, steps=12):
-    """Without `skip_late`, and with so much of it that nothing is late."""
-    runs = [train(rank, n, method, graph, steps, lambda step: None, **o) for o in ({}, {"skip_late": 500.0})]
+    """Without `skip_late`, and with so much of it that nothing is late. The rate that is "auto" differs."""
+    rate = {} if method == "dmsgd" else {"correction_rate": 0.1}
+    both = (rate, {"skip_late": 500.0, **rate})
+    runs = [train(rank, n, method, graph, steps, lambda step: None, **o) for o in both]
     return [path for path, *_ in runs], runs[1][1]
 
 
