@@ -1,6 +1,6 @@
 """torch's world of one generation: the default process group over its members.
 
-    leave()   gives the old world up: its connections close, which is how the others learn of it
+    leave()   gives the old world up: its connections close, which is how the others learn of it (between.py)
     form()    builds the next one, with the same ranks on all members
 
 `get_rank()` and `get_world_size()` are right in each. Whatever the script has built over the old world is gone with it.
@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from . import between
 from .beacon import Address
 from .errors import ExchangeError, listed
 from .inherited import noted
@@ -117,6 +118,7 @@ def form(membership: Membership) -> None:
     """The world of `membership.view`. Raises ExchangeError if another worker is lost meanwhile."""
     view, hook = membership.view, sys.excepthook
     _kept.clear()
+    between.leave()
     store = Watchful(membership.store, membership.gone_while_forming, membership.timeout)
     try:
         with noted():
@@ -147,9 +149,11 @@ def leave(error: BaseException | None = None, place: Place | None = None) -> Non
     if place is not None:
         place.abandon()
     _release(error)
-    if not dist.is_initialized():
+    if not dist.is_initialized() or between.stands():
         return
+    rank, size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
+    between.enter(rank, size)
     if any(group() is not None for group in groups):  # in a cycle, of a traceback say
         gc.collect()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..comm import generation, lookout, other_averagers, sharded
+from ..comm import between, generation, lookout, other_averagers, sharded
 from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import machines
@@ -93,12 +93,23 @@ def enter(
     newcomer is not let in.
     """
     if not survival.goes_on:
+        if os.environ.get(generation.NEWCOMER) == "1":
+            raise RuntimeError(
+                "this process was started in the place of a worker that was lost (--restart), and on_failure='raise'"
+                " lets nobody in: it would train alone, from the beginning. Pass on_failure='continue', or start"
+                " without --restart and go on from a checkpoint"
+            )
         return None, False
     survival.check_place(group, hierarchical)
     together = dist.is_available() and dist.is_initialized()
     comes = os.environ.get(generation.NEWCOMER) == "1" and not _memberships
     if not together or (dist.get_world_size() == 1 and not comes and not _memberships):
         return None, False
+    if between.stands():
+        raise RuntimeError(
+            "workers were lost in the last step of an optimizer that was closed since: call finish() before close(), so"
+            " that all know who is left"
+        )
     backend = dist.get_backend_config()
     if "nccl" in backend:
         lookout.prepare()
