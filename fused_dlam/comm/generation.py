@@ -119,6 +119,7 @@ def form(membership: Membership) -> None:
     view, hook = membership.view, sys.excepthook
     _kept.clear()
     between.leave()
+    c10d._world.group_count = 0  # by which torch names groups: an attempt that failed has counted on some of them
     store = Watchful(membership.store, membership.gone_while_forming, membership.timeout)
     try:
         with noted():

@@ -57,6 +57,7 @@ class Arrival(NamedTuple):
     has_result: bool = False  # of the call that it is in
     in_call: bool = False  # or not in a step, as newcomers cannot be either
     accuses: tuple[int, ...] = ()  # the workers for which it has waited `timeout` seconds in vain
+    after: int = 0  # the step at which it stands once the call that it is in is done: that may load a checkpoint
 
 
 class View(NamedTuple):
@@ -292,7 +293,10 @@ class Membership:
                     if not refuses(address):
                         addresses[i] = address
                         new.append(i)
-        step = max((arrival.step for arrival in here), default=0)
+        calls = max((arrival.calls for arrival in here), default=0)
+        foremost = [arrival for arrival in here if arrival.calls == calls]
+        done = all(arrival.in_call and arrival.has_result for arrival in foremost)
+        step = max((arrival.after if done else arrival.step for arrival in foremost), default=0)
         decision = [[*members, *new], new, step, here, addresses, looked]
         self.store.compare_set(f"{g}/members", "", json.dumps(decision))
 
@@ -336,5 +340,5 @@ def _address(store: dist.Store, number: int) -> Address:
 
 
 def _arrival(line: list) -> Arrival:
-    number, address, step, calls, has_result, in_call, accuses = line
-    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses))
+    number, address, step, calls, has_result, in_call, accuses, after = line
+    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses), after)

@@ -28,7 +28,7 @@ from ..topology import Peers, Topology
 from . import layout
 from .buckets import Bucket
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
-from .header import digest
+from .header import STALE, digest
 from .hearing import Hearing
 from .leaving_out import LeavingOut
 from .local import Local
@@ -78,6 +78,7 @@ class Engine:
         self.factor: Scalar = 1.0  # of the gradients, before they are averaged
         self.settings: tuple[tuple, tuple] = ((), ())  # learning rates and the rest, for the header
         self.flags = 0
+        self.stale = False  # in the first step of a worker that came back, whose settings are of before
         self.steps = 0  # of the last step that has begun, plus one
         self.hearing = Hearing(self)
         self.leaving_out: LeavingOut | None = None  # what decides on exchanges that come late
@@ -172,7 +173,7 @@ class Engine:
         number on the device, which the passes read.
         """
         if self.step is None:
-            self.recalls, self.flags = False, 0
+            self.recalls, self.flags = False, STALE if self.stale else 0
         for b in self.buckets:
             b.absorb_shards()  # before a message is packed from it, in the backward pass or in step()
         self.step, self.skip, self.steps = step, skip, step + 1
@@ -255,6 +256,7 @@ class Engine:
     def _between_steps(self, flights: dict[int, Flight]) -> None:
         """No step has begun. flights: of the next one."""
         self.flights, self.step, self.skip, self.sent, self._left = flights, None, 0.0, 0, 0
+        self.stale = False
 
     def check_whole(self) -> None:
         """Raises RuntimeError if an earlier attempt at the present step failed, see `Flight.to`."""

@@ -18,6 +18,7 @@ FORM = struct.Struct("<IHHHHfB")
 SIZE = FORM.size  # elements of the padding
 
 RECALLED = 1  # what left before this bucket, in this step, is sent again
+STALE = 4  # the sender came back in the midst of its loop: its settings are of before, and count for no local step
 NOT_FINITE = 2  # a gradient of the sender was not finite, and it will raise
 
 

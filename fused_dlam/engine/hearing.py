@@ -9,7 +9,7 @@ import torch
 from ..comm.transfer import Transfer
 from ..comm.watch import ExchangeError, log
 from .flight import EVERYBODY, Flight
-from .header import NOT_FINITE, RECALLED, Header, digest
+from .header import NOT_FINITE, RECALLED, STALE, Header, digest
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -110,6 +110,8 @@ class Hearing:
         if wrong:
             raise ExchangeError(wrong)
         assert other is not None
+        if (own.flags | other.flags) & STALE:
+            return
         where, peer = f"rank {self.engine.me} at step {own.step}", self._name(other.sender)
         if other.rates != own.rates:
             self._tell(

@@ -104,7 +104,7 @@ def overflowed(optimizer: Any) -> bool:
     """Whether gradients overflowed on any rank, in a step() that a scaler called: agreed on now, unless it was."""
     anywhere = torch.as_tensor(optimizer.found_inf, dtype=torch.float32).clone()
     if optimizer._overflow_agreed != optimizer._step:
-        optimizer.agree_on_overflow([anywhere], getattr(optimizer, "grad_scale", None))
+        optimizer._agree_on_overflow([anywhere], getattr(optimizer, "grad_scale", None))
     optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
     return bool(anywhere)
 

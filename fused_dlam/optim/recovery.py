@@ -22,6 +22,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from ..comm import generation
 from ..comm.errors import ExchangeError, listed
 from ..comm.leaving import Holdings
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .shared import GossipOptimizer
 
 T = TypeVar("T")
+TRIES = 4  # steps in a row that are broken to let somebody in
 FUTILE = 5  # generations in a row that lose nobody and do not stand: then it is no loss that ends them
 
 
@@ -49,17 +52,21 @@ class Recovery:
         self.calls = max((arrival.calls for arrival in membership.view.arrivals), default=0)
         self.in_call: int | None = None  # the step at which this worker stood when the present call began
         self.has_result = False
+        self._done = False  # whether all have that call's result
         self.take_back: Callable[[], Any] | None = None  # undoes what this worker has of the call
         self.lost: tuple[int, ...] | None = None  # the groups were given up; whom this worker accuses of it
         self.resumes = 0  # the step from which all go on together
         self.next: Place | None = None  # where, while this worker catches up
         self.events: list[dict[str, Any]] = []
         view = membership.view
+        self._stale = False  # whether this worker came back in the midst of its loop
         self._before = tuple(number for number in view.members if number not in view.new)
-        self._store_failed = self._looks = False
+        self._store_failed = False
+        self._tries = 0  # how often in a row this worker has broken a step to let somebody in
         self.empty = False  # whether this worker was let in, and has not taken a neighbor's state yet
         self.came_at: int | None = None  # the step at which this worker came to a run that was under way
         self._news: Members | None = None  # that the script was not told of yet
+        self.announces = False  # within the script's function for them
         self._since = 0.0, 0.0, ""  # when the groups were given up, the CPU time then, and why
 
     def arrive(self, place: Place) -> None:
@@ -93,19 +100,22 @@ class Recovery:
         self.told = self.told or error
 
     def _somebody_asks(self) -> ExchangeError | None:
-        """A join is a fault without a victim. One worker looks, now and then, and then until it has let them in."""
+        """A join is a fault without a victim. One worker looks, now and then.
+
+        Where a call of all workers follows on the broken step nobody is let in, and the next step is tried.
+        """
         every, view = self.chosen.admit_every, self.membership.view
         first = self.membership.me == view.members[0] and self.next is None
-        due = self._looks or (every and self.optimizer._step % every == 0)
-        if not (first and due) or self._store_failed:
+        due = every and self.optimizer._step % every == 0
+        if not (first and (due or 0 < self._tries < TRIES)) or self._store_failed:
             return None
         try:
-            self._looks = self.membership.asked()
+            self._tries = (0 if due else self._tries) + 1 if self.membership.asked() else 0
         except RuntimeError:  # the store is gone: training goes on
             self._store_failed = True
             log.warning("the store in which workers agree does not answer: the next loss will end the run")
             return None
-        return ExchangeError("somebody asks to be let in") if self._looks else None
+        return ExchangeError("somebody asks to be let in") if self._tries else None
 
     # -- calls outside of steps --------------------------------------------------------------------------------------
 
@@ -116,7 +126,7 @@ class Recovery:
         """
         if self.in_call is not None:
             return call()
-        self.in_call = self.optimizer._step
+        self.in_call, self._done = self.optimizer._step, False
         try:
             self.rejoin()
             if self.next is not None:
@@ -177,7 +187,7 @@ class Recovery:
     @property
     def _stands_at(self) -> int:
         """A call may change the step, as loading a checkpoint does."""
-        return self.optimizer._step if self.in_call is None else self.in_call
+        return self.optimizer._step if self.in_call is None or self._done else self.in_call
 
     def _accused(self, error: ExchangeError) -> tuple[int, ...]:
         """The workers for which this one has waited `timeout` in vain. A closed connection accuses nobody."""
@@ -203,13 +213,13 @@ class Recovery:
             before = membership.view.members
             arrival = Arrival(
                 membership.me, membership.beacon.address, self._stands_at, self.calls, self.has_result,
-                self.in_call is not None, (*accused, *membership.suspects),
+                self.in_call is not None, (*accused, *membership.suspects), self.optimizer._step,
             )  # fmt: skip
             try:
                 if self.empty:  # a member without a state would go on with its own
                     raise Excluded(f"worker {membership.me} was let in, and a worker was lost before it had its state")
                 view = membership.agree(arrival)
-                done = done or self._is_done(view)
+                self._done = done = done or self._is_done(view)
             except Excluded as error:
                 view = self._come_back(error)
             try:
@@ -251,7 +261,7 @@ class Recovery:
         log.warning("%s. It asks to be let in again, and takes the others' state", error)
         view = self.membership.enter()
         self.calls = max((arrival.calls for arrival in view.arrivals), default=self.calls)
-        self.empty = True
+        self.empty = self._stale = True
         if self.came_at == self.optimizer._step:
             self.came_at = view.step
         self.optimizer._set_step(view.step)
@@ -284,6 +294,7 @@ class Recovery:
                     return
         self.empty = False
         optimizer._resume(graph)
+        engine.stale, self._stale = self._stale, False
         if self.events:
             start, cpu, _ = self._since
             self.events[-1].update(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
@@ -297,8 +308,14 @@ class Recovery:
 
     def _announce(self) -> None:
         news, self._news = self._news, None
-        if news is not None and self.chosen.on_members_changed is not None:
-            self.chosen.on_members_changed(news)
+        if news is None or self.chosen.on_members_changed is None:
+            return
+        self.announces = True
+        try:
+            with torch.enable_grad():
+                self.chosen.on_members_changed(news)
+        finally:
+            self.announces = False
 
     def _tell(self, graph: str, lost: tuple[int, ...], came: tuple[int, ...]) -> None:
         view = self.membership.view

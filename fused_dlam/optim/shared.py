@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
+from ..comm.collectives import has_mean
 from ..comm.errors import ExchangeError, calling
 from ..comm.ledger import StepTime, Waits
 from ..comm.place import built_too_early
@@ -51,15 +52,20 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
 
         scale: the loss scale that this rank's gradients have; None: none, they are unscaled.
         """
-        self._take_part(True, scaled=True)
-        self._overflow_agreed, engine = self._step, self._engine
-        averages = engine.averager.size > 1
+        if self._unsettled:  # step() settles who takes part first, and agrees then
+            return
         try:
-            self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
+            self._agree_on_overflow(found, scale)
         except ExchangeError as error:
             if self._recovery is None or not error.lost:
                 raise
             self._recovery.hold(error)  # step() comes next, and is this worker's alone
+
+    def _agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any) -> None:
+        self._take_part(True, scaled=True)
+        self._overflow_agreed, engine = self._step, self._engine
+        averages = engine.averager.size > 1
+        self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -153,6 +159,29 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
         self._check_connected()
         with calling("optimizer.step_times()"):
             return self._together(lambda: self._engine.place.step_times())
+
+    @torch.no_grad()
+    def mean(self, value: torch.Tensor | float) -> torch.Tensor:
+        """The mean of every rank's number or tensor, the same on all of them. All ranks must call it.
+
+        For what a script decides by, as a validation loss that a scheduler follows. With on_failure="continue" it is
+        that of those who are left; a collective of the script's own would end there.
+
+        Raises TypeError for integers, ValueError on all ranks if shapes or types differ, before values are sent.
+        """
+        self._check_connected()
+        own = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        has_mean(own)
+        with calling("optimizer.mean()"):
+            return self._together(lambda: self._mean_of(own.detach().clone()))
+
+    def _mean_of(self, value: torch.Tensor) -> torch.Tensor:
+        place = self._engine.place
+        facts = {"the value's shape": str(tuple(value.shape)), "the value's type": str(value.dtype)}
+        place.agree(facts, cure="Pass the like on every rank.", what="comparing values")
+        for group in (place.inside, place.workers):
+            group.mean(value)
+        return value
 
     @torch.no_grad()
     def consensus_distance(self) -> float:

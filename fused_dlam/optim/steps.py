@@ -136,6 +136,7 @@ class Steps(GossipOptimizer):
 
     def _take_rest(self, rest: Any) -> None:
         memories, counts = rest
+        self._local_steps.forget()
         for group, memory in zip(self.param_groups, memories, strict=True):
             group["memory"] = dict(memory)
         for b, steps in zip(self._engine.buckets, counts, strict=True):

@@ -76,6 +76,11 @@ class Surviving:
         """A call that all ranks make: its result for all of them, also if one is lost in it. undo: takes one back."""
         if self._recovery is None:
             return call()
+        if self._recovery.announces:
+            raise RuntimeError(
+                f"{current_call()} was called within on_members_changed, which is called in the midst of another call"
+                " and makes none of all workers: let it set what the loop looks at"
+            )
         if self._just_came:
             raise RuntimeError(
                 f"this worker came to a run that is under way, at step {self._step}, and makes a call of all workers"
@@ -135,6 +140,12 @@ class Surviving:
     def _just_came(self) -> bool:
         """Whether this worker came to a run that was under way, and has taken no step there yet."""
         return self._recovery is not None and self._recovery.came_at == self._step
+
+    @property
+    def _unsettled(self) -> bool:
+        """Whether it is step() alone that knows who takes part in this step."""
+        r = self._recovery
+        return r is not None and (r.lost is not None or r.next is not None or self._just_came)
 
     def _gone(self) -> str:
         """Why nobody should wait for all ranks any more, "" if nothing is known."""
