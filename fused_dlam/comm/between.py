@@ -44,6 +44,18 @@ for _operation in [name for name in dir(dist.ProcessGroup) if name.startswith(KI
     setattr(Between, _operation, _refuse)
 
 
+class _Nowhere(dist.Store):
+    """In which nobody can be found: a group of another backend would look for the others until its timeout."""
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        pass
+
+    set = get = add = append = check = wait = compare_set = multi_get = multi_set = delete_key = _refuse  # type: ignore[assignment]
+
+
+_nowhere = _Nowhere()  # torch holds its C++ part alone
+
+
 def _build(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     return Between(rank, size) if _building else _refuse()  # type: ignore[call-arg]  # a script's new_group
 
@@ -55,7 +67,7 @@ def enter(rank: int, size: int) -> None:
         dist.Backend.register_backend(NAME, _build, devices=["cpu", "cuda"])
     hook, _building = sys.excepthook, True
     try:
-        dist.init_process_group(NAME, store=dist.HashStore(), rank=rank, world_size=size)
+        dist.init_process_group(NAME, store=_nowhere, rank=rank, world_size=size)
     finally:
         sys.excepthook, _building = hook, False  # torch wraps it each time
 
