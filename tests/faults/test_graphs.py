@@ -27,6 +27,16 @@ def test_a_family_that_does_not_exist_has_a_substitute():
     assert [of(n).name for n in (7, 6, 5, 3)] == ["one-peer-exponential"] * 4
 
 
+@pytest.mark.parametrize("at_7", [lambda: {}[7], lambda: 1 / 0, lambda: None])
+def test_a_function_that_fails_has_a_substitute(at_7, caplog):
+    """It is called in the middle of a recovery, where an error of its own would end all who are left."""
+    of = graphs(lambda n: topology.ring(n) if n == 8 else at_7())
+    of.look_ahead(8)
+    assert of(8).name == topology.ring(8).name and of(7).name == "one-peer-exponential"
+    (said,) = [r.getMessage() for r in caplog.records if "given as topology" in r.getMessage()]
+    assert "no graph for 7 workers (" in said and any(e in said for e in ("KeyError: 7", "ZeroDivision", "TypeError"))
+
+
 def test_an_unstable_one_has_a_substitute():
     """DecentLaM has no one-peer graph at momentum 0.9: the symmetric one is next."""
     of = graphs("symmetric-exponential", "decentlam")
