@@ -96,6 +96,7 @@ class Membership:
         self.machines = [tuple(machine) for machine in machines]
         self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
         self.backend = "gloo"  # of the worlds that are formed
+        self.finished = 0  # how many calls of finish() this worker has come to; `done/<number>` in the store
         self.highest = n - 1  # the largest number that was ever a member's
         self.beacon = Beacon(towards)
         self.addresses: dict[int, Address] = {}
@@ -160,6 +161,7 @@ class Membership:
                 admitted = mine & set(view.new)
                 if admitted:
                     self.view, self.me = view, max(admitted)
+                    self._catch_up_finishes()
                     self.store.append("came", f"{os.environ.get(PROCESS, '-')} {self.me}\n")  # type: ignore[attr-defined]
                     return view
             if time.monotonic() > looked + 1.0:
@@ -187,6 +189,20 @@ class Membership:
         self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
         self.store.set(f"asks/{self.me}", "")
         self.store.add("asked", 1)  # last: from here on it is found
+
+    def _catch_up_finishes(self) -> None:
+        """A newcomer has come to as many as all members have: what one of them is yet to call, it is to call too."""
+        theirs = [self.finishes_of(i) for i in self.view.members if i not in self.view.new]
+        self.finished = max(self.finished, min(theirs, default=0))
+        self.tell_finishes()
+
+    def tell_finishes(self) -> None:
+        """To the others, how many calls of finish() this worker has come to."""
+        self.store.set(f"done/{self.me}", str(self.finished))
+
+    def finishes_of(self, number: int) -> int:
+        key = f"done/{number}"
+        return int(self.store.get(key)) if self.store.check([key]) else 0
 
     def asked(self) -> bool:
         """Whether somebody wants in. For one worker to look at now and then: two messages to the store."""

@@ -1,4 +1,4 @@
-"""A script of its own: four workers that close optimizers, all together or one alone, and lose one in between.
+"""A script of its own: four workers that close and finish optimizers, all together or one alone, and lose one.
 
 python closing_script.py FOLDER: leaves what each worker came to in FOLDER/<number>.json.
 """
@@ -44,9 +44,26 @@ class Worker:
         dist.init_process_group("gloo")
         told = [self.train(), self.train(self.dies)]
         told.append(self.train(self.closes))
+        if self.me < 2:
+            self.finishes()
         (self.folder / f"{self.me}.json").write_text(json.dumps(told))
         while self.me == 2:  # its process lives on
             time.sleep(1.0)
+
+    def finishes(self):
+        """Twice with one that comes late, which says so before, and once with one that is stopped."""
+        optimizer = fused_dlam.GossipSGD([self.x], lr=0.1, on_failure="continue", timeout=TIMEOUT)
+        for late in (self.folder / "late once", self.folder / "late twice"):
+            if self.me == 1:
+                time.sleep(0.3)
+                late.touch()
+            optimizer.finish()
+            assert late.exists()
+        if self.me == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        optimizer._recovery.membership.timeout = 0.5
+        optimizer.finish()
+        optimizer.close()
 
     def dies(self, optimizer):
         if self.me == 3:
@@ -67,9 +84,12 @@ def main(folder):
         os.environ.update({name: str(value) for name, value in own.items()})
         pids[me] = fork(Worker(folder, me).run, out=str(folder / f"{me}.log"))
     try:
-        return [os.waitstatus_to_exitcode(os.waitpid(pids[me], 0)[1]) for me in (0, 1)] != [0, 0]
+        return os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) or not os.WIFSTOPPED(
+            os.waitpid(pids[1], os.WUNTRACED)[1]
+        )
     finally:
-        os.kill(pids[2], signal.SIGKILL)
+        for me in (1, 2):
+            os.kill(pids[me], signal.SIGKILL)
         os.kill(keeper, signal.SIGKILL)
 
 
