@@ -230,7 +230,9 @@ class Membership:
             )
         self.view = view
         if len(view.members) < self.min_workers:
-            raise RunEnded(f"{len(view.members)} workers are left, and min_workers is {self.min_workers}")
+            left = len(view.members)
+            are = "worker is" if left == 1 else "workers are"
+            raise RunEnded(f"{left} {are} left, and min_workers is {self.min_workers}")
         return view
 
     def others_agree(self) -> bool:

@@ -4,6 +4,7 @@ first substitute that is, alike on all workers; what cannot go on is refused at 
 import pytest
 
 from fused_dlam import rules, topology
+from fused_dlam.comm.generation import store_address
 from fused_dlam.optim.succession import SUBSTITUTES, Succession
 from fused_dlam.optim.survival import Survival
 
@@ -70,3 +71,12 @@ def test_a_topology_of_one_number_is_refused():
 def test_options(options, words):
     with pytest.raises((TypeError, ValueError), match=words):
         Survival(**options)
+
+
+@pytest.mark.parametrize("address", ["nonsense", ":29500", "host:", "host:http", "host:0", "host:65536", "host:-1"])
+def test_an_address_of_the_store(address, monkeypatch):
+    monkeypatch.setenv("FUSED_DLAM_STORE", address)
+    with pytest.raises(ValueError, match=f"must be HOST:PORT, .*, not '{address}'"):
+        store_address()
+    monkeypatch.setenv("FUSED_DLAM_STORE", "[::1]:29500")
+    assert store_address() == ("::1", 29500)
