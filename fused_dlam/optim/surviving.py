@@ -15,7 +15,7 @@ from ..topology import Topology
 from .finishing import finish
 from .recovery import Recovery
 from .succession import Succession
-from .survival import Survival, come_in
+from .survival import Survival, come_in, opened
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -117,6 +117,8 @@ class Surviving:
 
     def _survive(self, survival: Survival, membership: Membership | None, graphs: Succession | None) -> None:
         """At the end of the constructor."""
+        if membership is not None or not self._engine.place.alone:
+            opened(self)  # type: ignore[arg-type]
         if membership is None or graphs is None:
             return
         self._recovery = Recovery(self, survival, membership, graphs)  # type: ignore[arg-type]

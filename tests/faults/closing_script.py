@@ -29,12 +29,15 @@ class Worker:
     def train(self, at=lambda optimizer: False):
         """With an optimizer of its own: the members at the end. at: what to do at step AT; whether to go on no more."""
         optimizer = fused_dlam.GossipSGD([self.x], lr=0.1, on_failure="continue", timeout=TIMEOUT)
+        sent = 0, 0
         while optimizer.steps_done < STEPS:
             if optimizer.steps_done == AT and at(optimizer):
                 return None
             optimizer.zero_grad()
             self.x.square().sum().backward()
             optimizer.step()
+            assert (optimizer.bytes_sent, optimizer.messages_sent) >= sent and optimizer.bytes_sent > 0
+            sent = optimizer.bytes_sent, optimizer.messages_sent
         members = optimizer.members
         optimizer.close()
         optimizer.close()
@@ -42,6 +45,12 @@ class Worker:
 
     def run(self):
         dist.init_process_group("gloo")
+        refused(ValueError, "min_workers is 5, and there are 4 workers", on_failure="continue", min_workers=5)
+        other = fused_dlam.GossipSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        collected = fused_dlam.Gossip(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+        refused(RuntimeError, "cannot have one of both kinds", on_failure="continue")
+        other.close()
+        del collected
         told = [self.train(), self.train(self.dies)]
         told.append(self.train(self.closes))
         if self.me < 2:
@@ -53,6 +62,7 @@ class Worker:
     def finishes(self):
         """Twice with one that comes late, which says so before, and once with one that is stopped."""
         optimizer = fused_dlam.GossipSGD([self.x], lr=0.1, on_failure="continue", timeout=TIMEOUT)
+        refused(RuntimeError, "cannot have one of both kinds", on_failure="raise")
         for late in (self.folder / "late once", self.folder / "late twice"):
             if self.me == 1:
                 time.sleep(0.3)
@@ -73,6 +83,15 @@ class Worker:
         if self.me == 2:
             optimizer.close()
         return self.me == 2
+
+
+def refused(kind, words, **options):
+    try:
+        fused_dlam.GossipSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, **options)
+    except kind as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"{options} is not refused")
 
 
 def main(folder):
