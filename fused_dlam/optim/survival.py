@@ -95,8 +95,8 @@ def enter(
 
     None without process groups and launcher, where there is one worker.
 
-    Raises ValueError where no store outlives the workers, or there are fewer than min_workers, RuntimeError for a second optimizer, ExchangeError if a
-    newcomer is not let in.
+    Raises ValueError where no store outlives the workers, or there are fewer than min_workers, RuntimeError for a
+    second optimizer, ExchangeError if a newcomer is not let in.
     """
     _refuse_both_kinds(survival)
     if not survival.goes_on:
@@ -171,10 +171,10 @@ def _refuse_both_kinds(survival: Survival) -> None:
         gc.collect()  # one that nobody has any more may be in a cycle
     if others():
         raise RuntimeError(
-            "another optimizer of this process has on_failure="
-            f"{'raise' if survival.goes_on else 'continue'!r}: when a worker is lost, one would go on in a new world and"
-            " the other's groups would be gone with the old one. A process cannot have one of both"
-            " kinds: close() the other first, or give all parameters to one optimizer with on_failure='continue'"
+            f"another optimizer of this process has on_failure={'raise' if survival.goes_on else 'continue'!r}: when a"
+            " worker is lost, one would go on in a new world, and the other's groups would be gone with the old one. A"
+            " process cannot have one of both kinds: close() the other first, or give all parameters to one optimizer"
+            " with on_failure='continue'"
         )
 
 
