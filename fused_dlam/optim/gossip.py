@@ -300,6 +300,9 @@ class Gossip(InnerCopies, GossipOptimizer):
         for group in self.param_groups:
             group["gossip_step"] = step
 
+    def _facts(self) -> dict[str, str]:
+        return {"inner optimizer": type(self.inner).__name__, **super()._facts()}
+
     def _rest(self) -> Any:
         return self.inner.state_dict()["state"]
 

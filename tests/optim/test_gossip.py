@@ -225,6 +225,12 @@ def test_a_checkpoint_of_the_inner_optimizer_loads():
         assert torch.equal(optimizer.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
 
 
+def test_a_newcomer_must_have_the_same_inner_optimizer():
+    """What is compared then; tests/faults has newcomers."""
+    facts = [Gossip(inner(network().parameters(), lr=0.1))._facts() for inner in (torch.optim.SGD, torch.optim.AdamW)]
+    assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["inner optimizer"]
+
+
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     model = network()
     optimizer = Gossip(torch.optim.SGD(model.parameters(), lr=0.1))
