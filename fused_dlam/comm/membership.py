@@ -31,6 +31,7 @@ from .watch import log
 
 KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
 PROCESS = "FUSED_DLAM_PROCESS"  # under which name the launcher has started this process
+LEFT = "left/"  # then such a name: of a process that ended, or is about to, because the others went on without it
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
@@ -162,6 +163,8 @@ class Membership:
                 if admitted:
                     self.view, self.me = view, max(admitted)
                     self._catch_up_finishes()
+                    if PROCESS in os.environ:
+                        self.store.delete_key(LEFT + os.environ[PROCESS])
                     self.store.append("came", f"{os.environ.get(PROCESS, '-')} {self.me}\n")  # type: ignore[attr-defined]
                     return view
             if time.monotonic() > looked + 1.0:
@@ -224,16 +227,26 @@ class Membership:
                 " a checkpoint"
             ) from None
         if self.me not in view.members:
+            self._say_left()
             raise Excluded(
                 f"the others went on without worker {self.me} in generation {view.generation}: it was silent for longer"
                 f" than {self.timeout:g} s (timeout=), or a worker of its machine was"
             )
         self.view = view
         if len(view.members) < self.min_workers:
+            self._say_left()
             left = len(view.members)
             are = "worker is" if left == 1 else "workers are"
             raise RunEnded(f"{left} {are} left, and min_workers is {self.min_workers}")
         return view
+
+    def _say_left(self) -> None:
+        """To the launcher: that this worker ends with an error is no failure, if others come to a good end."""
+        if PROCESS in os.environ:
+            try:
+                self.store.set(LEFT + os.environ[PROCESS], "")
+            except dist.DistError:  # the launcher has gone
+                pass
 
     def others_agree(self) -> bool:
         """Whether another worker has begun the next generation, and waits for this one."""
@@ -346,6 +359,11 @@ def who_came(store: dist.Store) -> dict[str, int]:
     """The numbers of those that were let in, by the names of their processes: for whoever speaks of them."""
     lines = store.get("came").decode().splitlines() if store.check(["came"]) else []
     return {name: int(number) for name, number in map(str.split, lines)}
+
+
+def was_left(store: dist.Store, name: str) -> bool:
+    """Whether the process of this name has ended because the others had gone on without it, or too few were left."""
+    return store.check([LEFT + name])
 
 
 def _address(store: dist.Store, number: int) -> Address:

@@ -72,6 +72,7 @@ def test_who_comes_late_is_told_and_may_come_back(told):
     back = told["late, comes back"]
     assert back[0]["views"][1] == back[1]["views"][1] == back[2]["views"][0] == [2, [0, 1, 3], [3], 21]
     assert back[2]["me"] == 3
+    assert told["late"][2]["left"] == [True] and back[2]["left"] == [True, False]
 
 
 def test_accusations(told):
