@@ -148,8 +148,8 @@ class Gossip(InnerCopies, GossipOptimizer):
         self.inner.add_param_group(param_group)
         try:
             self._enter(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
+        except Exception:
+            self._drop_group()
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:
