@@ -53,8 +53,8 @@ class Waiting:
 
     def __init__(self, membership: Membership):
         self.membership = membership
-        self._heard: dict[int, float] = {}  # when who is not through answered last
         self._probed, self._warned = 0.0, time.monotonic()
+        self._heard = dict.fromkeys(membership.view.members, self._warned)  # when who is not through answered last
 
     def goes_on(self) -> bool:
         """Whether anybody is to be waited for."""
