@@ -110,6 +110,11 @@ def enter(
     survival.check_place(group, hierarchical)
     together = dist.is_available() and dist.is_initialized()
     comes = os.environ.get(generation.NEWCOMER) == "1" and not _memberships
+    if together and not comes and survival.min_workers > dist.get_world_size():
+        raise ValueError(
+            f"min_workers is {survival.min_workers}, and the world size is {dist.get_world_size()} before any worker is"
+            " lost"
+        )
     if not together or (dist.get_world_size() == 1 and not comes and not _memberships):
         return None, False
     if between.stands():
@@ -125,9 +130,6 @@ def enter(
         raise ValueError(
             f"on_failure='continue' needs a store that outlives every worker, and here rank 0 hosts it: {HOW}"
         )
-    size = dist.get_world_size()
-    if not comes and survival.min_workers > size:
-        raise ValueError(f"min_workers is {survival.min_workers}, and there are {size} workers before any is lost")
     if _memberships:
         membership = _memberships[0]
         if membership.busy:

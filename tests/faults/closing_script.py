@@ -45,7 +45,7 @@ class Worker:
 
     def run(self):
         dist.init_process_group("gloo")
-        refused(ValueError, "min_workers is 5, and there are 4 workers", on_failure="continue", min_workers=5)
+        refused(ValueError, "min_workers is 5, and the world size is 4", on_failure="continue", min_workers=5)
         other = fused_dlam.GossipSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
         collected = fused_dlam.Gossip(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
         refused(RuntimeError, "cannot have one of both kinds", on_failure="continue")
