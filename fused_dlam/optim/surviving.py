@@ -63,7 +63,8 @@ class Surviving:
         return tuple(range(self._engine.place.workers.size))
 
     def finish(self) -> None:
-        """At the end of training: stays until all workers are through, or gone. One that is lost holds nobody up.
+        """At the end of training: stays until all workers are through, or gone. One that is lost holds nobody
+        up, nor does one that does not answer for `timeout` seconds.
 
         With on_failure="raise" it returns at once. Not needed where the script ends with its loop.
         """
