@@ -14,6 +14,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 WORD = b"here"
 GRACE = 2.0  # seconds that a process has to answer; on a machine with 50 ready processes per core 0.5 were too few
@@ -69,6 +71,15 @@ def refuses(address: Address, patience: float = 0.5) -> bool:
     except OSError:
         return False  # it cannot be reached: cut off, perhaps not dead
     return False
+
+
+def which_answer(addresses: Mapping[int, Address]) -> set[int]:
+    """The numbers of those that run and can be reached. All at once: two stopped ones are not waited for in turn."""
+    if not addresses:
+        return set()
+    with ThreadPoolExecutor(len(addresses), "fused_dlam-probe") as pool:
+        heard = pool.map(answers, addresses.values())
+        return {number for number, answer in zip(addresses, heard, strict=True) if answer}
 
 
 def answers(address: Address, patience: float = GRACE) -> bool:

@@ -32,10 +32,15 @@ LOOK = 0.2  # seconds between two looks at the beacons while a world is formed
 
 
 def store_address() -> Address | None:
-    """Where a store is that no worker hosts: the launcher's, or torchrun's agent's. None if there is none."""
+    """Where a store is that no worker hosts: the launcher's, or torchrun's agent's. None if there is none.
+
+    Raises ValueError for a FUSED_DLAM_STORE that is no HOST:PORT.
+    """
     own = os.environ.get("FUSED_DLAM_STORE", "")
     if own:
         host, _, port = own.rpartition(":")
+        if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 1 << 16:
+            raise ValueError(f"FUSED_DLAM_STORE must be HOST:PORT, with a port from 1 to 65535, not {own!r}")
         return host.strip("[]"), int(port)  # an IPv6 address stands in brackets
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

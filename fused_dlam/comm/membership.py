@@ -31,6 +31,7 @@ from .watch import log
 
 KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
 PROCESS = "FUSED_DLAM_PROCESS"  # under which name the launcher has started this process
+LEFT = "left/"  # then such a name: of a process that ended, or is about to, because the others went on without it
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
@@ -97,6 +98,7 @@ class Membership:
         self.machines = [tuple(machine) for machine in machines]
         self.min_workers, self.busy = 1, False  # busy: whether an optimizer uses it
         self.backend = "gloo"  # of the worlds that are formed
+        self.finished = 0  # how many calls of finish() this worker has come to; `done/<number>` in the store
         self.highest = n - 1  # the largest number that was ever a member's
         self.beacon = Beacon(towards)
         self.addresses: dict[int, Address] = {}
@@ -161,6 +163,9 @@ class Membership:
                 admitted = mine & set(view.new)
                 if admitted:
                     self.view, self.me = view, max(admitted)
+                    self._catch_up_finishes()
+                    if PROCESS in os.environ:
+                        self.store.delete_key(LEFT + os.environ[PROCESS])
                     self.store.append("came", f"{os.environ.get(PROCESS, '-')} {self.me}\n")  # type: ignore[attr-defined]
                     return view
             if time.monotonic() > looked + 1.0:
@@ -189,6 +194,20 @@ class Membership:
         self.store.set(f"asks/{self.me}", "")
         self.store.add("asked", 1)  # last: from here on it is found
 
+    def _catch_up_finishes(self) -> None:
+        """A newcomer has come to as many as all members have: what one of them is yet to call, it is to call too."""
+        theirs = [self.finishes_of(i) for i in self.view.members if i not in self.view.new]
+        self.finished = max(self.finished, min(theirs, default=0))
+        self.tell_finishes()
+
+    def tell_finishes(self) -> None:
+        """To the others, how many calls of finish() this worker has come to."""
+        self.store.set(f"done/{self.me}", str(self.finished))
+
+    def finishes_of(self, number: int) -> int:
+        key = f"done/{number}"
+        return int(self.store.get(key)) if self.store.check([key]) else 0
+
     def asked(self) -> bool:
         """Whether somebody wants in. For one worker to look at now and then: two messages to the store."""
         return int(self.store.add("asked", 0)) > int(self.store.add("admitted", 0))
@@ -209,14 +228,26 @@ class Membership:
                 " a checkpoint"
             ) from None
         if self.me not in view.members:
+            self._say_left()
             raise Excluded(
                 f"the others went on without worker {self.me} in generation {view.generation}: it was silent for longer"
                 f" than {self.timeout:g} s (timeout=), or a worker of its machine was"
             )
         self.view = view
         if len(view.members) < self.min_workers:
-            raise RunEnded(f"{len(view.members)} workers are left, and min_workers is {self.min_workers}")
+            self._say_left()
+            left = len(view.members)
+            are = "worker is" if left == 1 else "workers are"
+            raise RunEnded(f"{left} {are} left, and min_workers is {self.min_workers}")
         return view
+
+    def _say_left(self) -> None:
+        """To the launcher: that this worker ends with an error is no failure, if others come to a good end."""
+        if PROCESS in os.environ:
+            try:
+                self.store.set(LEFT + os.environ[PROCESS], "")
+            except dist.DistError:  # the launcher has gone
+                pass
 
     def others_agree(self) -> bool:
         """Whether another worker has begun the next generation, and waits for this one."""
@@ -332,6 +363,11 @@ def who_came(store: dist.Store) -> dict[str, int]:
     """The numbers of those that were let in, by the names of their processes: for whoever speaks of them."""
     lines = store.get("came").decode().splitlines() if store.check(["came"]) else []
     return {name: int(number) for name, number in map(str.split, lines)}
+
+
+def was_left(store: dist.Store, name: str) -> bool:
+    """Whether the process of this name has ended because the others had gone on without it, or too few were left."""
+    return store.check([LEFT + name])
 
 
 def _address(store: dist.Store, number: int) -> Address:

@@ -108,6 +108,14 @@ class Engine:
         self.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in self.buckets])
         return new
 
+    def leave_group(self, group: int) -> None:
+        """Takes back what `add_group` has made of a group, the last one, whose parameters are exchanged by nobody."""
+        del self.local.passes[group:]
+        for b in [b for b in self.buckets if b.group >= group]:
+            self.buckets.remove(b)
+            self.flights.pop(b.index, None)
+        self.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in self.buckets])
+
     @property
     def on_gpu(self) -> bool:
         return any(device.type == "cuda" for device in self.lanes)

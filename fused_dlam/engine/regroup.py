@@ -47,7 +47,7 @@ def isolate(engine: Engine) -> None:
     engine.flights = {index: flight for index, flight in engine.flights.items() if flight.combined}
     engine.following, engine.sent, engine.recalls = {}, 0, False
     engine.hearing.forget()
-    engine.place = alone(engine.place.workers.device)
+    _replace(engine, alone(engine.place.workers.device))
     engine.averager = engine.place.workers
     if engine.step is None:
         engine.flights = {}
@@ -59,7 +59,9 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     """From the next step on this is the place, and the graph."""
     # In the order in which they were built: a newcomer knows no other, and a loss may come while one is agreed on.
     engine.buckets.sort(key=lambda b: b.index)
-    engine.flights, engine.place, engine.topology = {}, place, graph
+    engine.flights, engine.topology = {}, graph
+    if place is not engine.place:  # a newcomer's first
+        _replace(engine, place)
     engine.averager = averager(engine.message, place)
     degree = graph.most_messages if engine.gossips else 0
     for device in engine.lanes:
@@ -69,6 +71,13 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     for b in engine.buckets:
         rows = 0 if engine.sends_as_it_lies(b) else engine.rule.messages
         b.make_room(engine.rule.messages, degree, rows, engine.message_dtype)
+
+
+def _replace(engine: Engine, place: Place) -> None:
+    """What was sent counts from the optimizer's construction on, whatever the place."""
+    before, now = engine.place.workers, place.workers
+    now.bytes_sent, now.messages_sent = now.bytes_sent + before.bytes_sent, now.messages_sent + before.messages_sent
+    engine.place = place
 
 
 def averager(message: Message, place: Place) -> Group:

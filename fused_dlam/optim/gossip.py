@@ -148,8 +148,8 @@ class Gossip(InnerCopies, GossipOptimizer):
         self.inner.add_param_group(param_group)
         try:
             self._enter(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
+        except Exception:
+            self._drop_group()
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:
@@ -299,6 +299,9 @@ class Gossip(InnerCopies, GossipOptimizer):
     def _set_step(self, step: int) -> None:
         for group in self.param_groups:
             group["gossip_step"] = step
+
+    def _facts(self) -> dict[str, str]:
+        return {"inner optimizer": type(self.inner).__name__, **super()._facts()}
 
     def _rest(self) -> Any:
         return self.inner.state_dict()["state"]

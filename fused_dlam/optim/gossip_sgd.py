@@ -224,8 +224,8 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
             self._certificate.check(group)
             if self._running is not None:
                 self._enter(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
+        except Exception:
+            self._drop_group()
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:

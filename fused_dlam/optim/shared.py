@@ -88,6 +88,13 @@ class GossipOptimizer(Joining, Surviving, Optimizer):
             self._recovery.membership.close()
             self._recovery.membership.busy = False
 
+    def _drop_group(self) -> None:
+        """Takes back the last parameter group, which could not be added: whatever it was that failed."""
+        self.param_groups.pop()
+        if self._running is not None:
+            self._running.leave_group(len(self.param_groups))
+            del self._frozen.of_groups[len(self.param_groups) :]
+
     def _check_open(self) -> None:
         """Raises RuntimeError after `close`, before anything has changed."""
         if self._closed:

@@ -38,6 +38,7 @@ class Succession:
                 " changes. Pass a name, or a function of the number of workers"
             )
         self.family, self.rule, self.allow_unstable, self.groups = family, rule, allow_unstable, groups
+        self._failed: set[int] = set()  # numbers of workers for which the user's function failed, which was said
 
     def look_ahead(self, n: int) -> None:
         """At construction: says what one worker less would mean. Raises ValueError if there is no graph for it."""
@@ -56,6 +57,17 @@ class Succession:
     def _of(self, family: TopologyLike, n: int) -> Topology | None:
         try:
             graph = topologies.get(family, n)
+        except ValueError:  # the family's own way to say that it has none
+            return None
+        except Exception as error:  # a function of the user's, in the middle of a recovery: training goes on
+            if n not in self._failed:
+                self._failed.add(n)
+                log.warning(
+                    "the function given as topology has no graph for %d workers (%s: %s): another one is taken",
+                    n, type(error).__name__, error,
+                )  # fmt: skip
+            return None
+        try:
             if self.rule is None:
                 return graph if graph.n == 1 or graph.rho < 1 - 1e-9 else None
             certificate = Certificate(self.rule, graph, self.allow_unstable)

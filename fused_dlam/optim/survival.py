@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,12 +22,16 @@ from ..kernels.passes import choose
 from ..rules.rule import Rule
 from ..rules.scalars import number
 
+if TYPE_CHECKING:
+    from .shared import GossipOptimizer
+
 HOW = (
     "start the workers with `fused-dlam run -n N train.py`, or with torchrun, one agent per worker (--nproc-per-node 1"
     " --max-restarts 0)"
 )
 # This process's part in the run. Its world changes with it, so a process has one, and one optimizer that uses it.
 _memberships: list[Membership] = []
+_open: WeakSet[GossipOptimizer] = WeakSet()  # all of this process's that have other ranks, closed ones as well
 
 
 class Members(NamedTuple):
@@ -89,9 +95,10 @@ def enter(
 
     None without process groups and launcher, where there is one worker.
 
-    Raises ValueError where no store outlives the workers, RuntimeError for a second optimizer, ExchangeError if a
-    newcomer is not let in.
+    Raises ValueError where no store outlives the workers, or there are fewer than min_workers, RuntimeError for a
+    second optimizer, ExchangeError if a newcomer is not let in.
     """
+    _refuse_both_kinds(survival)
     if not survival.goes_on:
         if os.environ.get(generation.NEWCOMER) == "1":
             raise RuntimeError(
@@ -103,6 +110,11 @@ def enter(
     survival.check_place(group, hierarchical)
     together = dist.is_available() and dist.is_initialized()
     comes = os.environ.get(generation.NEWCOMER) == "1" and not _memberships
+    if together and not comes and survival.min_workers > dist.get_world_size():
+        raise ValueError(
+            f"min_workers is {survival.min_workers}, and the world size is {dist.get_world_size()} before any worker is"
+            " lost"
+        )
     if not together or (dist.get_world_size() == 1 and not comes and not _memberships):
         return None, False
     if between.stands():
@@ -144,6 +156,28 @@ def enter(
         generation.leave()  # the world of its own in which the launcher started it
         come_in(membership)
     return membership, comes
+
+
+def opened(optimizer: GossipOptimizer) -> None:
+    """An optimizer was built, with other ranks."""
+    _open.add(optimizer)
+
+
+def _refuse_both_kinds(survival: Survival) -> None:
+    """At the first loss the world goes, and with it the groups of an optimizer that does not survive one."""
+
+    def others() -> bool:
+        return any(not o._closed and (o._recovery is None) == survival.goes_on for o in _open)
+
+    if others():
+        gc.collect()  # one that nobody has any more may be in a cycle
+    if others():
+        raise RuntimeError(
+            f"another optimizer of this process has on_failure={'raise' if survival.goes_on else 'continue'!r}: when a"
+            " worker is lost, one would go on in a new world, and the other's groups would be gone with the old one. A"
+            " process cannot have one of both kinds: close() the other first, or give all parameters to one optimizer"
+            " with on_failure='continue'"
+        )
 
 
 def come_in(membership: Membership) -> None:

@@ -15,7 +15,7 @@ from ..topology import Topology
 from .finishing import finish
 from .recovery import Recovery
 from .succession import Succession
-from .survival import Survival, come_in
+from .survival import Survival, come_in, opened
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
@@ -63,7 +63,8 @@ class Surviving:
         return tuple(range(self._engine.place.workers.size))
 
     def finish(self) -> None:
-        """At the end of training: stays until all workers are through, or gone. One that is lost holds nobody up.
+        """At the end of training: stays until all workers are through, or gone. One that is lost holds nobody
+        up, nor does one that does not answer for `timeout` seconds.
 
         With on_failure="raise" it returns at once. Not needed where the script ends with its loop.
         """
@@ -122,6 +123,8 @@ class Surviving:
 
     def _survive(self, survival: Survival, membership: Membership | None, graphs: Succession | None) -> None:
         """At the end of the constructor."""
+        if membership is not None or not self._engine.place.alone:
+            opened(self)  # type: ignore[arg-type]
         if membership is None or graphs is None:
             return
         self._recovery = Recovery(self, survival, membership, graphs)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..comm.membership import KEYS, somebody_trains, who_came
+from ..comm.membership import KEYS, somebody_trains, was_left, who_came
 
 ANSWER = timedelta(seconds=30)  # for what is in the store already, or about to be
 BACKLOG = 4096  # connections: all workers may come at once
@@ -141,6 +141,13 @@ class Launchers:
             return somebody_trains(self._members)
         except RuntimeError:  # node 0 is gone
             return None
+
+    def was_left(self, name: str) -> bool:
+        """Whether the process of this name has ended because the others had gone on without it."""
+        try:
+            return was_left(self._members, name)
+        except RuntimeError:  # node 0 is gone
+            return False
 
     def leave(self) -> None:
         """The others' last word: node 0 need not wait for this node."""

@@ -24,9 +24,10 @@ MORE = """\
 output       Each line is passed on behind its worker's number: its rank at the start, and for a newcomer the next one
              that was free. One that ends with an error is reported; the others go on.
 exit status  0 if a worker of this machine ended with 0 and no other ended with an error of its own. One that was killed
-             by a signal, or was started again by --restart, does not count as long as another one ended with 0. Else
-             the exit code of the first worker that failed (128 + the signal's number if signals ended all). 2 for
-             wrong usage, 130 after Ctrl-C, 143 after SIGTERM.
+             by a signal, or was started again by --restart, or ended because the others had gone on without it (it was
+             stopped, say), does not count as long as another one ended with 0. Else the exit code of the first worker
+             that failed (128 + the signal's number if signals ended all). 2 for wrong usage, 130 after Ctrl-C, 143
+             after SIGTERM.
 signals      Ctrl-C and SIGTERM: all workers get SIGTERM, and SIGKILL after --grace seconds or at a second Ctrl-C. If
              this launcher is killed, its workers are killed too.
 network      One port is listened on: with one node on 127.0.0.1 alone, with several on --rdzv's port of node 0, by all
@@ -55,8 +56,11 @@ def say(text: str) -> None:
 
 
 def exit_status(ends: list[tuple[int, bool]]) -> int:
-    """Of (exit code or minus a signal's number, whether it was a newcomer), each rank's last process, as they ended."""
-    wrong = [code for code, newcomer in ends if code > 0 and not newcomer]
+    """Of (exit code or minus a signal's number, whether it is spare), each rank's last process, as they ended.
+
+    Spare: a newcomer, or one without which the others had gone on.
+    """
+    wrong = [code for code, spare in ends if code > 0 and not spare]
     if wrong:
         return wrong[0]
     if any(code == 0 for code, _ in ends):
@@ -201,7 +205,8 @@ class Node:
         for worker in ended:
             self.running.remove(worker)
             self.ends.pop(worker.rank, None)
-            self.ends[worker.rank] = worker.bury(), worker.newcomer
+            code = worker.bury()
+            self.ends[worker.rank] = code, worker.newcomer or (code > 0 and self.launchers.was_left(worker.name))
         return ended
 
     def _stop(self) -> None:

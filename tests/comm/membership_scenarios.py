@@ -1,11 +1,12 @@
 """The scenarios of membership_script.py: a function for each, and what its workers do."""
 
+import os
 import signal
 import time
 from unittest import mock
 
 from fused_dlam.comm.beacon import refuses
-from fused_dlam.comm.membership import Excluded, Membership
+from fused_dlam.comm.membership import PROCESS, Excluded, Membership, was_left
 
 OPERATIONS = 12  # more than one agreement takes, see `killed`
 
@@ -107,16 +108,19 @@ def arrives(w, after=(), options=None, **more):
 
 
 def late(w, admitted):
+    os.environ[PROCESS] = "2.0"  # as the launcher calls it, to which it tells that it was left
     m = begin(w, timeout=1.0)
     w.hear("through0", "through1")
     try:
         w.agree()
     except Excluded as error:
         w.told["excluded"] = str(error)
+        w.told["left"] = [was_left(m.store, "2.0")]
     if admitted:
         w.say("renewed")
         w.tell(m.enter())
         w.told["me"] = m.me
+        w.told["left"].append(was_left(m.store, "2.0"))
 
 
 def in_time(w, admits):

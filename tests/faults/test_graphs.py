@@ -4,6 +4,7 @@ first substitute that is, alike on all workers; what cannot go on is refused at 
 import pytest
 
 from fused_dlam import rules, topology
+from fused_dlam.comm.generation import store_address
 from fused_dlam.optim.succession import SUBSTITUTES, Succession
 from fused_dlam.optim.survival import Survival
 
@@ -25,6 +26,16 @@ def test_a_family_that_does_not_exist_has_a_substitute():
     of = graphs("one-peer-hypercube")
     assert of(8).name == "one-peer-hypercube"
     assert [of(n).name for n in (7, 6, 5, 3)] == ["one-peer-exponential"] * 4
+
+
+@pytest.mark.parametrize("at_7", [lambda: {}[7], lambda: 1 / 0, lambda: None])
+def test_a_function_that_fails_has_a_substitute(at_7, caplog):
+    """It is called in the middle of a recovery, where an error of its own would end all who are left."""
+    of = graphs(lambda n: topology.ring(n) if n == 8 else at_7())
+    of.look_ahead(8)
+    assert of(8).name == topology.ring(8).name and of(7).name == "one-peer-exponential"
+    (said,) = [r.getMessage() for r in caplog.records if "given as topology" in r.getMessage()]
+    assert "no graph for 7 workers (" in said and any(e in said for e in ("KeyError: 7", "ZeroDivision", "TypeError"))
 
 
 def test_an_unstable_one_has_a_substitute():
@@ -60,3 +71,12 @@ def test_a_topology_of_one_number_is_refused():
 def test_options(options, words):
     with pytest.raises((TypeError, ValueError), match=words):
         Survival(**options)
+
+
+@pytest.mark.parametrize("address", ["nonsense", ":29500", "host:", "host:http", "host:0", "host:65536", "host:-1"])
+def test_an_address_of_the_store(address, monkeypatch):
+    monkeypatch.setenv("FUSED_DLAM_STORE", address)
+    with pytest.raises(ValueError, match=f"must be HOST:PORT, .*, not '{address}'"):
+        store_address()
+    monkeypatch.setenv("FUSED_DLAM_STORE", "[::1]:29500")
+    assert store_address() == ("::1", 29500)

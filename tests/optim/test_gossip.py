@@ -19,6 +19,8 @@ from everyday import everyday
 from layers_of_users import spaced
 
 from fused_dlam import Gossip, GossipSGD, topology
+from fused_dlam.comm.errors import ExchangeError
+from fused_dlam.comm.place import Place
 
 STEPS = 20
 SCHEDULES = ("atc", "midpoint", "awc")
@@ -225,6 +227,12 @@ def test_a_checkpoint_of_the_inner_optimizer_loads():
         assert torch.equal(optimizer.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
 
 
+def test_a_newcomer_must_have_the_same_inner_optimizer():
+    """What is compared then; tests/faults has newcomers."""
+    facts = [Gossip(inner(network().parameters(), lr=0.1))._facts() for inner in (torch.optim.SGD, torch.optim.AdamW)]
+    assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["inner optimizer"]
+
+
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
     model = network()
     optimizer = Gossip(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -232,6 +240,32 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, device="meta"))]})
     optimizer.step()
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ExchangeError])
+@pytest.mark.parametrize("where", ["agree", "start_equal"])
+@pytest.mark.parametrize("build", [lambda p: Gossip(torch.optim.SGD(p, lr=0.1)), lambda p: GossipSGD(p, lr=0.1)])
+def test_a_group_that_could_not_be_agreed_on_is_not_there(build, where, kind, monkeypatch):
+    """Before and after the engine has it. A second attempt works."""
+    model, late = network(), torch.nn.Parameter(torch.ones(2))
+    optimizer = build(model.parameters())
+    layout = optimizer._engine.layout
+
+    def fails(*_):
+        raise kind("a peer is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._engine if where == "start_equal" else Place, where, fails)
+        with pytest.raises(kind, match="a peer is gone"):
+            optimizer.add_param_group({"params": [late]})
+    assert len(optimizer.param_groups) == 1 and optimizer._engine.layout == layout
+    for groups in (1, 2):
+        for p in (*model.parameters(), late):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert len(optimizer.param_groups) == groups and torch.equal(late, torch.ones(2)) is (groups == 1)
+        if groups == 1:
+            optimizer.add_param_group({"params": [late]})
 
 
 def test_scales_that_differ_inside_a_machine(runs):

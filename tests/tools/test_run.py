@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from fused_dlam.comm.membership import KEYS, LEFT
 from fused_dlam.tools.cli import main
 from fused_dlam.tools.keeper import LaunchError, Launchers, reach, serve
 from fused_dlam.tools.run import exit_status
@@ -204,7 +206,7 @@ def test_exit_status():
         ([(0, False), (3, False), (4, False)], 3),  # who failed first
         ([(-9, False), (1, False)], 1),
         ([(-9, False), (-15, False)], 137),  # nobody is left
-        ([(0, False), (1, True)], 0),  # a newcomer that was not let in
+        ([(0, False), (1, True)], 0),  # a newcomer that was not let in, or one that was left behind
         ([(-9, False), (1, True)], 137),
         ([(1, True)], 1),
     ):
@@ -269,6 +271,13 @@ def test_two_nodes(launcher):
         and (env["RANK"], env["LOCAL_RANK"], env["GROUP_RANK"]) == ("1", "0", "1")
     )
     assert env["FUSED_DLAM_STORE"] == f"127.0.0.1:{port}"
+
+
+def test_who_was_left_behind():
+    server = serve(None)
+    launchers = Launchers(server, 0, 1)
+    dist.PrefixStore(f"{KEYS}0", server).set(f"{LEFT}2.0", "")
+    assert launchers.was_left("2.0") and not launchers.was_left("2.1")
 
 
 def never():
