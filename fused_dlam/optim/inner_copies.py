@@ -49,7 +49,7 @@ class InnerCopies(GossipOptimizer):
             key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
             for key, s in state_dict["state"].items()
         }
-        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if s != {}}})
+        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
         for group, old in zip(self.param_groups, before, strict=True):
             for name, value in old.items():
                 group.setdefault(name, value)
@@ -81,3 +81,8 @@ class InnerCopies(GossipOptimizer):
 
     def register_load_state_dict_post_hook(self, hook: Any, prepend: bool = False) -> Any:
         return self.inner.register_load_state_dict_post_hook(hook, prepend)
+
+
+def _empty(state: Any) -> bool:
+    """Whether a parameter's state has no entry: such a one was made for the message's master alone."""
+    return isinstance(state, dict) and not state

@@ -98,7 +98,9 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
         if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
             raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
         for what in ("method", "layers", *PLACE):
-            if what in theirs and what in ours and theirs[what] != ours[what]:
+            if not {what} <= theirs.keys() & ours.keys():
+                continue
+            if type(theirs[what]) is not type(ours[what]) or theirs[what] != ours[what]:
                 raise ValueError(
                     f"the checkpoint is of {what.removeprefix('gossip_')} {theirs[what]!r}, this optimizer of"
                     f" {ours[what]!r}"

@@ -59,10 +59,12 @@ def test_simulate(graph, method, schedule, momentum, weight_decay, rates, slowmo
     grad = oracle.LeastSquares(graph.n, gradient_noise=0.3, seed=graph.n)
     x0 = np.random.default_rng(1).standard_normal((graph.n, 3))
     x0 = x0[0] if data.draw(st.booleans()) else x0
+    least = 0.0 if slowmo is None else 1e-5  # it divides what a round has moved by the rate, and rounding with it
     layers = ([] if lars is None else [Lars(lars)]) + ([] if slowmo is None else [SlowMo(*slowmo)])
 
     def lr(k):
-        return rates[k % len(rates)]
+        rate = rates[k % len(rates)]
+        return rate and max(rate, least)
 
     with np.errstate(over="ignore", invalid="ignore"):
         ours, error = refused(
