@@ -24,8 +24,9 @@ from . import between
 from .beacon import Address
 from .errors import ExchangeError, listed
 from .inherited import noted
-from .membership import KEYS, POLL, Membership
+from .membership import POLL, Membership
 from .place import Place
+from .register import KEYS
 
 NEWCOMER = "FUSED_DLAM_NEWCOMER"  # set by the launcher for a worker that it started again
 LOOK = 0.2  # seconds between two looks at the beacons while a world is formed

@@ -21,57 +21,20 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch.distributed as dist
 
 from .beacon import Address, Beacon, answers, refuses
 from .errors import ExchangeError, listed
+from .register import LEFT, PROCESS, Arrival, Excluded, RunEnded, View, address_of, arrival_of, somebody_trains
 from .watch import log
 
-KEYS = "fused_dlam/members/"  # in the launcher's store; then how often the launcher had started all anew
-PROCESS = "FUSED_DLAM_PROCESS"  # under which name the launcher has started this process
-LEFT = "left/"  # then such a name: of a process that ended, or is about to, because the others went on without it
 POLL = 0.01  # seconds between two looks at the store
 PROBE = 0.1  # seconds between two looks at the beacons of those who are missing
 ASK_AGAIN = 10.0  # seconds after which a newcomer asks anew
 # Members have all been there a moment ago when their groups are formed, which takes 0.1 s: who is silent was stopped.
 SILENT_WHILE_FORMING = 3.0
 PATIENCE = 10  # times `timeout`, for which a newcomer asks while others live
-
-
-class Excluded(ExchangeError):
-    """The others went on without this worker, which was silent for longer than `timeout`."""
-
-
-class RunEnded(ExchangeError):
-    """Fewer workers are left than `min_workers`, or the store is gone."""
-
-
-class Arrival(NamedTuple):
-    """What a worker says when it gives up its group."""
-
-    number: int
-    address: Address
-    step: int  # the one that it does next
-    calls: int  # how many calls outside of steps, which all make together, have ended for it
-    has_result: bool = False  # of the call that it is in
-    in_call: bool = False  # or not in a step, as newcomers cannot be either
-    accuses: tuple[int, ...] = ()  # the workers for which it has waited `timeout` seconds in vain
-    after: int = 0  # the step at which it stands once the call that it is in is done: that may load a checkpoint
-
-
-class View(NamedTuple):
-    """What was agreed on."""
-
-    generation: int
-    members: tuple[int, ...]  # numbers, in the order of their ranks
-    new: tuple[int, ...]  # those of them that need a copy of the state
-    step: int  # from which all go on
-    arrivals: tuple[Arrival, ...]  # of the members that are not new
-
-    def rank(self, number: int) -> int:
-        return self.members.index(number)
 
 
 class Membership:
@@ -122,7 +85,7 @@ class Membership:
         while missing:
             if self.store.check([f"address/{missing[0]}"]):
                 number = missing.pop(0)
-                self.addresses[number] = _address(self.store, number)
+                self.addresses[number] = address_of(self.store, number)
             elif time.monotonic() > end:
                 raise ExchangeError(
                     f"rank {self.me}: {listed(missing)} did not build the optimizer within {self.timeout:g} s"
@@ -305,7 +268,7 @@ class Membership:
     def _arrivals(self, g: int) -> dict[int, Arrival]:
         """Who has arrived, by number. One message to the store."""
         lines = (json.loads(line) for line in self.store.get(f"{g}/arrived").decode().splitlines())
-        return {line[0]: _arrival(line) for line in lines}
+        return {line[0]: arrival_of(line) for line in lines}
 
     def _decide(self, g: int, arrivals: dict[int, Arrival]) -> None:
         members = [i for i in self.view.members if i in arrivals]
@@ -320,7 +283,7 @@ class Membership:
             looked = asked
             for i in range(self.n, self.n + int(self.store.add("numbers", 0))):
                 if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
-                    address = _address(self.store, i)
+                    address = address_of(self.store, i)
                     if not refuses(address):
                         addresses[i] = address
                         new.append(i)
@@ -338,7 +301,7 @@ class Membership:
         # Everybody who reads it tells the newcomers: the one who decided may be gone.
         self._raise_to("generation", g)
         self._raise_to("admitted", looked)
-        return View(g, tuple(members), tuple(new), step, tuple(map(_arrival, arrivals)))
+        return View(g, tuple(members), tuple(new), step, tuple(map(arrival_of, arrivals)))
 
     def _raise_to(self, key: str, value: int) -> None:
         """A number in the store that only grows."""
@@ -348,33 +311,3 @@ class Membership:
     def close(self) -> None:
         """From here on this worker counts as dead, though its process may live."""
         self.beacon.close()
-
-
-def somebody_trains(store: dist.Store) -> bool | None:
-    """Whether a member may be alive, and let others in. None: training has not begun."""
-    if not store.check(["n"]):
-        return None
-    g = int(store.add("generation", 0))
-    members = json.loads(store.get(f"{g}/members"))[0] if g else range(int(store.get("n")))
-    return not all(refuses(_address(store, i)) for i in members)
-
-
-def who_came(store: dist.Store) -> dict[str, int]:
-    """The numbers of those that were let in, by the names of their processes: for whoever speaks of them."""
-    lines = store.get("came").decode().splitlines() if store.check(["came"]) else []
-    return {name: int(number) for name, number in map(str.split, lines)}
-
-
-def was_left(store: dist.Store, name: str) -> bool:
-    """Whether the process of this name has ended because the others had gone on without it, or too few were left."""
-    return store.check([LEFT + name])
-
-
-def _address(store: dist.Store, number: int) -> Address:
-    host, port = json.loads(store.get(f"address/{number}"))
-    return host, port
-
-
-def _arrival(line: list) -> Arrival:
-    number, address, step, calls, has_result, in_call, accuses, after = line
-    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses), after)

@@ -27,8 +27,9 @@ import torch
 from ..comm import generation
 from ..comm.errors import ExchangeError, listed
 from ..comm.leaving import Holdings
-from ..comm.membership import Arrival, Excluded, Membership, RunEnded, View
+from ..comm.membership import Membership
 from ..comm.place import Place
+from ..comm.register import Arrival, Excluded, RunEnded, View
 from ..comm.watch import log
 from ..engine import regroup
 from .succession import Succession

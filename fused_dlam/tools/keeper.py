@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..comm.membership import KEYS, somebody_trains, was_left, who_came
+from ..comm.register import KEYS, somebody_trains, was_left, who_came
 
 ANSWER = timedelta(seconds=30)  # for what is in the store already, or about to be
 BACKLOG = 4096  # connections: all workers may come at once

@@ -6,7 +6,8 @@ import time
 from unittest import mock
 
 from fused_dlam.comm.beacon import refuses
-from fused_dlam.comm.membership import PROCESS, Excluded, Membership, was_left
+from fused_dlam.comm.membership import Membership
+from fused_dlam.comm.register import PROCESS, Excluded, was_left
 
 OPERATIONS = 12  # more than one agreement takes, see `killed`
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch.distributed as dist
 from forks import HOST, fork, start_store
 
-from fused_dlam.comm.membership import Arrival, Membership
+from fused_dlam.comm.membership import Membership
+from fused_dlam.comm.register import Arrival
 
 TIMEOUT = 20.0  # seconds; nothing here waits for it but what is to
 DEADLINE = 90.0

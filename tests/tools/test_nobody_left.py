@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from fused_dlam.comm.membership import KEYS, Arrival, Membership, RunEnded
+from fused_dlam.comm.membership import Membership
+from fused_dlam.comm.register import KEYS, Arrival, RunEnded
 from fused_dlam.tools.keeper import Launchers, reach, serve
 
 TIMEOUT = 600.0  # seconds: nobody may wait for it

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fused_dlam.comm.membership import KEYS, LEFT
+from fused_dlam.comm.register import KEYS, LEFT
 from fused_dlam.tools.cli import main
 from fused_dlam.tools.keeper import LaunchError, Launchers, reach, serve
 from fused_dlam.tools.run import exit_status
