@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from . import between
+from . import between, interruptible
 from .beacon import Address
 from .errors import ExchangeError, listed
 from .inherited import noted
@@ -120,6 +120,9 @@ class Watchful(dist.Store):
         return Watchful(self._store.clone(), self._dead, self._timeout)
 
 
+_world: dist.ProcessGroup | None = None  # that was formed last
+
+
 def form(membership: Membership) -> None:
     """The world of `membership.view`. Raises ExchangeError if another worker is lost meanwhile."""
     view, hook = membership.view, sys.excepthook
@@ -127,13 +130,19 @@ def form(membership: Membership) -> None:
     between.leave()
     c10d._world.group_count = 0  # by which torch names groups: an attempt that failed has counted on some of them
     store = Watchful(membership.store, membership.gone_while_forming, membership.timeout)
-    try:
+
+    def begin() -> None:
         with noted():
             dist.init_process_group(
                 membership.backend, store=dist.PrefixStore(f"world{view.generation}", store),
                 rank=view.rank(membership.me), world_size=len(view.members),
                 timeout=timedelta(seconds=membership.timeout),
             )  # fmt: skip
+
+    global _world
+    try:
+        interruptible.run(begin, membership.gone, too_late=lambda: c10d._update_default_pg(_world))
+        _world = dist.group.WORLD
     except RuntimeError as error:
         failed = ExchangeError(f"forming generation {view.generation} failed: {error}")
         failed.lost = True
@@ -158,7 +167,8 @@ def leave(error: BaseException | None = None, place: Place | None = None) -> Non
     _release(error)
     if not dist.is_initialized() or between.stands():
         return
-    rank, size = dist.get_rank(), dist.get_world_size()
+    global _world
+    rank, size, _world = dist.get_rank(), dist.get_world_size(), None
     dist.destroy_process_group()
     between.enter(rank, size)
     if any(group() is not None for group in groups):  # in a cycle, of a traceback say

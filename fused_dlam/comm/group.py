@@ -41,7 +41,7 @@ class Group(Collectives):
         name: of what is built here, from a roll call that all ranks have answered; without it one is held here.
         what: is built, for messages.
         notes: whether its ranks leave notes when they give up (last_words.py).
-        lookout: over NCCL, tells why a wait should end (lookout.py).
+        lookout: tells why a wait should end that nothing else would end (interruptible.py, over NCCL lookout.py).
 
     It ends with `close()`, or when it is collected: connections, threads and files are given back.
     """
@@ -81,12 +81,13 @@ class Group(Collectives):
         self.generation = held if notes else ""
         with self.watched(f"building the {what}", None), self.placed():
             least = patience(timeout) if self.lookout else timeout
-            built = process_groups.build(self.ranks, self.backend, least, parts or [self.ranks], held)
+            built = process_groups.build(self.ranks, self.backend, least, parts or [self.ranks], held, lookout)
             # Data go in the order of buckets, in the backward pass on one rank and in step() on another; what the
             # script asks for (averages, agreements) goes in its own order. On one gloo group they would be mixed up.
             control = built
             if self.control_backend == "gloo":
-                control = process_groups.build(self.ranks, "gloo", timeout, parts or [self.ranks], f"{held} control")
+                everybody = parts or [self.ranks]
+                control = process_groups.build(self.ranks, "gloo", timeout, everybody, f"{held} control", lookout)
             self.holdings = Holdings(built, control, self.backend, timeout)
             provide(self, self.holdings)
             if self.lookout:  # NCCL connects in the next line, which nothing could interrupt: all are there now

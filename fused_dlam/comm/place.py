@@ -176,7 +176,7 @@ class Layout(NamedTuple):
         Args:
             what: they build, for messages.
             name: of what is built, where the ranks have agreed on it. Without one they hold a roll call.
-            lookout: over NCCL, tells why a wait should end (lookout.py).
+            lookout: tells why a wait should end that nothing else would end (interruptible.py, lookout.py).
 
         Raises ValueError if the parameters are kept equal, or sharded, over ranks that would gossip, and on all ranks
         if they do not build the same; ExchangeError if one has not come within `timeout` seconds.

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from . import interruptible
 from .inherited import noted
 
 CPU = torch.device("cpu")
 BACKENDS = ("nccl", "gloo", "fake")
-_naming = threading.Lock()
+_naming = threading.local()  # .name: of the group that this thread builds
 
 
 def transport(group: dist.ProcessGroup | None, device: torch.device) -> str:
@@ -37,7 +40,12 @@ def transport(group: dist.ProcessGroup | None, device: torch.device) -> str:
 
 
 def build(
-    ranks: Sequence[int], backend: str, timeout: float, parts: Sequence[Sequence[int]], name: str
+    ranks: Sequence[int],
+    backend: str,
+    timeout: float,
+    parts: Sequence[Sequence[int]],
+    name: str,
+    gone: Callable[[], str] | None = None,
 ) -> dist.ProcessGroup:
     """A new group over `ranks`, of which this rank is one; all of them call this.
 
@@ -49,6 +57,7 @@ def build(
         parts: the ranks of every group that the ranks of the job build at this moment, `ranks` among them, where all
             take part. NCCL splits an eager communicator (`init_process_group(device_id=...)`) with the help of all.
         name: what these ranks, or all of `parts`, call what they build now, and nothing else (roll_call.py).
+        gone: why nobody should wait for the others any more, where that can be known.
 
     Raises ValueError where that help cannot be had.
     """
@@ -67,7 +76,8 @@ def build(
     for part in parts if everybody else (ranks,):
         members = sorted(part)
         number = hashlib.sha1(str((name, members)).encode()).hexdigest()
-        made = _named(f"fused_dlam_{number}", members, backend, timeout, options, local=not everybody)
+        build_it = partial(_named, f"fused_dlam_{number}", members, backend, timeout, options, local=not everybody)
+        made = build_it() if gone is None else interruptible.run(build_it, gone)
         if members == sorted(ranks):
             mine = made
     assert mine is not None
@@ -76,17 +86,28 @@ def build(
 
 def _named(name, ranks, backend, timeout, options, local) -> dist.ProcessGroup:
     """`dist.new_group` under a given name, for which it has no argument."""
-    with _naming:
-        own, c10d._process_group_name = c10d._process_group_name, lambda *_, **__: name  # type: ignore[assignment]
-        try:
-            with noted():
-                return dist.new_group(
-                    ranks,
-                    timeout=timedelta(seconds=timeout),
-                    backend=backend,
-                    pg_options=options,
-                    use_local_synchronization=local,
-                    group_desc="fused_dlam",
-                )
-        finally:
-            c10d._process_group_name = own
+    if not hasattr(c10d._process_group_name, "of_torch"):
+        c10d._process_group_name = _name(c10d._process_group_name)  # type: ignore[assignment]
+    _naming.name = name
+    try:
+        with noted():
+            return dist.new_group(
+                ranks,
+                timeout=timedelta(seconds=timeout),
+                backend=backend,
+                pg_options=options,
+                use_local_synchronization=local,
+                group_desc="fused_dlam",
+            )
+    finally:
+        del _naming.name
+
+
+def _name(of_torch: Callable[..., str]) -> Callable[..., str]:
+    """torch's function that names groups, which asks here first: for the thread that builds one of this package's."""
+
+    def name(*arguments: Any, **named: Any) -> str:
+        return getattr(_naming, "name", None) or of_torch(*arguments, **named)
+
+    name.of_torch = of_torch  # type: ignore[attr-defined]
+    return name
