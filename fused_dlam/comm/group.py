@@ -49,7 +49,8 @@ class Group(Collectives):
     holdings: Holdings | None = None
     numbers: Sequence[int] = ()  # of the workers for life, by rank, where ranks have changed
     generation = ""  # under which its ranks leave notes when they give up
-    lookout: Lookout | None = None
+    gone: Lookout | None = None  # tells why a wait should end that nothing else would end
+    lookout: Lookout | None = None  # the same, over NCCL
     interrupted = ""  # why its operations were aborted
 
     def __init__(
@@ -69,7 +70,7 @@ class Group(Collectives):
         self.timeout, self.device = timeout, device
         self.ranks = ranks or dist.get_process_group_ranks(process_group or dist.group.WORLD)
         self.backend = process_groups.transport(process_group, device)
-        self.lookout = lookout if self.backend == "nccl" else None
+        self.gone, self.lookout = lookout, lookout if self.backend == "nccl" else None
         self.control_backend = "gloo" if self.lookout else self.backend
         self.ledger = Ledger(self.host_waits)
         self.size = len(self.ranks)

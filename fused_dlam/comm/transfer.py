@@ -5,13 +5,16 @@ streams.py tells who waits for whom where the tensors are on a GPU.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from ..topology import Peers, Topology
+from .lookout import LOOK, Lookout
 from .streams import Errand, host_like, to_host
 
 if TYPE_CHECKING:
@@ -199,7 +202,10 @@ class Mean:
     def wait_received(self) -> None:
         if self._work is not None:
             with self.group.watched("all-reduce", self.step):
-                self._work.wait()
+                if self._backend == "nccl" or self.group.gone is None:
+                    self._work.wait()
+                else:
+                    self._wait_in_slices(self._work, self.group.gone)
                 if self._backend == "nccl":
                     self.group.reach(self._tensor.device)
             self.group.taken(self._work)
@@ -208,6 +214,25 @@ class Mean:
                 self._host.div_(self._over)
             if self._host is not self._tensor:
                 self._tensor.copy_(self._host, non_blocking=True)
+
+    def _wait_in_slices(self, work: dist.Work, gone: Lookout) -> None:
+        """Of several all-reduces that are under way each may wait for a live rank, which waits in another one, in a
+        circle. Where one has died no connection closes then: who gave up still holds its own, in the others.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK))
+                return
+            except RuntimeError:
+                if work.is_completed() or time.monotonic() > start + self.group.timeout:
+                    raise
+            try:
+                why = gone()
+            except RuntimeError:  # the store in which workers agree does not answer
+                continue
+            if why:
+                raise RuntimeError(why)
 
     def wait_sent(self) -> None:
         self.wait_received()

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..comm.group import Group
 from ..comm.place import Place, alone
 from ..comm.streams import Lane
@@ -38,6 +40,9 @@ def let_go(engine: Engine) -> None:
 
 def isolate(engine: Engine) -> None:
     """From here on this is one worker. What was combined in the present step stays, the rest gets no pull."""
+    for flight in (*engine.flights.values(), *engine.following.values()):
+        if flight.average is not None and not flight.average.done and flight.b.g is not flight.b.grads:
+            flight.b.g = torch.zeros_like(flight.b.g)  # the transport may still write into the old one
     let_go(engine)
     for flight in engine.flights.values():
         flight.failure = ""

@@ -1,5 +1,5 @@
-"""Promises of a call that waits for others in C++: what it returns and raises comes through; once somebody is gone it is
-left behind, and what it does later is taken back."""
+"""Promises of a call that waits for others in C++: what it returns and raises comes through; once somebody is gone it
+is left behind, and what it does later is taken back."""
 
 import threading
 

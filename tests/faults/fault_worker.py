@@ -13,7 +13,7 @@ import streamed_transport
 import torch
 import torch.distributed as dist
 from places import IN_RECOVERY, INSIDE, inside
-from table import CONTINUE, OPTIMIZERS, STEP, STEPS
+from table import CONTINUE, MORE, OPTIMIZERS, STEP, STEPS
 from torch import nn
 
 import fused_dlam
@@ -65,7 +65,9 @@ class Worker:
         self.model = nn.Sequential(*layers, nn.Linear(WIDE, 1))
         generator = torch.Generator().manual_seed(self.rank)
         self.x = torch.randn(16, WIDE, generator=generator)
-        more = dict(timeout=case["timeout"], bucket_mb=0.01, on_failure=case["mode"], **OPTIMIZERS[case["optimizer"]])
+        more = dict(
+            timeout=case["timeout"], bucket_mb=0.01, on_failure=case["mode"], **(OPTIMIZERS | MORE)[case["optimizer"]]
+        )
         if case["mode"] == CONTINUE:
             more |= dict(admit_every=2, on_members_changed=lambda members: self.say(RECOVERED))
         if case["optimizer"] == "gossip":

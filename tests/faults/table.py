@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "gossip": {},
     "hierarchical": {"hierarchical": True},  # 2 machines x 2 ranks
 }
+MORE = {"pmsgd": {"method": "pmsgd"}}
 STEP, STEPS = 4, 18  # the fault is in step 4 of 18
 # Seconds. Where a connection closes nobody waits for the timeout; it is long, so that a busy machine is not taken for a
 # silent one. Where silence is all there is, the timeout is waited for.
@@ -93,6 +94,8 @@ def _table():
             yield case("kill", "sent", [1, 2], name, CONTINUE, n=5, then=then)
     for name in ("default", "hierarchical"):
         yield case("kill", "confirming", [1], name, CONTINUE)
+    for victims in ([1], [1, 2, 6]):  # several all-reduces are under way
+        yield case("kill", "sent", victims, "pmsgd", CONTINUE, n=8)
     for name in OPTIMIZERS:  # NCCL's part is played by streamed_transport.py
         for place, victims in (("sent", [1]), ("sent", [0]), ("unsent", [1]), ("between", [2])):
             yield case("kill", place, victims, name, CONTINUE, streamed=True)
