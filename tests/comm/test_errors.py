@@ -25,7 +25,7 @@ class End:
 
     rank, ranks, timeout, backend, generation, broken = 1, [4, 6], 2.0, "gloo", "", False
     stages, process_group, ledger, numbers = False, None, Ledger(), ()
-    host_waits, lookout, interrupted = True, None, ""
+    host_waits, gone, lookout, interrupted = True, None, None, ""
 
     def reach(self, device):
         pass

@@ -20,7 +20,7 @@ class End:
     """One rank's end of a group whose operations end when they are aborted."""
 
     rank, ranks, backend, generation, broken, host_waits = 1, [4, 6], "nccl", "", False, True
-    stages, ledger, interrupted = False, Ledger(), ""
+    stages, ledger, interrupted, numbers = False, Ledger(), "", ()
 
     def __init__(self, why="", timeout=30.0):
         self.timeout, self.looks, self.why, self.aborted = timeout, 0, why, threading.Event()
