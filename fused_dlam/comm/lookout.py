@@ -8,7 +8,8 @@ With on_failure="continue" three things are different there, and with "raise" no
     a control group   over gloo carries what is asked for in the script's order, which so raises by itself
 
 By torch's documentation aborts are for ASYNC_ERROR_HANDLING=0: its watchdog ends the process otherwise. This has run on
-no GPU yet; tests/faults/test_streamed_transport.py runs it over a stand-in that does what the documentation says.
+no GPU yet; tests/faults (the oracle of recoveries, the table) run it over a stand-in that does what is documented,
+streamed_transport.py.
 """
 
 from __future__ import annotations
