@@ -28,6 +28,7 @@ def test_the_exponents_are_the_theorems():
         assert above / below == pytest.approx(v**-2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     given = ["dmsgd", "decentlam", "--out", str(tmp_path / "out.png"), "--topology", "ring", "-n", "5"]

@@ -174,6 +174,7 @@ def test_cifar10_end_to_end(tmp_path):
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped(tmp_path, capsys, monkeypatch):
     trained = []
     real = large_batch.train

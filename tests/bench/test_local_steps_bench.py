@@ -3,11 +3,14 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 import local_steps  # noqa: E402
 
 
+@pytest.mark.slow
 def test_it_prints_its_tables(capsys):
     local_steps.main(["--seeds", "1", "--lr", "0.05", "--seconds", "1"])
     text = capsys.readouterr().out

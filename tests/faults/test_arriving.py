@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("arriving_script.py")
 
 
@@ -22,6 +24,7 @@ def test_another_is_left():
     assert done.returncode == 0 and begun and all(line.endswith("with [1.0]") for line in begun)
 
 
+@pytest.mark.slow
 def test_nobody_is_left():
     done = run(2, 1)
     assert done.returncode == 128 + 9 and "newcomer begins" not in done.stdout

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from everyday import everyday
 from recovery_run import DIMENSION, problem
 
 from fused_dlam import topology
@@ -22,21 +23,21 @@ from fused_dlam.rules.mi_dmsgd import auto_displacement_rate
 NOBODY = -1
 STEPS, DIES_AT, LR, BETA, KAPPA = 24, 9, 0.05, 0.9, 300.0
 THETA = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}
-CASES = [("mi-dmsgd", "midpoint", 4, 1), ("mi-dmsgd", "awc", 3, 0)]
-CASES.append(pytest.param("dmsgd", "atc", 5, 2, marks=pytest.mark.slow))
+CASES = [("mi-dmsgd", "midpoint", 4, 1), ("mi-dmsgd", "awc", 3, 0), ("dmsgd", "atc", 5, 2)]
 
 
-@pytest.mark.parametrize("method, schedule, n, victim", CASES)
+@pytest.mark.parametrize("method, schedule, n, victim", everyday(CASES, CASES[:1]))
 def test_survivors_follow_the_equations(tmp_path, method, schedule, n, victim):
     assert error_of(tmp_path, method, schedule, n, victim) < 1e-12
 
 
-@pytest.mark.parametrize("method, schedule, n, victim", CASES)
+@pytest.mark.parametrize("method, schedule, n, victim", everyday(CASES, CASES[1:2]))
 def test_where_the_device_waits_and_hears_nothing_too(tmp_path, method, schedule, n, victim):
     """As over NCCL: see streamed_transport.py."""
     assert error_of(tmp_path, method, schedule, n, victim, STREAMED="1") < 1e-12
 
 
+@pytest.mark.slow
 def test_combined_before_it_is_there_it_is_another_run(tmp_path):
     """The negative control: a host that does not wait for the device. Nobody dies."""
     with pytest.raises(AssertionError):

@@ -107,10 +107,6 @@ def check(seen, count):
     assert seen["most folders"] <= 2  # what killed saves leave is removed by the next
 
 
-def test_killed_in_six_saves(tmp_path):
-    check(kills(tmp_path, 6, random.SystemRandom().randrange(1 << 31)), 6)
-
-
 @pytest.mark.slow
 def test_killed_in_many_saves(tmp_path):
     """KILLS=200 pytest -m slow -k many_saves"""

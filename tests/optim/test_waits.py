@@ -51,7 +51,8 @@ def test_a_rank_knows_whom_it_has_waited_for(told, case):
         assert text.startswith(f"rank {rank} has waited {waits[first].total:.3g} s of "), text
         assert f" s for {whom} (at most {waits[first].longest:.3g} s, step {waits[first].longest_step})" in text
         assert rank not in waits and all(0 <= w.last <= w.longest <= w.total for w in waits.values())
-        assert all(1 <= w.steps <= STEPS + 1 and 0 <= w.longest_step <= STEPS for w in waits.values())
+        # awc has sent the message of the step that does not come; `averaged` waits until it has left.
+        assert all(1 <= w.steps <= STEPS + 2 and 0 <= w.longest_step <= STEPS + 1 for w in waits.values())
         if rank != SLEEPER:
             assert sum(w.total for w in waits.values()) >= SLEEP * STEPS / 2
 

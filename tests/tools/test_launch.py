@@ -30,6 +30,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_run_the_copy_that_their_parent_runs(tmp_path):
     """The parent puts a copy first on sys.path. Another one is installed: here PYTHONPATH stands for that."""
     skip = shutil.ignore_patterns("__pycache__", "kernels")
