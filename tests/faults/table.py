@@ -118,6 +118,6 @@ EVERYDAY = {
     "kill-0-settings-default-raise", "kill-1+2-sent-overlap-continue-5workers", "store-between-default-continue",
     "stop-1-sent-default-raise-until-ended", "stop-1-sent-default-continue-until-recovered",
     "return-1-between-default-raise", "late-1-last-default-raise-3workers", "kill-1-sent-hierarchical-raise",
-    "stop-1-before-saving-default-raise-until-ended", "kill-1-sent-awc-continue-streamed",
+    "kill-1-sent-awc-continue-streamed",
 }  # fmt: skip
 assert EVERYDAY <= {case["id"] for case in CASES}

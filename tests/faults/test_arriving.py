@@ -17,6 +17,7 @@ def run(n, victim):
     return done
 
 
+@pytest.mark.slow
 def test_another_is_left():
     """Worker 2, to whose right the newcomer comes, dies; worker 1 is left."""
     done = run(3, 2)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("rollback_script.py")
 
 
+@pytest.mark.slow
 def test_a_loss_while_a_checkpoint_is_loaded(tmp_path):
     root = str(SCRIPT.parents[1])
     done = subprocess.run(
