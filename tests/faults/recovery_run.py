@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 import fused_dlam
 
+sys.path.append(str(Path(__file__).parents[1]))
+from forks import start_store
+
 if "STREAMED" in os.environ:
     import streamed_transport
 
@@ -57,13 +60,13 @@ def train(folder, me, method, schedule, victim, dies_at, steps):
 
 
 def main(folder, method, schedule, n, victim, dies_at, steps):
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    keeper, port = start_store()  # in a process of its own: no thread runs here when workers are forked
     pids = []
     for me in range(n):
         pid = os.fork()
         if pid == 0:
             os.environ.update(
-                RANK=str(me), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                RANK=str(me), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 TORCHELASTIC_USE_AGENT_STORE="True",
             )  # fmt: skip
             code = 1
@@ -87,6 +90,7 @@ def main(folder, method, schedule, n, victim, dies_at, steps):
     for me, pid in enumerate(pids):
         if me not in codes:
             os.kill(pid, signal.SIGKILL)
+    os.kill(keeper, signal.SIGKILL)
     return {me: code for me, code in codes.items() if me != victim} != {me: 0 for me in range(n) if me != victim}
 
 
