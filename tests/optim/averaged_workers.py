@@ -283,3 +283,20 @@ def machines(rank):
     with optimizer.averaged(model):
         inside = model.running_mean.clone()
     return inside, same({"": before["running_mean"]}, {"": model.running_mean})
+
+
+def means(rank):
+    """`optimizer.mean`: of a number, of a tensor on two machines, and what is refused."""
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = fused_dlam.GossipSGD([param], lr=0.1)
+    number, own = optimizer.mean(float(rank)), torch.full((2,), float(rank))
+    vector = optimizer.mean(own)
+    refused = []
+    for value in (rank, torch.zeros(2 + rank % 2)):
+        try:
+            optimizer.mean(value)
+        except (TypeError, ValueError) as error:
+            refused.append(f"{type(error).__name__}: {error}")
+    with machines_of(2):
+        machines = fused_dlam.GossipSGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1, hierarchical=True)
+    return number, vector, own, refused, machines.mean(float(rank))

@@ -6,6 +6,8 @@
 - parameters that are not exchanged (frozen, replaced, an EMA's) are averaged like buffers;
 - ranks with different models get the same ValueError, and no wrong mean;
 - inside, `averaged` is refused, a flag tells step(), and the distance is 0;
+- `mean` gives all ranks the mean of their values, two machines' ranks too, and leaves the values alone; integers and
+  unlike shapes are refused on all of them;
 - the distance counts what a script has written into weights of any type, and nothing behind the last parameter.
 """
 
@@ -21,13 +23,21 @@ N = 4
 
 @pytest.fixture(scope="module")
 def ranks():
-    names = ("layouts", "body", "ema", "not_exchanged", "within", "distances", "machines", "different")
+    names = ("layouts", "body", "ema", "not_exchanged", "within", "distances", "machines", "different", "means")
     calls = {name: (getattr(workers, name),) for name in names}
     calls.update({f"failures {d}": (workers.failures, d) for d in (torch.float32, torch.bfloat16)})
     return run_together(N, calls, deadline=120)
 
 
 LEFT = ("float8", "sparse", "counter")
+
+
+def test_the_mean_of_what_a_script_decides_by(ranks):
+    for rank, (number, vector, own, (integer, shape), machines) in enumerate(ranks["means"]):
+        assert number.dtype == torch.float64 and number == machines == 1.5
+        assert torch.equal(vector, torch.full((2,), 1.5)) and torch.equal(own, torch.full((2,), float(rank)))
+        assert integer.startswith("TypeError") and "cannot be averaged" in integer
+        assert shape.startswith("ValueError") and "the value's shape" in shape
 
 
 def test_the_mean_of_every_layout_and_type(ranks):
