@@ -170,7 +170,7 @@ class Run:
             yield f"{numbers} came to the end, and {members} count"
         for i, end in ends.items():
             if i == self.newcomer and "before its first step" not in end["early"]:
-                yield (f"the newcomer's call before its first step was not refused: {end['early']!r}")
+                yield f"the newcomer's call before its first step was not refused: {end['early']!r}"
             if end["done"] != steps or end["calls"] != steps - end["began"]:
                 yield f"worker {i} took {end['calls']} steps from {end['began']} on, to {end['done']}"
             falls = 0.9 if self.schedule.optimizer == "slowmo" else 0.7

@@ -44,6 +44,14 @@ def fork(function, *arguments, out=os.devnull):
         os._exit(code)
 
 
+def launched(rank, n, port, local=1):
+    """Sets what the launcher does for a worker, one of `local` on its machine. The store: see `start_store`."""
+    own = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+    own |= {"MASTER_ADDR": HOST, "MASTER_PORT": port, "FUSED_DLAM_STORE": f"{HOST}:{port}"}
+    own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
+    os.environ.update({name: str(value) for name, value in own.items()})
+
+
 def start_store():
     """A store in a process of its own, as a launcher gives it: (pid, port)."""
     reads, writes = os.pipe()

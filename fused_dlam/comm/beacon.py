@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 WORD = b"here"
@@ -73,13 +73,17 @@ def refuses(address: Address, patience: float = 0.5) -> bool:
     return False
 
 
-def which_answer(addresses: Mapping[int, Address]) -> set[int]:
-    """The numbers of those that run and can be reached. All at once: two stopped ones are not waited for in turn."""
-    if not addresses:
+def which(question: Callable[[int], bool], numbers: Collection[int]) -> set[int]:
+    """Those of which it is true. All are asked at once: two stopped ones are not waited for in turn."""
+    if not numbers:
         return set()
-    with ThreadPoolExecutor(len(addresses), "fused_dlam-probe") as pool:
-        heard = pool.map(answers, addresses.values())
-        return {number for number, answer in zip(addresses, heard, strict=True) if answer}
+    with ThreadPoolExecutor(len(numbers), "fused_dlam-probe") as pool:
+        return {i for i, holds in zip(numbers, pool.map(question, numbers), strict=True) if holds}
+
+
+def which_answer(addresses: Mapping[int, Address]) -> set[int]:
+    """The numbers of those that run and can be reached."""
+    return which(lambda i: answers(addresses[i]), addresses)
 
 
 def answers(address: Address, patience: float = GRACE) -> bool:

@@ -50,7 +50,6 @@ class Group(Collectives):
     numbers: Sequence[int] = ()  # of the workers for life, by rank, where ranks have changed
     generation = ""  # under which its ranks leave notes when they give up
     gone: Lookout | None = None  # tells why a wait should end that nothing else would end
-    lookout: Lookout | None = None  # the same, over NCCL
     interrupted = ""  # why its operations were aborted
 
     def __init__(
@@ -70,7 +69,7 @@ class Group(Collectives):
         self.timeout, self.device = timeout, device
         self.ranks = ranks or dist.get_process_group_ranks(process_group or dist.group.WORLD)
         self.backend = process_groups.transport(process_group, device)
-        self.gone, self.lookout = lookout, lookout if self.backend == "nccl" else None
+        self.gone = lookout
         self.control_backend = "gloo" if self.lookout else self.backend
         self.ledger = Ledger(self.host_waits)
         self.size = len(self.ranks)
@@ -157,6 +156,11 @@ class Group(Collectives):
     def wire(self) -> torch.device:
         """Where what is asked for in the script's order is read when it is sent."""
         return self.device if self.control_backend == "nccl" else CPU
+
+    @property
+    def lookout(self) -> Lookout | None:
+        """What ends waits over NCCL."""
+        return self.gone if self.backend == "nccl" else None
 
     @property
     def host_waits(self) -> bool:

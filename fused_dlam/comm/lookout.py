@@ -27,6 +27,14 @@ OTHERS = {"TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"
 Lookout = Callable[[], str]  # why nobody should wait any more, "" if nothing is known
 
 
+def why(gone: Lookout) -> str:
+    """What it says; nothing where the store in which workers agree does not answer."""
+    try:
+        return gone()
+    except RuntimeError:
+        return ""
+
+
 def patience(timeout: float) -> float:
     """torch's own timeout, in seconds, where the lookout has this one: it must never be the first."""
     return 2 * timeout + 60

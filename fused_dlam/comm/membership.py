@@ -20,11 +20,10 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 
-from .beacon import Address, Beacon, answers, refuses
+from .beacon import Address, Beacon, answers, refuses, which
 from .errors import ExchangeError, listed
 from .register import LEFT, PROCESS, Arrival, Excluded, RunEnded, View, address_of, arrival_of, somebody_trains
 from .watch import log
@@ -243,10 +242,8 @@ class Membership:
         return self._decision(g)
 
     def _dead(self, missing: Sequence[int], accused: set[int]) -> set[int]:
-        """Those who are certainly gone. All at once: two stopped ones are not waited for in turn."""
-        with ThreadPoolExecutor(len(missing), "fused_dlam-probe") as pool:
-            gone = pool.map(lambda i: self._is_gone(i, i in accused), missing)
-            return {i for i, is_gone in zip(missing, gone, strict=True) if is_gone}
+        """Those who are certainly gone."""
+        return which(lambda i: self._is_gone(i, i in accused), missing)
 
     def _is_gone(self, number: int, accused: bool) -> bool:
         address = self.addresses[number]
@@ -257,7 +254,7 @@ class Membership:
         gone = self.lost(self.view.members)
         if not gone and waited > SILENT_WHILE_FORMING:
             others = [i for i in self.view.members if i != self.me]
-            gone = [i for i in others if not answers(self.addresses[i])]
+            gone = sorted(which(lambda i: not answers(self.addresses[i]), others))
             self.suspects |= set(gone)
         return gone
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..topology import Peers, Topology
-from .lookout import LOOK, Lookout
+from .lookout import LOOK, Lookout, why
 from .streams import Errand, host_like, to_host
 
 if TYPE_CHECKING:
@@ -202,12 +202,13 @@ class Mean:
     def wait_received(self) -> None:
         if self._work is not None:
             with self.group.watched("all-reduce", self.step):
-                if self._backend == "nccl" or self.group.gone is None:
-                    self._work.wait()
-                else:
-                    self._wait_in_slices(self._work, self.group.gone)
                 if self._backend == "nccl":
+                    self._work.wait()
                     self.group.reach(self._tensor.device)
+                elif self.group.gone is not None:
+                    self._wait_in_slices(self._work, self.group.gone)
+                else:
+                    self._work.wait()
             self.group.taken(self._work)
             self._work = None
             if self._over > 1:
@@ -227,12 +228,9 @@ class Mean:
             except RuntimeError:
                 if work.is_completed() or time.monotonic() > start + self.group.timeout:
                     raise
-            try:
-                why = gone()
-            except RuntimeError:  # the store in which workers agree does not answer
-                continue
-            if why:
-                raise RuntimeError(why)
+            reason = why(gone)
+            if reason:
+                raise RuntimeError(reason)
 
     def wait_sent(self) -> None:
         self.wait_received()

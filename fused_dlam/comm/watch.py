@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch.autograd import profiler
 
 from .errors import ClosedError, ExchangeError, call_of, current_call, failure
-from .lookout import LOOK
+from .lookout import LOOK, why
 
 if TYPE_CHECKING:
     from .group import Group
@@ -125,14 +125,11 @@ def interrupt() -> None:
         group = wait.group
         if group.lookout is None or group.interrupted or now < wait.since + LOOK:
             continue
-        try:
-            why = group.lookout()
-        except RuntimeError:  # the store in which workers agree does not answer
-            why = ""
-        if not why and now > wait.since + group.timeout:
-            why = f"timed out after {now - wait.since:.3g} s"
-        if why:
-            group.interrupt(why)
+        reason = why(group.lookout)
+        if not reason and now > wait.since + group.timeout:
+            reason = f"timed out after {now - wait.since:.3g} s"
+        if reason:
+            group.interrupt(reason)
 
 
 def remind(now: float | None = None) -> None:

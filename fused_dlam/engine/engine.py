@@ -105,7 +105,7 @@ class Engine:
         self.buckets += new
         for first in self.local.choose(new, group):
             warm(self, first)
-        self.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in self.buckets])
+        self.note_layout()
         return new
 
     def leave_group(self, group: int) -> None:
@@ -114,6 +114,10 @@ class Engine:
         for b in [b for b in self.buckets if b.group >= group]:
             self.buckets.remove(b)
             self.flights.pop(b.index, None)
+        self.note_layout()
+
+    def note_layout(self) -> None:
+        """What messages say of the buckets, which are others now."""
         self.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in self.buckets])
 
     @property

@@ -24,7 +24,6 @@ from ..comm.streams import Lane
 from ..comm.transfer import connect
 from ..topology import Topology
 from .flight import DONE
-from .header import digest
 from .message import Message
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def settle(engine: Engine, new: Sequence[int]) -> None:
             for t in (b.x, *b.state, *b.extra.values()):
                 place.inside.broadcast(t)
         b.publish()
-    engine.layout = digest([(b.index, b.N, str(b.x.dtype)) for b in engine.buckets])
+    engine.note_layout()
 
 
 def left_of(rank: int, new: Sequence[int], n: int) -> int:

@@ -50,7 +50,7 @@ class Measured:
         Seconds of the host. Waits come one after another: of two late peers the first has the time. The key None is for
         all ranks of an all-reduce. A peer that is waited for may itself wait for another: `step_times` finds the slow
         one. Where tensors of a GPU pass through the host, what that GPU still computes is waited for, too. Over NCCL a
-        wait only orders streams: nothing is measured, and the mapping is empty.
+        wait only orders streams (but with on_failure="continue"): nothing is measured, and the mapping is empty.
         """
         engine = self._engine
         return engine.place.workers.ledger.waits(engine.me)

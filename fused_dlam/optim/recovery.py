@@ -158,10 +158,6 @@ class Recovery:
         if undo is not None:
             undo()
 
-    def gone(self) -> str:
-        """Why nobody should wait for all ranks to come to a call, "" if nothing is known."""
-        return self.membership.gone()
-
     # -- a loss ------------------------------------------------------------------------------------------------------
 
     def recover(self, error: ExchangeError) -> bool:

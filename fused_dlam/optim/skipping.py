@@ -11,10 +11,10 @@ over gloo. Messages leave in step(), not in the backward pass. Each exchange cos
 one that is left out the memory of its messages until they arrive. Which exchanges are left out depends on timing, so no
 two runs are alike; `optimizer.skipped` lists them. The certificate of stability is of the graph without omissions.
 
-Workers disagree the more, the more is left out: with half of all exchanges ten times as much, by any method. Beside
-that a correction (MI-DmSGD, PC-DmSGD) must be slow. The rate that "auto" gives it here is the one for a graph that
-averages in every ninth step, for that is the least of a pair: rho^(1/9) in the place of rho. With rho's own, training
-with one slow worker of four diverged, where DmSGD's did not (tests/optim/test_skip_late.py has the noise).
+Workers disagree the more, the more is left out: in gradient noise several times as much with half of all exchanges.
+Beside that a correction (MI-DmSGD, PC-DmSGD) must be slow. The rate that "auto" gives it here is the one for a graph
+that averages in every ninth step, for that is the least of a pair: rho^(1/9) in the place of rho. With rho's own,
+training with one slow worker of four diverged, where DmSGD's did not (tests/optim/test_skip_late.py has the noise).
 """
 
 from __future__ import annotations

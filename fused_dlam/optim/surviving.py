@@ -152,7 +152,7 @@ class Surviving:
 
     def _gone(self) -> str:
         """Why nobody should wait for all ranks any more, "" if nothing is known."""
-        return "" if self._recovery is None else self._recovery.gone()
+        return "" if self._recovery is None else self._recovery.membership.gone()
 
     def _tells(self, hold: Callable[[ExchangeError], None]) -> None:
         """Hands errors of the backward pass to `hold`."""

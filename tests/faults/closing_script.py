@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch._dynamo  # noqa: F401 -- else each worker imports it with its first optimizer
 import torch.distributed as dist
-from forks import HOST, fork, start_store
+from forks import fork, launched, start_store
 
 import fused_dlam
 
@@ -98,9 +98,7 @@ def main(folder):
     keeper, port = start_store()
     pids = {}
     for me in range(N):
-        own = {"RANK": me, "WORLD_SIZE": N, "MASTER_ADDR": HOST, "MASTER_PORT": port}
-        own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
-        os.environ.update({name: str(value) for name, value in own.items()})
+        launched(me, N, port)
         pids[me] = fork(Worker(folder, me).run, out=str(folder / f"{me}.log"))
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]) or not os.WIFSTOPPED(

@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext
 import streamed_transport
 import torch
 import torch.distributed as dist
+from forks import launched
 from places import IN_RECOVERY, INSIDE, inside
 from table import CONTINUE, MORE, OPTIMIZERS, STEP, STEPS
 from torch import nn
@@ -201,15 +202,6 @@ class Worker:
             told["back"] = torch.equal(self.saved, self.flat()) and optimizer.steps_done == STEP + 1
 
 
-def environment(case, rank, port):
-    """What the launcher sets."""
-    local = case["per_machine"]
-    own = {"RANK": rank, "WORLD_SIZE": case["n"], "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
-    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FUSED_DLAM_STORE": f"127.0.0.1:{port}"}
-    own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
-    return {name: str(value) for name, value in own.items()}
-
-
 def run(case, rank, port, cells, folder):
-    os.environ.update(environment(case, rank, port))
+    launched(rank, case["n"], port, case["per_machine"])
     Worker(case, rank, port, cells, folder).run()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import fused_dlam
 
 sys.path.append(str(Path(__file__).parents[1]))
-from forks import start_store
+from forks import fork, launched, start_store
 
 if "STREAMED" in os.environ:
     import streamed_transport
@@ -63,23 +63,8 @@ def main(folder, method, schedule, n, victim, dies_at, steps):
     keeper, port = start_store()  # in a process of its own: no thread runs here when workers are forked
     pids = []
     for me in range(n):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(
-                RANK=str(me), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                TORCHELASTIC_USE_AGENT_STORE="True",
-            )  # fmt: skip
-            code = 1
-            try:
-                train(Path(folder), me, method, schedule, victim, dies_at, steps)
-                code = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(code)
-        pids.append(pid)
+        launched(me, n, port)
+        pids.append(fork(train, Path(folder), me, method, schedule, victim, dies_at, steps, out="/dev/stderr"))
     end, codes = time.monotonic() + 120, {}
     while len(codes) < n and time.monotonic() < end:
         for me, pid in enumerate(pids):

@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed as dist
-from forks import fork, start_store
+from forks import fork, launched, start_store
 
 import fused_dlam
 from fused_dlam.comm.place import Place
@@ -21,8 +21,7 @@ FOLDER = Path(sys.argv[1])
 
 
 def train(rank, port):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(FUSED_DLAM_STORE=f"127.0.0.1:{port}", TORCHELASTIC_USE_AGENT_STORE="True")
+    launched(rank, 3, port)
     dist.init_process_group("gloo")
     x = torch.nn.Parameter(torch.ones(5))
     optimizer = fused_dlam.GossipSGD([x], lr=0.02, on_failure="continue", timeout=60)

@@ -152,7 +152,7 @@ def test_noise_is_amplified_no_more_than_without_a_correction(seed):
             left[k, i, j] = left[k, j, i] = late
     assert 0.3 < left.any(2).mean() < 0.6
 
-    def disagreement(e):
+    def disagreement(e, left=left):
         noise, dims = np.random.default_rng(100 + seed), 100
         x, m, p = (np.zeros((n, dims)) for _ in range(3))
         largest = 0.0
@@ -168,6 +168,7 @@ def test_noise_is_amplified_no_more_than_without_a_correction(seed):
         return largest
 
     plain = disagreement(0.0)
+    assert plain > 3 * disagreement(0.0, np.zeros_like(left))
     assert disagreement(rate_with_omissions("mi-dmsgd", top)) < 1.5 * plain
     assert disagreement(oracle.displacement_rate(MOMENTUM, top.slowest_rho, False)) > 2 * plain  # what it was
 
