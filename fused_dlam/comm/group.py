@@ -198,10 +198,16 @@ class Group(Collectives):
         if self.holdings is not None:
             self.holdings.posted[id(work)] = work
 
+    def expects(self, work: object) -> None:
+        """A receive is under way, whose place must stay though this rank may be through."""
+        if self.holdings is not None:
+            self.holdings.expected[id(work)] = work
+
     def taken(self, work: object) -> None:
         """It was waited for."""
         if self.holdings is not None:
             self.holdings.posted.pop(id(work), None)
+            self.holdings.expected.pop(id(work), None)
 
     def count(self, tensor: torch.Tensor, receivers: int) -> None:
         """Counts a message that this rank sends."""

@@ -2,7 +2,9 @@
 
 A message that was sent is still here until its receiver takes it: gloo moves nothing before the receive is posted. A
 rank that is ahead of the others by a step would take its last message along when it leaves, so it stays until that has
-been taken, or the receiver has gone, `timeout` at most. A rank that ends by an error does not.
+been taken, or the receiver has gone, `timeout` at most. A rank that ends by an error does not. Receives that were
+posted are kept as long: gloo reads nothing more from a peer whose message has lost its place, not even that it is ready
+for what was sent to it, and two such peers wait for each other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -34,6 +37,7 @@ class Holdings:
         self.control: dist.ProcessGroup | None = control  # perhaps the same
         self.backend, self.timeout, self.process = backend, timeout, os.getpid()
         self.posted: dict[int, Any] = {}  # sends, means and orphans that nobody has waited for
+        self.expected: dict[int, Any] = {}  # receives of that kind, with their places
         self.broken = False
 
     def finish(self) -> None:
@@ -54,6 +58,7 @@ class Holdings:
         groups = {id(group): group for group in (self.process_group, self.control) if group is not None}
         self.process_group = self.control = None
         self.posted.clear()
+        self.expected.clear()
         if self.process != os.getpid():  # a forked process has copies of its parent's
             return
         while groups:
@@ -74,9 +79,10 @@ class Holdings:
 
 
 _living: weakref.WeakSet[Group] = weakref.WeakSet()
-_closing: set[threading.Thread] = set()
+_closing: list[threading.Thread] = []
 SOON = 2.0  # seconds that a process stays which ends by an error
 _hooked = 0  # the process whose end is provided for
+_ended = 0  # the process that waits for its last threads, or has
 
 
 def provide(group: Group, holdings: Holdings) -> None:
@@ -92,55 +98,48 @@ def provide(group: Group, holdings: Holdings) -> None:
 
 
 def _collected(holdings: Holdings) -> None:
-    if holdings.process_group is None or sys.is_finalizing():
+    if holdings.process_group is None or sys.is_finalizing() or _ended == os.getpid():
         return
-    if not (holdings.pending() and _in_background(holdings)):
+    if not (holdings.pending() and _start(holdings.finish_and_give_back)):
         holdings.give_back()
 
 
-def _in_background(holdings: Holdings) -> bool:
-    def run() -> None:
-        try:
-            holdings.finish_and_give_back()
-        finally:
-            _closing.discard(threading.current_thread())
+def _start(work: Callable[[], None]) -> threading.Thread | None:
+    """A thread that the end of the process waits for; None if the interpreter is ending.
 
-    thread = threading.Thread(target=run, daemon=True, name="fused_dlam-closing")
-    _closing.add(thread)
+    A wait of torch's that returns while the interpreter ends aborts the process (its destructor may not throw, and
+    taking the interpreter's lock ends the thread): once in a few thousand ends, where one was forgotten.
+    """
+    thread = threading.Thread(target=work, daemon=True, name="fused_dlam-closing")
+    _closing[:] = [other for other in _closing if other.is_alive()]
     try:
         thread.start()
-    except RuntimeError:  # the interpreter is ending
-        _closing.discard(thread)
-        return False
-    return True
+    except RuntimeError:
+        return None
+    _closing.append(thread)
+    return thread
 
 
 def wait_to_leave(holdings: Holdings) -> None:
     """Waits for what was posted, in another thread, so that Ctrl-C ends the wait."""
-    if not holdings.pending():
-        return
-    thread = threading.Thread(target=holdings.finish, daemon=True, name="fused_dlam-closing")
-    thread.start()
-    thread.join(holdings.timeout)
+    if holdings.pending() and (thread := _start(holdings.finish)):
+        thread.join(holdings.timeout)
 
 
 def _at_exit(*ignored: Any) -> None:
     """Before the process ends: everything that was sent has been taken, or will not be."""
-    for group in list(_living):
+    global _ended
+    groups = list(_living)  # kept to the end: one that is collected now would leave its waits to one more thread
+    _ended = os.getpid()
+    for group in groups:
         if "courier" in vars(group) and not group.broken:
             group.courier.finish(group.timeout)
-    waiting = [group.holdings for group in list(_living) if group.holdings and group.holdings.pending()]
-    threads = list(_closing)
+    waiting = [group.holdings for group in groups if group.holdings and group.holdings.pending()]
     for holdings in waiting:
-        thread = threading.Thread(target=holdings.finish, daemon=True, name="fused_dlam-closing")
-        try:
-            thread.start()
-        except RuntimeError:
-            continue
-        threads.append(thread)
+        _start(holdings.finish)
     patience = max((holdings.timeout for holdings in waiting), default=60.0)
     if Holdings.failed or hasattr(sys, "last_type"):  # an exchange failed, or an exception went through
         patience = min(patience, SOON)
     end = time.monotonic() + patience
-    for thread in threads:
+    for thread in list(_closing):
         thread.join(max(0.0, end - time.monotonic()))

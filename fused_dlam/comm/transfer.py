@@ -110,6 +110,7 @@ class Transfer:
                 work = _work(dist.irecv(self._host_rows[k], group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
+            group.expects(work)
             self._receives.append((j, work))
 
     def _post(self, message: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
@@ -128,6 +129,8 @@ class Transfer:
     def take_receives(self) -> list[dist.Work | _Unposted]:
         """What is posted and not waited for. The caller waits for it from now on."""
         works, self._receives = [work for _, work in self._receives], []
+        for work in works:
+            self.group.taken(work)
         return works
 
     def take_sends(self) -> list[dist.Work | _Unposted]:
@@ -143,6 +146,7 @@ class Transfer:
             with self.group.watched("waiting for a message from", self.step, j):
                 work.wait()
                 self.group.reach(self._rows[0].device if self._rows else self.group.device)
+            self.group.taken(work)
         self._receives = []
 
     def wait_received(self) -> None:

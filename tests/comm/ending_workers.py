@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fused_dlam import ExchangeError, GossipSGD, neighbor_allreduce
+from fused_dlam.comm import leaving
 from fused_dlam.comm.errors import calling
 from fused_dlam.comm.group import Group
 from fused_dlam.comm.transfer import Transfer
@@ -86,6 +87,48 @@ def left_behind(rank):
     Transfer(group, [row], Peers((other,), (1.0,), ()), 0).wait_received()
     dist.barrier()
     return torch.equal(row, x)
+
+
+def collected_at_the_end(rank):
+    """Rank 0's process ends, and its group is collected meanwhile: what of its threads is left once the end was waited
+    for. Rank 1 takes its message soon, rank 2 late; what they got."""
+    group, another, x = Group(timeout=30.0), Group(timeout=30.0), torch.arange(100000.0)
+    if rank == 0:
+        for receiver in (2, 1):
+            Transfer(group, [], Peers((), (), (receiver,)), 0).send(x)
+        held = [group, another]
+        del group, another
+        collecting = threading.Timer(0.3, held.clear)
+        collecting.start()
+        leaving._at_exit()
+        leaving._ended = 0
+        collecting.join()
+        left = [t.name for t in threading.enumerate() if t.name == "fused_dlam-closing"]
+        dist.barrier()
+        return left
+    time.sleep(0.8 if rank == 1 else 1.6)
+    row = torch.zeros_like(x)
+    Transfer(group, [row], Peers((0,), (1.0,), ()), 0).wait_received()
+    dist.barrier()
+    return torch.equal(row, x)
+
+
+def place_lost(rank):
+    """Rank 0 drops a receive that is posted and ends; then its message to rank 1 is taken: what is left of it."""
+    group, x = Group(timeout=30.0), torch.arange(100000.0)
+    row, other = torch.zeros_like(x), 1 - rank
+    if rank == 0:
+        Transfer(group, [row], Peers((other,), (1.0,), (other,)), 0).send(x)
+        gc.collect()
+        dist.barrier()
+        group.holdings.finish()
+    else:
+        Transfer(group, [], Peers((), (), (other,)), 0).send(x)
+        dist.barrier()
+        time.sleep(0.2)  # rank 0's transport has met the message
+        Transfer(group, [row], Peers((other,), (1.0,), ()), 0).wait_received()
+    dist.barrier()
+    return rank == 0 or torch.equal(row, x)
 
 
 def anew(rank):

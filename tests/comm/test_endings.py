@@ -22,7 +22,8 @@ ROOT = Path(fused_dlam.__file__).parents[1]
 @pytest.fixture(scope="module")
 def pairs():
     calls = {f"row {closes}": (ending_workers.in_a_row, closes) for closes in (False, True)}
-    calls |= {"closed": (ending_workers.closed,), "left": (ending_workers.left_behind,)}
+    names = ("closed", "left_behind", "place_lost")
+    calls |= {name: (getattr(ending_workers, name),) for name in names}
     return run_together(2, calls)
 
 
@@ -49,11 +50,25 @@ def test_a_closed_group_says_so(pairs):
 
 
 def test_what_was_sent_arrives_though_the_sender_has_gone(pairs):
-    assert pairs["left"] == [None, True]
+    assert pairs["left_behind"] == [None, True]
 
 
-def test_the_same_ranks_build_anew_after_an_error():
-    for rank, (*errors, last) in enumerate(run_together(3, {"anew": (ending_workers.anew,)})["anew"]):
+def test_a_receive_that_nobody_waits_for_holds_up_no_message(pairs):
+    assert pairs["place_lost"] == [True, True]
+
+
+@pytest.fixture(scope="module")
+def threes():
+    names = ("collected_at_the_end", "anew")
+    return run_together(3, {name: (getattr(ending_workers, name),) for name in names})
+
+
+def test_what_is_collected_while_a_process_ends_is_waited_for(threes):
+    assert threes["collected_at_the_end"] == [[], True, True]
+
+
+def test_the_same_ranks_build_anew_after_an_error(threes):
+    for rank, (*errors, last) in enumerate(threes["anew"]):
         texts = [e for e in errors if isinstance(e, str)]
         assert [e for e in errors if not isinstance(e, str)] == [1.0, 1.0] and last == 1.0
         assert len(texts) == (1 if rank == 2 else 2), errors
