@@ -216,7 +216,7 @@ def ends(rank, cases, steps):
             if not (step == 3 and rank == 1):
                 p.grad = p.detach() - rank
             optimizer.step()
-        out.append(float(p))
+        out.append(p.item())
         optimizer.close()
     return out
 

@@ -109,7 +109,7 @@ def check(seen, count):
 @pytest.mark.slow
 def test_killed_in_many_saves(tmp_path):
     """KILLS=200 pytest -m slow -k many_saves"""
-    count = int(os.environ.get("KILLS", "60"))
+    count = int(os.environ.get("KILLS", "30"))
     seen = kills(tmp_path, count, random.SystemRandom().randrange(1 << 31))
     check(seen, count)
     assert seen["one rank"] > count / 10 and seen["half written"] > count / 4

@@ -29,8 +29,10 @@ from fused_dlam import simulate, topology
 
 @pytest.mark.parametrize("name, n", everyday(family([1, 2, 3, 5, 8, 16]), family([5])))
 def test_every_method_on_every_topology_is_the_papers(name, n):
+    """Five workers run all of them every day; of the rest some sizes have one half, the others the other half."""
     top = topology.get(name, n)
-    for method, schedule in VARIANTS:
+    half = (list(topology.FAMILY).index(name) + n.bit_length()) % 2
+    for method, schedule in VARIANTS if n == 5 else VARIANTS[half::2]:
         assert disagreement_with_oracle(method, schedule, top, everything) < 1e-11, (method, schedule)
 
 

@@ -34,7 +34,7 @@ def error(method, name, n, gain=None, schedule="atc"):
             method, name, problem, np.zeros((n, 10)), STEPS.get(method, 1500), LR, BETA, schedule=schedule, **hyper
         )
         e = problem.error(x)
-    assert e[0] == 1.0
+    assert abs(e[0] - 1.0) < 1e-14  # a rounding apart where BLAS sums in another order
     return e
 
 
