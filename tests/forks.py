@@ -6,6 +6,7 @@ For scripts of their own, which have no threads when they fork; pytest has some.
 import atexit
 import multiprocessing.util
 import os
+import signal
 import sys
 import time
 import traceback
@@ -50,6 +51,27 @@ def launched(rank, n, port, local=1):
     own |= {"MASTER_ADDR": HOST, "MASTER_PORT": port, "FUSED_DLAM_STORE": f"{HOST}:{port}"}
     own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in own.items()})
+
+
+def others_end_well(n, victim, function, *arguments, seconds=120):
+    """Runs function(rank, *arguments) in n launched workers; whether all but the victim end with exit code 0."""
+    keeper, port = start_store()  # in a process of its own: no thread runs here when workers are forked
+    pids = []
+    for rank in range(n):
+        launched(rank, n, port)
+        pids.append(fork(function, rank, *arguments, out="/dev/stderr"))
+    end, codes = time.monotonic() + seconds, {}
+    while len(codes) < n and time.monotonic() < end:
+        for rank, pid in enumerate(pids):
+            done, status = os.waitpid(pid, os.WNOHANG) if rank not in codes else (0, 0)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for rank, pid in enumerate(pids):
+        if rank not in codes:
+            os.kill(pid, signal.SIGKILL)
+    os.kill(keeper, signal.SIGKILL)
+    return all(codes.get(rank) == 0 for rank in range(n) if rank != victim)
 
 
 def start_store():

@@ -70,6 +70,7 @@ class Collectives:
             return
         with self.watched("copying a worker's state, with", None, to if self.rank == source else source):
             carried = tensor.to(self.wire) if tensor.is_cuda != (self.wire.type == "cuda") else tensor
+            carried = carried.contiguous()  # gloo takes nothing else
             if self.rank == source:
                 dist.send(carried, self.ranks[to], group=self.control)
                 return

@@ -97,6 +97,7 @@ class Group(Collectives):
         if not name:
             roll_call.clear(self.ranks)
         watch_over(self)
+        Holdings.failed = False  # what was broken is left behind
 
     @property
     def process_group(self) -> dist.ProcessGroup:

@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class Holdings:
     """What a group must give back. It outlives the group, and does not know it."""
 
-    failed = False  # whether an exchange of any group failed in this process
+    failed = False  # whether an exchange of any group failed in this process, and none was built since
 
     def __init__(self, process_group: dist.ProcessGroup, control: dist.ProcessGroup, backend: str, timeout: float):
         self.process_group: dist.ProcessGroup | None = process_group
@@ -43,9 +44,8 @@ class Holdings:
     def finish(self) -> None:
         """Waits for what was posted. What fails now is the peer's affair: nothing here needs it."""
         while self.posted and not self.broken:
-            _, work = self.posted.popitem()
-            try:
-                work.wait()
+            try:  # another thread may have taken the last one
+                self.posted.popitem()[1].wait()
             except Exception:  # noqa: BLE001
                 pass
 
@@ -111,7 +111,10 @@ def _start(work: Callable[[], None]) -> threading.Thread | None:
     taking the interpreter's lock ends the thread): once in a few thousand ends, where one was forgotten.
     """
     thread = threading.Thread(target=work, daemon=True, name="fused_dlam-closing")
-    _closing[:] = [other for other in _closing if other.is_alive()]
+    for other in list(_closing):  # one by one: the search for garbage may come here in between, and add another
+        if not other.is_alive():
+            with suppress(ValueError):
+                _closing.remove(other)
     try:
         thread.start()
     except RuntimeError:
@@ -135,11 +138,12 @@ def _at_exit(*ignored: Any) -> None:
         if "courier" in vars(group) and not group.broken:
             group.courier.finish(group.timeout)
     waiting = [group.holdings for group in groups if group.holdings and group.holdings.pending()]
-    for holdings in waiting:
-        _start(holdings.finish)
+    failed = Holdings.failed or hasattr(sys, "last_type")  # an exchange failed, or an exception went through
     patience = max((holdings.timeout for holdings in waiting), default=60.0)
-    if Holdings.failed or hasattr(sys, "last_type"):  # an exchange failed, or an exception went through
-        patience = min(patience, SOON)
+    patience = min(patience, SOON) if failed else patience
+    for holdings in waiting:
+        if _start(holdings.finish) is None and not failed:  # Python 3.12.0 to 3.12.2 start no thread any more
+            holdings.finish()
     end = time.monotonic() + patience
     for thread in list(_closing):
         thread.join(max(0.0, end - time.monotonic()))

@@ -91,8 +91,7 @@ class Membership:
                 )
             else:
                 time.sleep(POLL)
-        if self.me == 0:
-            self.store.set("n", str(self.n))
+        self.store.set("n", str(self.n))  # by all, alike: any of them may be lost before it has
 
     # -- newcomers ---------------------------------------------------------------------------------------------------
 

@@ -230,7 +230,10 @@ class Mean:
                 work.wait(timedelta(seconds=LOOK))
                 return
             except RuntimeError:
-                if work.is_completed() or time.monotonic() > start + self.group.timeout:
+                if work.is_completed():  # after all, or it failed, which this raises
+                    work.wait()
+                    return
+                if time.monotonic() > start + self.group.timeout:
                     raise
             reason = why(gone)
             if reason:

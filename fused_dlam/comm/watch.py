@@ -88,8 +88,8 @@ _thread: threading.Thread | None = None
 def watch_over(group: Group) -> None:
     """Logs a warning when a wait of the group's takes long, as long as the group lives."""
     global _thread
-    _groups.add(group)
     with _lock:
+        _groups.add(group)
         if _thread is None or not _thread.is_alive():  # a forked process has none
             _thread = threading.Thread(target=_look, daemon=True, name="fused_dlam-watch")
             _thread.start()
@@ -98,7 +98,8 @@ def watch_over(group: Group) -> None:
 
 def forget(group: Group) -> None:
     """The group waits for nothing any more."""
-    _groups.discard(group)
+    with _lock:
+        _groups.discard(group)
     _wake.set()
 
 
@@ -107,10 +108,10 @@ def _look() -> None:
     while True:
         with _lock:
             every = min((group.timeout for group in _groups), default=None)
+            looks = any(group.lookout for group in _groups)
             if every is None:
                 _thread = None
                 return
-        looks = any(group.lookout for group in _groups)
         _wake.wait(min(max(every / 20, 0.05), LOOK if looks else 5.0))
         _wake.clear()
         remind()

@@ -67,6 +67,8 @@ class Engine:
         self.rule, self.topology, self.place, self.message = rule, topology, place, message
         self.message_dtype, self.bucket_mb, self.elastic = message_dtype, bucket_mb, elastic
         self.averager = averager(message, place)
+        # How buckets are laid out, for good: also of parameters that come while this worker is alone.
+        self.averages, self.parts = self.averager.size > 1, place.parts
         self.buckets: list[Bucket] = []  # in the one order in which every rank exchanges them
         self.lanes: dict[torch.device, Lane] = {}
         self.layers = tuple(layers)

@@ -179,7 +179,8 @@ class Flight:
             return
         self._prepared = True
         if self.average is None and self.b.g is not self.b.grads:
-            self.b.set_aside(self.active(), 1.0, finite=False)
+            # Nobody is left to average with, and the passes unscale by the loss scale that was common to all.
+            self.b.set_aside(self.active(), self.engine.factor, finite=False)
         for layer, group, scale in self.engine.local.before(self.b):
             layer.before(self.b, self.active(), group, self.step, scale)
 

@@ -68,11 +68,11 @@ def build(
 
 def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bucket]:
     """Buckets of an engine's parameter group, with room for all that its steps need, and its devices connected."""
-    gradients = not engine.message.only_averages or engine.averager.size > 1
-    beside = engine.averager.size > 1 or engine.local.changes_gradients
+    gradients = not engine.message.only_averages or engine.averages
+    beside = engine.averages or engine.local.changes_gradients
     sends = engine.elastic or not engine.silent
     full = full_from(engine.bucket_mb, sends, early=not engine.message.needs_gradient)
-    new = build(params, full, len(engine.buckets), group, engine.place.parts, gradients, beside)
+    new = build(params, full, len(engine.buckets), group, engine.parts, gradients, beside)
     degree = engine.topology.most_messages if engine.gossips else 0
     extra = [name for layer in engine.layers for name in layer.state]
     rule = engine.rule

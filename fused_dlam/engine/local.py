@@ -73,8 +73,9 @@ class Local:
                 one.set(self._for_rule(s, group))
 
     def without_neighbors(self) -> None:
-        """The present step is one of this worker alone."""
-        self.set([s._replace(weights=()) for s in self._scalars], self._groups)
+        """The present step is one of this worker alone. One that has no scalars yet gets them when it begins anew."""
+        if len(self._scalars) == len(self.passes):
+            self.set([s._replace(weights=()) for s in self._scalars], self._groups)
 
     def _for_rule(self, s: Scalars, group: dict[str, Any]) -> Scalars:
         return s._replace(grad_scale=1.0) if finishing(self.layers, group) else s

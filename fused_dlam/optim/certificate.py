@@ -30,6 +30,10 @@ class Certificate:
             random = self.graph.period is None
             self._accept(group, self._key(group, group["momentum"]), random or self._fits(LARGEST_MAP))
 
+    def trust(self, group: dict[str, Any]) -> None:
+        """Another certificate of this graph has accepted the group."""
+        self.accepted.add(self._key(group, group["momentum"]))
+
     def recheck(self, group: dict[str, Any]) -> None:
         """The same between steps, for schedulers that cycle momentum: one look-up where nothing new was set.
 

@@ -23,12 +23,16 @@ class Frozen:
     def __init__(self) -> None:
         self.of_groups: list[list[torch.Tensor]] = []
 
-    def enter(self, params: Iterable[torch.Tensor], engine: Engine, equal: bool = True) -> list[torch.Tensor]:
-        """A new group's trainable parameters, each once; with `equal` the others get rank 0's values."""
+    def enter(self, params: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """A new group's trainable parameters, each once."""
         params = list({id(p): p for p in params}.values())  # torch warns of duplicates, and goes on
         self.of_groups.append([p for p in params if not p.requires_grad])
+        return [p for p in params if p.requires_grad]
+
+    def start_equal(self, engine: Engine) -> None:
+        """Those of the last group take rank 0's values."""
         with torch.no_grad():
-            for p in self.of_groups[-1] if equal else ():
+            for p in self.of_groups[-1]:
                 here = sharded.local(p)
                 flat = here.detach().clone(memory_format=torch.contiguous_format)
                 engine.place.start_equal(torch.view_as_real(flat) if flat.is_complex() else flat)
@@ -36,7 +40,6 @@ class Frozen:
                     p.data = flat
                 else:
                     here.copy_(flat)
-        return [p for p in params if p.requires_grad]
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One that was thawed has a gradient before it has a bucket."""

@@ -159,11 +159,13 @@ class Gossip(InnerCopies, GossipOptimizer):
         group.update({**self._entries, "gossip_step": self._step})
         params = list({id(p): p for p in group["params"]}.values())
         if self._comes:  # to others, who compare and copy once all is here
-            engine.add_group(self._frozen.enter(params, engine, equal=False))
+            engine.add_group(self._frozen.enter(params))
             return
         facts = options.facts(group, params, engine, self._options)
         self._together(lambda: engine.place.agree({"the optimizer": type(self.inner).__name__, **facts}))
-        buckets = engine.add_group(self._frozen.enter(params, engine))
+        trainable = self._frozen.enter(params)
+        self._together(lambda: self._frozen.start_equal(engine))
+        buckets = engine.add_group(trainable)
         self._together(lambda: engine.start_equal(buckets))
 
     @property
@@ -274,8 +276,8 @@ class Gossip(InnerCopies, GossipOptimizer):
         engine.factor = self._join_factor * mixed_precision.to_common_scale(self)  # ranks may have scales of their own
         scale = getattr(self, "grad_scale", None)
         engine.bring(AVERAGING)
-        for b in engine.buckets:
-            active = engine.flight(b).active()
+        # Waits for all before the first takes a gradient's place: where a worker is lost, all are of this one alone.
+        for b, active in [(b, engine.flight(b).active()) for b in engine.buckets]:
             torch.div(b.g, 1.0 if scale is None else scale, out=b.grads)
             for slot, now in zip(b.slots, active, strict=True):
                 slot.p.grad = slot.installed if now else None

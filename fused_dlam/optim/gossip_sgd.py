@@ -235,7 +235,10 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
         if not self._comes:  # to others, who compare and copy once all is here
             self._together(lambda: engine.place.agree(options.facts(group, params, engine, self._options)))
-        buckets = engine.add_group(self._frozen.enter(params, engine, equal=not self._comes))
+        trainable = self._frozen.enter(params)
+        if not self._comes:
+            self._together(lambda: self._frozen.start_equal(engine))
+        buckets = engine.add_group(trainable)
         if not self._comes:
             self._together(lambda: engine.start_equal(buckets))
         self._watch(buckets)

@@ -90,9 +90,18 @@ def to_common_scale(optimizer: Any) -> float:
     common = optimizer._common_scale
     if common is None:
         return 1.0
-    own = _own(getattr(optimizer, "grad_scale", None))
+    scale = getattr(optimizer, "grad_scale", None)
+    optimizer._own_scale = optimizer._step, scale
     optimizer.grad_scale = None if common == 1.0 else common
-    return common / own
+    return common / _own(scale)
+
+
+def alone(optimizer: Any) -> None:
+    """This worker is alone until it goes on with others: a step that is tried again has its own loss scale."""
+    step, scale = optimizer._own_scale
+    if step == optimizer._step:
+        optimizer.grad_scale = scale
+    optimizer._own_scale, optimizer._common_scale = (None, None), None
 
 
 def _own(scale: Any) -> float:

@@ -45,6 +45,15 @@ class Opening:
         """Whether the present step has begun."""
         return self.engine.step is not None and self._whole
 
+    def move(self, certificate: Certificate) -> None:
+        """Other neighbors: a step that has begun begins anew, for its scalars hold the weights of others.
+
+        certificate: of the graph, which was found to be stable with the groups as they are (succession.py).
+        """
+        self.certificate, self._whole = certificate, False
+        for group in self.optimizer.param_groups:
+            certificate.trust(group)
+
     def begin_early(self) -> None:
         """In the backward pass, before the first message leaves."""
         reclaim(self.optimizer.state, self.engine)

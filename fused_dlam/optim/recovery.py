@@ -26,12 +26,12 @@ import torch
 
 from ..comm import generation
 from ..comm.errors import ExchangeError, listed
-from ..comm.leaving import Holdings
 from ..comm.membership import Membership
 from ..comm.place import Place
 from ..comm.register import Arrival, Excluded, RunEnded, View
 from ..comm.watch import log
 from ..engine import regroup
+from . import mixed_precision
 from .succession import Succession
 from .survival import Members, Survival
 
@@ -108,7 +108,7 @@ class Recovery:
         every, view = self.chosen.admit_every, self.membership.view
         first = self.membership.me == view.members[0] and self.next is None
         due = every and self.optimizer._step % every == 0
-        if not (first and (due or 0 < self._tries < TRIES)) or self._store_failed:
+        if not (first and (due or 0 < self._tries < TRIES)) or self._store_failed or self.membership.machines:
             return None
         try:
             self._tries = (0 if due else self._tries) + 1 if self.membership.asked() else 0
@@ -201,6 +201,7 @@ class Recovery:
         place = self.optimizer._engine.place
         regroup.isolate(self.optimizer._engine)
         self.optimizer._pause()
+        mixed_precision.alone(self.optimizer)
         generation.leave(error, place)
 
     def _agree(self) -> bool:
@@ -235,7 +236,6 @@ class Recovery:
                     ) from None
         membership.suspects.clear()
         self.lost, self.resumes = None, view.step
-        Holdings.failed = False  # what was broken is gone
         start, cpu, why = self._since
         self.events.append(
             {

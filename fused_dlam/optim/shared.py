@@ -28,6 +28,7 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
     _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
+    _own_scale: tuple[int | None, Any] = (None, None)  # a step, and what the loss scale of this rank was in it
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
     _closed = False
@@ -61,9 +62,9 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
 
     def _agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any) -> None:
         self._take_part(True, scaled=True)
-        self._overflow_agreed, engine = self._step, self._engine
-        averages = engine.averager.size > 1
-        self._common_scale = mixed_precision.agree(engine.place, found, self._step, scale, averages)
+        engine = self._engine
+        common = mixed_precision.agree(engine.place, found, self._step, scale, engine.averager.size > 1)
+        self._overflow_agreed, self._common_scale = self._step, common
 
     @torch.no_grad()
     def synchronize(self) -> None:

@@ -120,8 +120,8 @@ class Steps(GossipOptimizer):
 
     def _resume(self, graph: Topology) -> None:
         rule, _, chosen = self._chosen
-        self._choose(rule, graph, chosen, not self._certificate.allowed)
-        self._opening.certificate = self._certificate
+        self._choose(rule, graph, chosen, self._certificate.allowed)
+        self._opening.move(self._certificate)
         for group in self.param_groups:
             group["topology"] = f"{graph.name} over {graph.n}"
         self._arrivals.resume()

@@ -18,6 +18,7 @@ from ..comm.errors import ExchangeError
 from ..comm.membership import Membership
 from ..comm.place import machines
 from ..comm.process_group import CPU
+from ..comm.register import RunEnded
 from ..kernels.passes import choose
 from ..rules.rule import Rule
 from ..rules.scalars import number
@@ -139,6 +140,8 @@ def enter(
             )
         membership.renew()  # before the groups are built: all know it then
     else:
+        if comes and hierarchical:
+            raise RunEnded("nobody is let in with hierarchical=True: a machine that lost a worker is gone as a whole")
         store = generation.connect(address, timeout)
         if comes:
             membership = Membership.newcomer(store, address, timeout)

@@ -74,7 +74,7 @@ class Worker:
 
     def terminate(self) -> None:
         """Asks the worker to end, and not its children: how they end is the worker's business while it lives."""
-        self.process.send_signal(signal.SIGTERM)
+        os.kill(self.process.pid, signal.SIGTERM)  # subprocess's own would bury one that has just ended
 
     def kill(self) -> None:
         """Ends it and its children."""

@@ -6,7 +6,6 @@ python recovery_run.py FOLDER METHOD SCHEDULE N VICTIM STEP STEPS
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import fused_dlam
 
 sys.path.append(str(Path(__file__).parents[1]))
-from forks import fork, launched, start_store
+from forks import others_end_well
 
 if "STREAMED" in os.environ:
     import streamed_transport
@@ -33,7 +32,7 @@ def problem(i):
     return root @ root.T / DIMENSION, torch.randn(DIMENSION, generator=generator, dtype=torch.float64)
 
 
-def train(folder, me, method, schedule, victim, dies_at, steps):
+def train(me, folder, method, schedule, victim, dies_at, steps):
     dist.init_process_group("gloo")
     x = torch.nn.Parameter(torch.ones(DIMENSION, dtype=torch.float64))
     optimizer = fused_dlam.GossipSGD(
@@ -59,26 +58,7 @@ def train(folder, me, method, schedule, victim, dies_at, steps):
     torch.save(out, folder / f"{me}.pt")
 
 
-def main(folder, method, schedule, n, victim, dies_at, steps):
-    keeper, port = start_store()  # in a process of its own: no thread runs here when workers are forked
-    pids = []
-    for me in range(n):
-        launched(me, n, port)
-        pids.append(fork(train, Path(folder), me, method, schedule, victim, dies_at, steps, out="/dev/stderr"))
-    end, codes = time.monotonic() + 120, {}
-    while len(codes) < n and time.monotonic() < end:
-        for me, pid in enumerate(pids):
-            done, status = os.waitpid(pid, os.WNOHANG) if me not in codes else (0, 0)
-            if done:
-                codes[me] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    for me, pid in enumerate(pids):
-        if me not in codes:
-            os.kill(pid, signal.SIGKILL)
-    os.kill(keeper, signal.SIGKILL)
-    return {me: code for me, code in codes.items() if me != victim} != {me: 0 for me in range(n) if me != victim}
-
-
 if __name__ == "__main__":
     folder, method, schedule, *numbers = sys.argv[1:]
-    sys.exit(main(folder, method, schedule, *map(int, numbers)))
+    n, victim, dies_at, steps = map(int, numbers)
+    sys.exit(not others_end_well(n, victim, train, Path(folder), method, schedule, victim, dies_at, steps))
