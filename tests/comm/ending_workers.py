@@ -131,6 +131,16 @@ def place_lost(rank):
     return rank == 0 or torch.equal(row, x)
 
 
+def copied(rank):
+    """What rank 1 has of a tensor of rank 0's that is not contiguous, and whether it stayed laid out so."""
+    group = Group(timeout=30.0)
+    x = torch.full((2, 3, 4, 5), float(rank)).to(memory_format=torch.channels_last)
+    if rank == 0:
+        x.copy_(torch.arange(120.0).view(2, 3, 4, 5))
+    group.copy(x, 0, 1)
+    return x, x.is_contiguous(memory_format=torch.channels_last)
+
+
 def anew(rank):
     """After a wait that ran out of time: a new group, and neighbor_allreduce, over the same ranks and processes."""
     out = []

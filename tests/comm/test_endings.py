@@ -3,18 +3,22 @@
 - training ends with exit code 0 on every rank, whichever is late in the last steps, for 2 to 5 workers, atc and awc,
   with process groups destroyed or not; a message that was sent arrives, though its sender has let everything go;
 - optimizers in a row take no more threads and files than the first few, deleted or closed;
+- what is copied need not be contiguous; an all-reduce that ends right after a slice of its wait is no loss;
 - a closed group says so; after an exchange that failed the same ranks build anew in the same processes.
 """
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ending_workers
 import pytest
+import torch
 from workers import run_together
 
 import fused_dlam
+from fused_dlam.comm.transfer import Mean
 
 ROOT = Path(fused_dlam.__file__).parents[1]
 
@@ -22,7 +26,7 @@ ROOT = Path(fused_dlam.__file__).parents[1]
 @pytest.fixture(scope="module")
 def pairs():
     calls = {f"row {closes}": (ending_workers.in_a_row, closes) for closes in (False, True)}
-    names = ("closed", "left_behind", "place_lost")
+    names = ("closed", "left_behind", "place_lost", "copied")
     calls |= {name: (getattr(ending_workers, name),) for name in names}
     return run_together(2, calls)
 
@@ -51,6 +55,37 @@ def test_a_closed_group_says_so(pairs):
 
 def test_what_was_sent_arrives_though_the_sender_has_gone(pairs):
     assert pairs["left_behind"] == [None, True]
+
+
+def test_what_is_not_contiguous_is_copied(pairs):
+    for x, laid_out in pairs["copied"]:
+        assert torch.equal(x, torch.arange(120.0).view(2, 3, 4, 5)) and laid_out
+
+
+class Late:
+    """A work that ends right after a slice of its wait has run out, well or not."""
+
+    def __init__(self, error=None):
+        self.waits, self.error = 0, error
+
+    def wait(self, *seconds):
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise self.error
+
+    def is_completed(self):
+        return True
+
+
+def test_what_ends_after_its_slice_is_no_loss():
+    """With on_failure="continue" all-reduces are waited for in slices of 0.2 s."""
+    mean = Mean.__new__(Mean)
+    mean.group = SimpleNamespace(timeout=30.0)
+    mean._wait_in_slices(Late(), lambda: "")
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        mean._wait_in_slices(Late(RuntimeError("Connection closed by peer")), lambda: "")
 
 
 def test_a_receive_that_nobody_waits_for_holds_up_no_message(pairs):
