@@ -33,13 +33,10 @@ class Frozen:
         """Those of the last group take rank 0's values."""
         with torch.no_grad():
             for p in self.of_groups[-1]:
-                here = sharded.local(p)
+                here = writable(p)
                 flat = here.detach().clone(memory_format=torch.contiguous_format)
                 engine.place.start_equal(torch.view_as_real(flat) if flat.is_complex() else flat)
-                if overlaps_itself(here):  # expanded: it cannot be written in its place
-                    p.data = flat
-                else:
-                    here.copy_(flat)
+                here.copy_(flat)
 
     def zero_grad(self, set_to_none: bool) -> None:
         """One that was thawed has a gradient before it has a bucket."""
@@ -68,6 +65,14 @@ class Frozen:
         )
         self.of_groups[group] = [p for p in self.of_groups[group] if id(p) not in now]
         return engine.enter(params, group)
+
+
+def writable(p: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter. An expanded one cannot be written in its place, and gets another."""
+    here = sharded.local(p)
+    if overlaps_itself(here):
+        p.data = here = here.detach().clone(memory_format=torch.contiguous_format)
+    return here
 
 
 def pattern(now: set[int], of: Iterable[torch.Tensor]) -> str:

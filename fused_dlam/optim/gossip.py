@@ -153,20 +153,13 @@ class Gossip(InnerCopies, GossipOptimizer):
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:
-        """Moves a group into flat buffers, agrees on it with the other ranks and takes rank 0's parameters."""
+        """Takes a group in, which keeps what this optimizer was built with."""
         engine = self._engine
         options.check_parameters(group["params"])
         group.update({**self._entries, "gossip_step": self._step})
         params = list({id(p): p for p in group["params"]}.values())
-        if self._comes:  # to others, who compare and copy once all is here
-            engine.add_group(self._frozen.enter(params))
-            return
-        facts = options.facts(group, params, engine, self._options)
-        self._together(lambda: engine.place.agree({"the optimizer": type(self.inner).__name__, **facts}))
-        trainable = self._frozen.enter(params)
-        self._together(lambda: self._frozen.start_equal(engine))
-        buckets = engine.add_group(trainable)
-        self._together(lambda: engine.start_equal(buckets))
+        name = {"the optimizer": type(self.inner).__name__}
+        self._take_in(params, lambda: name | options.facts(group, params, engine, self._options))
 
     @property
     def _step(self) -> int:  # type: ignore[override]

@@ -229,19 +229,10 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
             raise
 
     def _enter(self, group: dict[str, Any]) -> None:
-        """Agrees on a group with the other ranks, takes rank 0's parameters, and moves the trainable ones into flat
-        buffers."""
+        """Takes a group in, and shows its state."""
         engine = self._engine
         params = list({id(p): p for p in group["params"]}.values())  # torch warns of duplicates, and goes on
-        if not self._comes:  # to others, who compare and copy once all is here
-            self._together(lambda: engine.place.agree(options.facts(group, params, engine, self._options)))
-        trainable = self._frozen.enter(params)
-        if not self._comes:
-            self._together(lambda: self._frozen.start_equal(engine))
-        buckets = engine.add_group(trainable)
-        if not self._comes:
-            self._together(lambda: engine.start_equal(buckets))
-        self._watch(buckets)
+        self._watch(self._take_in(params, lambda: options.facts(group, params, engine, self._options)))
 
     def _watch(self, buckets: Sequence[Bucket]) -> None:
         for b in buckets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -86,6 +86,21 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
         if self._recovery is not None and not closed:  # else the membership may be another optimizer's by now
             self._recovery.membership.close()
             self._recovery.membership.busy = False
+
+    def _take_in(self, params: list[torch.Tensor], facts: Callable[[], dict[str, str]]) -> list[Bucket]:
+        """Agrees on the last parameter group with the other ranks, takes rank 0's parameters, and moves the trainable
+        ones into flat buffers. A newcomer is compared, and gets the others' values, once all is there.
+        """
+        engine = self._engine
+        if not self._comes:
+            self._together(lambda: engine.place.agree(facts()))
+        trainable = self._frozen.enter(params)
+        if not self._comes:
+            self._together(lambda: self._frozen.start_equal(engine))
+        buckets = engine.add_group(trainable)
+        if not self._comes:
+            self._together(lambda: engine.start_equal(buckets))
+        return buckets
 
     def _drop_group(self) -> None:
         """Takes back the last parameter group, which could not be added: whatever it was that failed."""

@@ -13,7 +13,7 @@ from ..comm.membership import Membership
 from ..comm.place import Layout, Place, layout
 from ..topology import Topology
 from .finishing import finish
-from .overlaps import overlaps_itself
+from .frozen import writable
 from .recovery import Recovery
 from .succession import Succession
 from .survival import Survival, come_in, opened
@@ -196,10 +196,7 @@ class Surviving:
         """A newcomer takes what is not in flat buffers: frozen parameters, and what the method remembers."""
         workers = self._engine.place.workers
         for p in (p for params in self._frozen.of_groups for p in params):
-            here = sharded.local(p)
-            if workers.rank == to and overlaps_itself(here):  # expanded: it cannot be written in its place
-                p.data = here = here.clone(memory_format=torch.contiguous_format)
-            workers.copy(here, source, to)
+            workers.copy(writable(p) if workers.rank == to else sharded.local(p), source, to)
         rest = workers.copy_object(self._rest() if workers.rank == source else None, source, to)
         if workers.rank == to:
             self._take_rest(rest)

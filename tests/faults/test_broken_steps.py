@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-LR = 0.25
+from broken_steps_run import LR
 
 
 @pytest.fixture
