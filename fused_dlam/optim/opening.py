@@ -45,12 +45,17 @@ class Opening:
         """Whether the present step has begun."""
         return self.engine.step is not None and self._whole
 
+    def doubt(self) -> None:
+        """A step that has begun begins anew in step(): what it began with was a guess, or of other neighbors."""
+        self._whole = False
+
     def move(self, certificate: Certificate) -> None:
-        """Other neighbors: a step that has begun begins anew, for its scalars hold the weights of others.
+        """Other neighbors: the scalars of a step that has begun hold the weights of others.
 
         certificate: of the graph, which was found to be stable with the groups as they are (succession.py).
         """
-        self.certificate, self._whole = certificate, False
+        self.certificate = certificate
+        self.doubt()
         for group in self.optimizer.param_groups:
             certificate.trust(group)
 

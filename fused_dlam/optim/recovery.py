@@ -283,6 +283,7 @@ class Recovery:
                 regroup.settle(engine, new)
                 for rank in new:
                     optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
+                optimizer._share_rest()
                 break
             except ExchangeError as error:
                 self._give_up(error)

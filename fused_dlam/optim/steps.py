@@ -117,6 +117,7 @@ class Steps(GossipOptimizer):
 
     def _pause(self) -> None:
         self._arrivals.pause()
+        self._opening.doubt()  # nothing compares any more what the backward pass began with to what step() finds
 
     def _resume(self, graph: Topology) -> None:
         rule, _, chosen = self._chosen

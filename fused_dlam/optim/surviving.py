@@ -200,3 +200,14 @@ class Surviving:
         rest = workers.copy_object(self._rest() if workers.rank == source else None, source, to)
         if workers.rank == to:
             self._take_rest(rest)
+
+    @torch.no_grad()
+    def _share_rest(self) -> None:
+        """Ranks whose gradients are averaged step alike, and have ended the broken step each with its own: what is not
+        in flat buffers becomes that of the first, as `regroup.settle` makes what is.
+        """
+        group = self._engine.averager
+        for to in range(1, group.size):
+            rest = group.copy_object(self._rest() if group.rank == 0 else None, 0, to)
+            if group.rank == to:
+                self._take_rest(rest)

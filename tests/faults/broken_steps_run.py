@@ -56,6 +56,62 @@ def scaled(me):
     return broken, params, optimizer
 
 
+def guessed(me):
+    """Worker 1 dies before a step that the others begin in the backward pass, where neither the loss scale nor the
+    rate that is set after it is known. What their broken step adds, over -lr g."""
+    params, optimizer = build(me, overlap=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (10 + me))
+    for step in range(4):
+        optimizer.zero_grad()
+        if step == 2 and me == VICTIM:
+            die()
+        own = backward(me, params, step, float(scaler.scale(torch.ones(()))))
+        begun = optimizer._engine.step == step
+        before = [p.detach().clone() for p in params]
+        rate = optimizer.param_groups[0]["lr"] = LR / (step + 1)
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 2:
+            assert begun
+            broken = [(b - p).detach() / (rate * g) for b, p, g in zip(before, params, own, strict=True)]
+    return broken, params, optimizer
+
+
+def shortened(me):
+    """Worker 1 dies in an average of gradients, so that the others' running norms differ in the broken step; the last
+    gradient is far longer than usual."""
+    params, optimizer = build(me, method="pmsgd", clip="spikes", overlap=False)
+    for step in range(5):
+        optimizer.zero_grad()
+        backward(me, params, step, 100.0 if step == 4 else 1.0)
+        if step == 2 and me == VICTIM:
+            optimizer._engine.averager.start_mean = die
+        optimizer.step()
+    return None, params, optimizer
+
+
+def machine(me):
+    """Of two machines the first dies before the ranks of the other average their gradients: momenta are each one's."""
+    os.environ.update(LOCAL_RANK=str(me % 2), LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    inner = torch.optim.SGD(params, LR, momentum=0.9)
+    optimizer = fused_dlam.Gossip(inner, "ring", hierarchical=True, on_failure="continue", timeout=30.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(5):
+        optimizer.zero_grad()
+        if step == 2 and me == VICTIM:
+            die()
+        if step == 2 and me == 0:
+            os._exit(0)  # for the others as if it were killed
+        backward(me, params, step, float(scaler.scale(torch.ones(()))))
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 2:
+            broken = [p.detach().clone() for p in params]
+    return broken, params, optimizer
+
+
 def first(me):
     """Worker 1 dies in the average of the first step, in which gradients are clipped."""
     params, optimizer = build(me, method="pmsgd", max_grad_norm=1.0, overlap=False)
@@ -133,5 +189,5 @@ def run(me, folder, scenario):
 
 if __name__ == "__main__":
     folder, scenario = sys.argv[1:]
-    n = {"scaled": 3, "first": 3, "thawed": 3}.get(scenario, 4)
+    n = dict.fromkeys(("scaled", "guessed", "shortened", "first", "thawed"), 3).get(scenario, 4)
     sys.exit(not others_end_well(n, VICTIM, run, Path(folder), scenario))
