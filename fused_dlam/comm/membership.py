@@ -70,8 +70,11 @@ class Membership:
             self.store.set(f"address/{me}", json.dumps(self.beacon.address))
 
     def renew(self) -> None:
-        """Another beacon, by which this process counts from here on. Who knows the former one takes it for dead."""
+        """Another beacon, by which this process counts from here on. Who knows the former one takes it for dead: so
+        this worker forgets the others' until `meet`, for they do the same.
+        """
         self.beacon.close()
+        self.addresses = {}
         self.beacon = Beacon(self.towards)
         self.store.set(f"address/{self.me}", json.dumps(self.beacon.address))
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from forks import fork, launched, start_store
 
 import fused_dlam
+from fused_dlam.comm import interruptible, process_group
 
 N, STEPS, AT = 4, 8, 3
 TIMEOUT = 600.0  # seconds: longer than the test lasts, so nobody may wait for it
@@ -51,13 +52,27 @@ class Worker:
         refused(RuntimeError, "cannot have one of both kinds", on_failure="continue")
         other.close()
         del collected
-        told = [self.train(), self.train(self.dies)]
+        told = [self.train()]
+        if self.me == 1:
+            self.builds_slowly()
+        told.append(self.train(self.dies))
         told.append(self.train(self.closes))
         if self.me < 2:
             self.finishes()
         (self.folder / f"{self.me}.json").write_text(json.dumps(told))
         while self.me == 2:  # its process lives on
             time.sleep(1.0)
+
+    def builds_slowly(self):
+        """Longer than workers wait for groups to be formed once they know of a dead one."""
+        named = process_group._named
+
+        def slow(*arguments, **options):
+            process_group._named = named
+            time.sleep(interruptible.LOOK + interruptible.GRACE + 0.4)
+            return named(*arguments, **options)
+
+        process_group._named = slow
 
     def finishes(self):
         """Twice with one that comes late, which says so before, and once with one that is stopped."""

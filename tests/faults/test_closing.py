@@ -1,8 +1,8 @@
 """Promises of `optimizer.close()` with on_failure="continue".
 
-All may close theirs and build another, also after a loss, and a loss after that is survived; a worker that closes alone
-is gone for the others at once, though it lives. Each call of finish() waits for all who live, and not for ever for one
-that is stopped.
+All may close theirs and build another, however long that takes, also after a loss, and a loss after that is survived;
+a worker that closes alone is gone for the others at once, though it lives. Each call of finish() waits for all who
+live, and not for ever for one that is stopped.
 """
 
 import json
