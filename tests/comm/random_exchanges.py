@@ -155,18 +155,22 @@ class Player:
             worst = (error / (bound + 1e-300)).max().item() if error.shape == bound.shape and error.numel() else None
             self.wrong.append(f"exchange {self.number} of seed {self.seed}, rank {self.rank}: {what} {dtype} {worst}")
 
-    def compare(self, what, M, each, out, factor=1.0):
-        """y_i = sum_j M[i][j] x_j, where the differences x_j - x_i may be what is summed."""
+    def compare(self, what, M, each, out, weights, factor=1.0):
+        """y_i = sum_j M[i][j] x_j, where the differences x_j - x_i may be what is summed, times this rank's weights."""
         if len(out) != len(each[0]):
             self.wrong.append(f"exchange {self.number}, rank {self.rank}: {what}: {len(out)} tensors")
         for k, got in enumerate(out):
             X = [wide(x[k]) for x in each]
             Y, S = dense(M, X)
-            size = S[self.rank] + sum(abs(m) for m in M[self.rank]) * X[self.rank].abs()
+            size = S[self.rank] + sum(map(abs, weights)) * X[self.rank].abs()
             self.hold(f"{what} tensor {k}", got, Y[self.rank], size, each[0][k].dtype, factor)
 
-    def weighted(self, d, what, M, call, asynchronous=True):
-        """Calls with what is drawn, sometimes with gradients, sometimes with a handle."""
+    def weighted(self, d, what, M, call, asynchronous=True, weights=None):
+        """Calls with what is drawn, sometimes with gradients, sometimes with a handle.
+
+        weights: this rank's, where they are not its row of M.
+        """
+        weights = M[self.rank] if weights is None else weights
         each, lone = d.tensors()
         mine, how = each[self.rank], d.rng.choice(["plain", "plain", "async", "async", "gradient"])
         if how == "gradient" and mine:
@@ -176,10 +180,10 @@ class Player:
             C = [
                 [torch.randn(t.shape, generator=d.generator, dtype=wide(t).dtype).to(t.dtype) for t in x] for x in each
             ]
-            self.compare(what, M, each, out)
+            self.compare(what, M, each, out, weights)
             torch.autograd.backward(list(out), C[self.rank])
             transposed = [[M[i][j] for i in range(self.n)] for j in range(self.n)]
-            self.compare(f"gradient of {what}", transposed, C, [t.grad for t in leaves], factor=2.0)
+            self.compare(f"gradient of {what}", transposed, C, [t.grad for t in leaves], weights, factor=2.0)
             return
         x = mine[0] if lone else d.rng.choice([list, tuple])(mine)
         if how == "async" and asynchronous:
@@ -187,11 +191,13 @@ class Player:
             handle = call(x, async_op=True)
             for t in mine:  # while it is under way
                 t.fill_(float("nan"))
-            self.pending.append((self.number, handle, lambda out: self.compare(what, M, each, [out] if lone else out)))
+            self.pending.append(
+                (self.number, handle, lambda out: self.compare(what, M, each, [out] if lone else out, weights))
+            )
             return
         out = call(x)
         assert isinstance(out, type(x)) or lone
-        self.compare(what, M, each, [out] if lone else out)
+        self.compare(what, M, each, [out] if lone else out, weights)
 
     def exchange(self, d):
         n, edges = self.n, d.graph()
@@ -215,7 +221,7 @@ class Player:
             a, b = (list(s), set(out)) if plain else (s, out)
             return neighbor_exchange(x, a, b, own[self.rank], check=check, **more)
 
-        self.weighted(d, "neighbor_exchange", M, call)
+        self.weighted(d, "neighbor_exchange", M, call, weights=s.values())
 
     def allreduce(self, d):
         graph = topology(d, d.rng.choice(["rows", "columns", "doubly"]))
