@@ -49,7 +49,7 @@ def neighbor_gather(
     if found.size == 1:
         return {}
     with named(NAME, step):
-        ranks = (line := connect(found, own.device, timeout, NAME)).workers
+        ranks = (line := connect(found, own.device, timeout)).workers
         facts = {
             "which function is called": f"{NAME}()",
             f"the type given to {NAME}()": str(own.dtype),

@@ -48,7 +48,7 @@ def pair_average(
     if partner is not None:
         partner = _checked(partner, found.size, me)
     with named(NAME):
-        line = connect(found, device_of(tensors), timeout, NAME)
+        line = connect(found, device_of(tensors), timeout)
         if partner is None:
             return alike(tensor, [t.clone() for t in tensors])
         facts = f"{shapes(tensors)} of {types(tensors)}, gradients {gradients(tensors)}"
