@@ -18,8 +18,8 @@ from workers import run_together
 N = 5
 
 
-def hold(n, seed, count):
-    results = run_together(n, {"play": (random_exchanges.play, n, seed, count)}, deadline=900)["play"]
+def hold(n, seed, count, staged=False):
+    results = run_together(n, {"play": (random_exchanges.play, n, seed, count, staged)}, deadline=900)["play"]
     wrong = [text for _, wrong in results for text in wrong]
     assert not wrong, "\n" + "\n".join(wrong[:10])
     assert [calls for calls, _ in results] == [count] * n
@@ -39,3 +39,8 @@ def test_ten_thousand(seed):
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 def test_other_numbers_of_ranks(n):
     hold(n, 100 + n, 1000)
+
+
+@pytest.mark.slow
+def test_as_cuda_tensors_travel():
+    hold(3, 7, 1000, staged=True)
