@@ -153,7 +153,7 @@ class Player:
     def hold(self, what, got, expected, size, dtype, factor=1.0):
         bound = factor * (TOLERANCE[dtype] * size + SMALLEST.get(dtype, 0.0) * self.n)
         error = (wide(got) - expected).abs()
-        if got.dtype != dtype or got.shape != expected.shape or bool((error > bound + 1e-300).any()):
+        if got.dtype != dtype or got.shape != expected.shape or not bool((error <= bound).all()):
             worst = (error / (bound + 1e-300)).max().item() if error.shape == bound.shape and error.numel() else None
             self.wrong.append(f"exchange {self.number} of seed {self.seed}, rank {self.rank}: {what} {dtype} {worst}")
 
