@@ -15,6 +15,7 @@ from ..engine.engine import Engine
 from ..engine.header import told
 from ..layers.layer import finishing
 from ..rules.scalars import Scalar, Scalars, scalar
+from ..topology import exchanges
 from . import mixed_precision, options
 from .certificate import Certificate
 from .counter import Arguments, Counter
@@ -98,10 +99,11 @@ class Opening:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
-        rho, static = contraction(self.engine.topology, self.options.skip_late)
+        topology, rule = self.engine.topology, self.engine.rule
+        rho, static = contraction(topology, self.options.skip_late)
         return dict(
             lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
-            static=static, hyper=hyper,
+            static=static, hyper=hyper, exchanges=not rule.rounds or exchanges(topology, self.optimizer._step),
         )  # fmt: skip
 
     def commit(self) -> None:

@@ -73,6 +73,8 @@ class Rule:
             checkpoint for another number of workers starts them from zero.
         counts: the entry of `memory` in which `derive` counts steps, if it does. A parameter whose gradients came
             later than its group's then has bias corrections of its own: see `scalars_at`.
+        rounds: `derive` also finds h["exchanges"], whether anybody hears from anybody in this step. For methods with
+            local steps, which do something of their own when a round of them ends.
         schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. "auto": "atc", or "awc"
             where the message is x itself. `send` is the message of "atc" in any case.
 
@@ -93,6 +95,7 @@ class Rule:
         centered: tuple[str, ...] = (),
         counts: str | None = None,
         schedule: str = "auto",
+        rounds: bool = False,
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -109,7 +112,7 @@ class Rule:
         if taken:
             raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
         self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
-        self.derive, self.counts = derive, counts
+        self.derive, self.counts, self.rounds = derive, counts, rounds
         self.schedule = "awc" if send is send_parameter else "atc"
         self._try()
         if schedule != "auto":
@@ -155,12 +158,14 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False) -> dict[str, Any]:
+    def _values(
+        self, lr, momentum, weight_decay, rho, hyper, memory, static=False, exchanges=True
+    ) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in self.defaults(hyper).items():
             values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)
         if self.derive is not None:
-            values.update(self.derive(values, memory))
+            values.update(self.derive({**values, "exchanges": exchanges} if self.rounds else values, memory))
         if self.halfway:
             values["theta"] = 0.5
         return values
@@ -174,10 +179,14 @@ class Rule:
         hyper=None,
         memory=None,
         static: bool = False,
+        exchanges: bool = True,
     ) -> Any:
-        """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`."""
+        """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`.
+
+        exchanges: whether this step's matrix has neighbors (`topology.exchanges`); counts where the rule has `rounds`.
+        """
         memory = {} if memory is None else memory
-        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static))
+        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static, exchanges))
 
     def scalars_at(
         self,
@@ -189,6 +198,7 @@ class Rule:
         hyper=None,
         memory=None,
         static: bool = False,
+        exchanges: bool = True,
     ) -> Any:
         """h for a parameter that has taken `count` steps before this one; `memory` is left as it is.
 
@@ -196,7 +206,8 @@ class Rule:
         """
         if self.counts is None:
             raise ValueError(f"rule {self.name!r} counts no steps")
-        return self.scalars(lr, momentum, weight_decay, rho, hyper, {**(memory or {}), self.counts: count}, static)
+        memory = {**(memory or {}), self.counts: count}
+        return self.scalars(lr, momentum, weight_decay, rho, hyper, memory, static, exchanges)
 
     def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""

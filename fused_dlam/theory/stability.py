@@ -19,7 +19,7 @@ from .. import rules
 from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
-from ..topology import spectrum
+from ..topology import exchanges, spectrum
 from ..topology.matrix import Circulant, Phase
 from ..topology.topology import Topology
 
@@ -51,28 +51,30 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     On a random graph it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more. These are
     the exchanges that training makes, so the estimate is the same on every rank up to rounding.
     """
-    rule, h = asked("consensus_growth", method, topology, momentum, hyper)
+    rule, steps = asked("consensus_growth", method, topology, momentum, hyper)
     if rule.average == "gradient" or topology.n == 1:
         return 0.0, 0.0
-    step = equations(rule, h)
+    return growth_of(steps, topology, momentum)
+
+
+def growth_of(steps: Steps, topology: Topology, momentum: float) -> tuple[float, float]:
+    """(growth, standard error) of what the workers do not share, for any linear steps."""
     if topology.period is None:
-        A, B, C = step.A, step.B, step.C
-        return spectrum.estimate(topology.phase, topology.n, A, B, C, 1 / (1 - momentum))[:2]
-    modes, alike, apart = half_of_modes(topology), np.ones(topology.n), [True] * len(step.A)
-    ours: Growth = Map(step, topology, alike, apart) if modes is None else partial(of_modes, step, modes)
+        return spectrum.estimate(topology.phase, topology.n, steps.without_gradient, 1 / (1 - momentum))[:2]
+    modes, alike, apart = half_of_modes(topology), np.ones(topology.n), [True] * len(steps.at(0).A)
+    ours: Growth = Map(steps, topology, alike, apart) if modes is None else partial(of_modes, steps, modes)
     return float(ours(np.zeros(1))[0]), 0.0
 
 
 def asked(caller: str, method: str | Rule, topology: Topology, momentum: float, hyper: dict[str, Any]) -> tuple:
-    """(the rule, the scalars of its steps at rate 1), after a check of everything that a user gave."""
+    """(the rule, its steps at rate 1), after a check of everything that a user gave."""
     if not isinstance(topology, Topology):
         raise TypeError(f"{caller} needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
     rule = rules.get(method).under(hyper.pop("schedule", "auto"))
     rule.check_hyper(hyper, ("schedule", "topology"))
     if not 0 <= number("momentum", momentum) < 1:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
-    rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
-    return rule, rule.scalars(1.0, momentum, 0.0, rho, hyper, static=topology.is_static)
+    return rule, Steps(rule, topology, momentum, hyper)
 
 
 class Equations(NamedTuple):
@@ -104,6 +106,46 @@ def equations(rule: Rule, h: Any) -> Equations:
     V = np.stack([value + 0.0 * x for value in (x_new, *state_new)]).view(np.ndarray)
     y = np.stack([value + 0.0 * x for value in rule.send.fn(x, g, rule.State(*state), h)]).view(np.ndarray)
     return Equations(V[:, :k], V[:, k], V[:, k + 1 :], y[:, :k], y[:, k])
+
+
+class Steps:
+    """A rule's equations in every step, at rate 1 and without weight decay.
+
+    Of most rules they are the same in all, once a first step is past. Those of a rule with `rounds` depend on whether
+    the graph exchanges, and repeat with it from its second period on.
+    """
+
+    def __init__(self, rule: Rule, topology: Topology, momentum: float, hyper: dict[str, Any]):
+        self.rule, self.topology = rule, topology
+        rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
+        self._next = partial(rule.scalars, 1.0, momentum, 0.0, rho, hyper, {}, topology.is_static)
+        self._taken = 0
+        self._h: list[Any] = []
+        self._equations: dict[Any, Equations] = {}
+        for _ in range((topology.period or 0) if rule.rounds else 1):
+            self._scalars()
+
+    def _scalars(self) -> Any:
+        exchanging = not self.rule.rounds or exchanges(self.topology, self._taken)
+        self._taken += 1
+        return self._next(exchanging)
+
+    def h(self, k: int) -> Any:
+        """The rule's scalars of step k."""
+        k = (k % self.topology.period if self.topology.period else k) if self.rule.rounds else 0
+        while len(self._h) <= k:
+            self._h.append(self._scalars())
+        return self._h[k]
+
+    def at(self, k: int) -> Equations:
+        h = self.h(k)
+        if h not in self._equations:
+            self._equations[h] = equations(self.rule, h)
+        return self._equations[h]
+
+    def without_gradient(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step = self.at(k)
+        return step.A, step.B, step.C
 
 
 def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) -> bool:
@@ -154,25 +196,25 @@ def half_of_modes(topology: Topology) -> np.ndarray | None:
     return modes
 
 
-def of_each_mode(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+def of_each_mode(steps: Steps, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
     """[modes, rates], for equal curvature 1, when every phase acts on a mode as a number, `modes` [period, modes].
 
     Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
     """
-    k, period, parts = len(step.A), len(modes), []
+    k, period, parts = len(steps.at(0).A), len(modes), []
     for chunk in np.array_split(modes, math.ceil(modes.shape[1] * len(a) / 8192), axis=1):
         shape = (k, k, chunk.shape[1], len(a))
         V = np.broadcast_to(np.eye(k, dtype=chunk.dtype)[..., None, None], shape)
         log_scale = np.zeros(shape[2:])
-        for factor in chunk[..., None] - 1:
-            V = step.step(V, a, partial(np.multiply, factor))
+        for t, factor in enumerate(chunk[..., None] - 1):
+            V = steps.at(t).step(V, a, partial(np.multiply, factor))
             V, log_scale = _scaled(V, log_scale)
         parts.append(_root(np.moveaxis(V, (0, 1), (-2, -1)), log_scale, period))
     return np.concatenate(parts)
 
 
-def of_modes(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
-    return of_each_mode(step, modes, a).max(axis=0)
+def of_modes(steps: Steps, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+    return of_each_mode(steps, modes, a).max(axis=0)
 
 
 class Map:
@@ -181,8 +223,8 @@ class Map:
     zero_mean: the values of V whose mean over the workers is left out. With equal curvature these may be all.
     """
 
-    def __init__(self, step: Equations, topology: Topology, h: np.ndarray, zero_mean: list[bool]):
-        self.step, self.phases, self.h, n = step, topology.phases, h[:, None, None], topology.n
+    def __init__(self, steps: Steps, topology: Topology, h: np.ndarray, zero_mean: list[bool]):
+        self.steps, self.phases, self.h, n = steps, topology.phases, h[:, None, None], topology.n
         # Q is an orthonormal basis of the vectors that sum to zero. Rows of W sum to one, so values that are equal on
         # all workers stay equal, and the map of the rest is that of what differs, whatever the columns sum to.
         Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
@@ -197,8 +239,8 @@ class Map:
             value[:, column : column + basis.shape[1]] = basis[..., None]
             column += basis.shape[1]
         log_scale = np.zeros(len(a))
-        for phase in self.phases:
-            V = self.step.step(V, self.h * a, partial(pulls, phase))
+        for t, phase in enumerate(self.phases):
+            V = self.steps.at(t).step(V, self.h * a, partial(pulls, phase))
             # Rounding brings the mean back. It does not shrink as the rest does, which it would swamp in 1,000 steps.
             V[self.zero_mean] -= V[self.zero_mean].mean(axis=1, keepdims=True)
             V, log_scale = _scaled(V, log_scale)

@@ -19,13 +19,13 @@ LARGEST_SEED = 2**64 - 1
 FIRST = 16  # the number of steps that stand for all others in `phases`, unless a graph was derived from another
 
 
-def generator(seed: int, step: int) -> np.random.RandomState:
-    """The random numbers of one step. It takes 9 us to make.
+def generator(seed: int, step: int, stream: int = 0) -> np.random.RandomState:
+    """The random numbers of one step. It takes 9 us to make. Other streams have others: graphs are drawn from 0.
 
     Philox is counter-based, so any step can be drawn without those before it. NumPy has frozen the streams of Philox
     and of `RandomState`, so ranks with different NumPy versions draw the same. Those of `default_rng` may change.
     """
-    return np.random.RandomState(np.random.Philox(key=(seed, step)))
+    return np.random.RandomState(np.random.Philox(key=(seed, step), counter=stream << 192))
 
 
 def check_seed(seed: int) -> int:
