@@ -65,13 +65,3 @@ def k_gt(W, grad, x, lr, K):
         c = c - z + W @ z
         x = W @ (start - K * lr * z)
         yield x
-
-
-def aug_dgm(W, grad, x, lr):
-    """Xu, Zhu, Soh and Xie 2015: x' = W (x - lr y), y' = W (y + g' - g), from y = g."""
-    y = g = grad(0, x)
-    for k in range(1, 10**9):
-        x = W @ (x - lr * y)
-        before, g = g, grad(k, x)
-        y = W @ (y + g - before)
-        yield x
