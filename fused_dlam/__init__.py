@@ -17,6 +17,7 @@ from .rules.rule import Rule, jit
 from .theory.limits import rate_limit
 from .theory.simulator import Simulation, simulate
 from .theory.stability import consensus_growth
+from .theory.verdict import verdict
 from .topology import Topology
 
 __version__ = "0.1.0"
@@ -44,5 +45,6 @@ __all__ = [
     "save_checkpoint",
     "simulate",
     "topology",
+    "verdict",
     "worker_state",
 ]

@@ -23,6 +23,13 @@ written with pulls, so they cannot check each other; this file can check all of 
     mi-adamw    the same with adamw's step in the place of lr u
     d2-dmsgd    m  = beta m + g;  x+ = combine(lr ((x_prev - x) / lr_prev + m - m_prev)), at first combine(lr m)
     exact-diffusion     the same with (W + I)/2 for W
+    nids                exact diffusion, with I for W in the first step
+    extra       m  = beta m + g;  x = W x - lr (m - S);  S = sum over the past of (W - (W + I)/2) x / lr
+    led         m  = beta m + g;  phi = combine's own, x - lr (m + c);  x = W phi;  where W exchanges, K steps after the
+                last time:  c = c + (phi - x) / (K lr)
+    proxskip    the same with (W + I)/2 for W and the probability p for 1/K
+    k-gt        m  = beta m + g;  z = z + (m + c);  x = W (x - lr (m + c));  where W exchanges: c = c + (W - I) z / K,
+                z = 0
     gradient-tracking   y = W y_prev + g - g_prev, at first g;  m = beta m + y;  x = W (x - lr m)
     momentum-tracking   m = beta m + g;  x = W x - lr (m - c);  c = W (c - m) + m, at first 0
     push-sum    m  = beta m + g;  x = A (x - lr m);  w = A w;  the model computes with z = x / w, and g is there
@@ -50,7 +57,8 @@ import numpy as np
 
 SCHEDULES = ("atc", "midpoint", "awc")
 PUSHED = ("push-sum", "push-diging", "push-pull")
-ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking", *PUSHED)
+ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking", "k-gt", *PUSHED)
+ONLY_AWC = ("awc-dmsgd", "nesterov-awc-dmsgd", "extra")
 
 
 def run(
@@ -64,7 +72,7 @@ def run(
     default ones), lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     without(step) has the workers that have no gradient; joined: see above.
-    hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
+    hyper: `mu` (default momentum) of qg-dmsgd; `probability` of proxskip; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
     `beta2` and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
     schedule = own_schedule(method) if schedule == "auto" else schedule
@@ -82,6 +90,7 @@ def run(
     W_prev = lr_prev = last_inverse = before_pull = mixed = None
     w = np.ones((n, 1)) if mass is None else np.array(mass, dtype=np.float64).reshape(n, 1)
     t, usual = np.zeros((n, 1)), {}
+    z, K, S, local_steps, first = np.zeros_like(x), 1, np.zeros_like(x), 0, True
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
@@ -94,6 +103,9 @@ def run(
             trajectory.append(x)
             continue
         lr_max = max(lr_max, lr)
+        local_steps += 1
+        exchanges = n == 1 or (W - np.diag(np.diag(W))).any()
+        K, local_steps = (local_steps, 0) if exchanges else (K, local_steps)
         literal = 0 < lr >= lr_max / 100  # elsewhere the division by lr is bounded: by lr_max / 100, and 0 at lr = 0
         inverse = 100 / lr_max if lr > 0 else 0.0
         local, decay = np.array(grad(k, x)), weight_decay
@@ -189,6 +201,27 @@ def run(
             before_pull = x - here * lr * (m + c)
             lr_prev, last_inverse, undo = lr, inverse, "divide" if literal else "bounded"
             x_prev, u_prev, x = x, np.where(here, m, -c), combine(lr * (m + c), W)
+        elif method in ("nids", "led", "proxskip"):
+            bound = 1 / lr if literal else inverse
+            W = (W + np.eye(n)) / 2 if method != "led" else W
+            W = np.eye(n) if method == "nids" and first else W
+            share = {"nids": 1.0, "led": 1 / K, "proxskip": hyper.get("probability", 1.0)}[method]
+            m = beta * m + g
+            d = here * lr * (m + c)
+            moved = combine(lr * (m + c), W)
+            c = c + bound * share * (x - d - moved)  # which is phi - x' of adapt then combine
+            x, first = moved, False
+        elif method == "extra":
+            m = beta * m + g
+            moved = W @ x - here * lr * (m - S)
+            S = S + (1 / lr if literal else inverse) * ((W - (W + np.eye(n)) / 2) @ x)
+            x = moved
+        elif method == "k-gt":
+            m = beta * m + g
+            sent = z + (m + c)
+            x = W @ (x - here * lr * (m + c))
+            z = np.where(here, 0 * z if exchanges else sent, z)
+            c = c + (W - np.eye(n)) @ sent / K if exchanges else c
         elif method == "gradient-tracking":
             y, g_prev = W_prev @ y + g - g_prev if k else g, g
             m = beta * m + y
@@ -246,7 +279,7 @@ def midpoint_integral(step, combine, here, theta, p, lr, lr_max, hyper):
 
 def own_schedule(method):
     """What schedule="auto" promises."""
-    return "midpoint" if "mi-" in method else "awc" if "awc" in method else "atc"
+    return "midpoint" if "mi-" in method else "awc" if method in ONLY_AWC else "atc"
 
 
 def auto_rate(method, top, momentum):

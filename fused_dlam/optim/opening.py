@@ -15,6 +15,7 @@ from ..engine.engine import Engine
 from ..engine.header import told
 from ..layers.layer import finishing
 from ..rules.scalars import Scalar, Scalars, scalar
+from ..topology import exchanges
 from . import mixed_precision, options
 from .certificate import Certificate
 from .counter import Arguments, Counter
@@ -95,18 +96,20 @@ class Opening:
         names = ("lr", "momentum", "weight_decay", "maximize", *self.options.settings, *self.engine.rule.hyper)
         return [options.snapshot(group, names) for group in self.optimizer.param_groups]
 
-    def _scalars(self, group: dict[str, Any], memory: dict[str, Any], exchanges: bool = True) -> Any:
+    def _scalars(self, group: dict[str, Any], memory: dict[str, Any], exchanging: bool = True) -> Any:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
-        return self.engine.rule.scalars(memory=memory, **self._arguments(group, exchanges))
+        return self.engine.rule.scalars(memory=memory, **self._arguments(group, exchanging))
 
-    def _arguments(self, group: dict[str, Any], exchanges: bool = True) -> Arguments:
+    def _arguments(self, group: dict[str, Any], exchanging: bool = True) -> Arguments:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
-        rho, static = contraction(self.engine.topology, self.options.skip_late)
+        topology, rule = self.engine.topology, self.engine.rule
+        rho, static = contraction(topology, self.options.skip_late)
         return dict(
             lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
-            static=static, hyper=hyper, mass=self.engine.masses(self.optimizer._step, exchanges),
+            static=static, hyper=hyper, mass=self.engine.masses(self.optimizer._step, exchanging),
+            exchanges=exchanging and (not rule.rounds or exchanges(topology, self.optimizer._step)),
         )  # fmt: skip
 
     def commit(self) -> None:
@@ -126,7 +129,7 @@ class Opening:
     def local_scalars(self, weighed: Callable[[Any], Any]) -> list[Scalars]:
         """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
         groups = self._checked_groups()
-        h = [weighed(self._scalars(group, dict(group["memory"]), exchanges=False)) for group in groups]
+        h = [weighed(self._scalars(group, dict(group["memory"]), exchanging=False)) for group in groups]
         scale = local_gradient_scale(self.engine, self.options.max_grad_norm)
         return [Scalars(own, (), -scale if group["maximize"] else scale) for own, group in zip(h, groups, strict=True)]
 

@@ -1,15 +1,16 @@
 """Every method by name. A method is a `Rule` in one of the files below, and one entry in the list here.
 
-momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion and the
-tracking methods, pushed.py those for directed graphs, nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the
-table of methods, and how to write one.
+momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion, NIDS,
+EXTRA and the tracking methods, pushed.py those for directed graphs, local.py those with local steps, nesterov.py
+Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write one.
 """
 
 from __future__ import annotations
 
 from .adaptive import adam, adamw
-from .corrected import d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking
+from .corrected import d2_dmsgd, exact_diffusion, extra, gradient_tracking, momentum_tracking, nids
 from .hyper import Hyper, did_you_mean
+from .local import k_gt, led, proxskip
 from .mi_dmsgd import auto_displacement_rate, mi_adamw, mi_dmsgd, nesterov_mi_dmsgd
 from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
@@ -23,7 +24,7 @@ ALL = {
     rule.name: rule
     for rule in (
         psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd, mi_dmsgd,
-        d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking,
+        d2_dmsgd, exact_diffusion, nids, extra, led, proxskip, gradient_tracking, momentum_tracking, k_gt,
         push_sum, push_diging, push_pull,
         nesterov_pmsgd, nesterov_dmsgd, nesterov_awc_dmsgd, nesterov_qg_dmsgd, nesterov_pc_dmsgd,
         nesterov_mi_dmsgd, adam, adamw, mi_adamw,

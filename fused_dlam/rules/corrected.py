@@ -1,4 +1,4 @@
-"""Methods that correct a worker's drag by what its neighbors tell: D2, exact diffusion, and the tracking methods.
+"""Methods that correct a worker's drag by what its neighbors tell: D2, exact diffusion, NIDS, EXTRA, and tracking.
 
 Letters as in momentum.py. c is a correction in gradient units; it starts at zero and sums to zero over the workers.
 
@@ -7,15 +7,15 @@ The published forms keep the last x and the last g. Written with pulls one buffe
     D2        x' = W (x - lr (c + m)), c = (x_prev - x) / lr_prev - m_prev   becomes   c' = c - pull / lr
     tracking  y' = W y + g' - g, a tracked gradient                          becomes   t' = y + pull - g, y' = t' + g'
 
-So c of D2 is an integral of the pull without a leak. Momentum 0 gives D2, exact diffusion and gradient tracking as
-published.
+So c of D2 is an integral of the pull without a leak. Momentum 0 gives D2, exact diffusion, NIDS, EXTRA and gradient
+tracking as published.
 """
 
 from __future__ import annotations
 
 from .jit import jit
 from .momentum import derive_inverse_lr, inverse_lr
-from .rule import Rule
+from .rule import Rule, send_parameter
 
 
 @jit
@@ -76,6 +76,36 @@ exact_diffusion = Rule(
 )
 
 
+# What a first step remembers is that there was one.
+def derive_nids(h: dict, memory: dict) -> dict:
+    half = 0.5 if "lr_max" in memory else 0.0
+    return {"half": half, "half_inverse_lr": half * inverse_lr(h, memory)}
+
+
+# NIDS (Li, Shi and Yan 2019) for a smooth loss and one learning rate: x'' = (I+W)/2 (2x' - x - lr (g' - g)), which is
+# exact diffusion, from x' = x - lr g: in the first step nobody averages.
+nids = Rule(
+    "nids",
+    send_corrected,
+    update_exact_diffusion,
+    ("momentum_buffer", "correction_buffer"),
+    derive=derive_nids,
+    centered=("correction_buffer",),
+)
+
+# EXTRA (Shi, Ling, Wu and Yin 2015) with their W~ = (I+W)/2: x' = W x - lr g + sum over the past of (W - W~) x. So it
+# is D2 that sends x itself, and integrates half of the pull. A symmetric static W needs no more than eigenvalues above
+# -1; its learning rates end where (1 + the smallest eigenvalue) / (the largest curvature) does, at momentum 0.
+extra = Rule(
+    "extra",
+    send_parameter,
+    update_d2_dmsgd,
+    ("momentum_buffer", "correction_buffer"),
+    derive=lambda h, memory: {"inverse_lr": 0.5 * inverse_lr(h, memory)},
+    centered=("correction_buffer",),
+)
+
+
 @jit
 def send_tracked(x, g, s, h):
     y = s.tracking_buffer + (g + h.weight_decay * x)
@@ -93,7 +123,8 @@ def update_gradient_tracking(x, g, s, pull, h):
 
 # Gradient tracking with one exchange per step: x' = W (x - lr m), m = beta m_prev + y, y' = W y + g' - g, y_0 = g_0
 # (Xu et al. 2015; Di Lorenzo and Scutari 2016; Nedic et al. 2017). Momentum acts on y as in the code of Lin et al.
-# 2021. The variant y' = W (y + g' - g) would need two exchanges in turn, because the step uses the average.
+# 2021. The variant y' = W (y + g' - g) (Aug-DGM, Xu et al. 2015; ATC-DIGing) needs two exchanges in turn, because the
+# step uses the average: tests/theory/test_decent_bench.py has it as a rule that takes two steps for one.
 gradient_tracking = Rule(
     "gradient-tracking",
     send_tracked,

@@ -78,6 +78,8 @@ class Rule:
             after it, "inverse_mass", 1/w, "inverse_next_mass". They are fields of h, and there for `derive`; one each
             where the graph is doubly stochastic. Only such methods run where columns alone sum to one. What they
             average is x / w, with rows that sum to one, and their schedule is "atc".
+        rounds: `derive` also finds h["exchanges"], whether anybody hears from anybody in this step. For methods with
+            local steps, which do something of their own when a round of them ends.
         schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. "auto": "atc", or "awc"
             where the message is x itself. `send` is the message of "atc" in any case.
 
@@ -99,6 +101,7 @@ class Rule:
         counts: str | None = None,
         schedule: str = "auto",
         mass: Iterable[str] = (),
+        rounds: bool = False,
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -118,7 +121,7 @@ class Rule:
         if taken:
             raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
         self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
-        self.derive, self.counts = derive, counts
+        self.derive, self.counts, self.rounds = derive, counts, rounds
         self.schedule = "awc" if send is send_parameter else "atc"
         self._try()
         if schedule != "auto":
@@ -164,7 +167,9 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False, mass=None) -> dict[str, Any]:
+    def _values(
+        self, lr, momentum, weight_decay, rho, hyper, memory, static=False, exchanges=True, mass=None
+    ) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         if self.mass:
             w, after = (1.0, 1.0) if mass is None else mass
@@ -173,7 +178,7 @@ class Rule:
         for name, value in self.defaults(hyper).items():
             values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)
         if self.derive is not None:
-            values.update(self.derive(values, memory))
+            values.update(self.derive({**values, "exchanges": exchanges} if self.rounds else values, memory))
         if self.halfway:
             values["theta"] = 0.5
         return values
@@ -187,15 +192,18 @@ class Rule:
         hyper=None,
         memory=None,
         static: bool = False,
+        exchanges: bool = True,
         mass: tuple[Any, Any] | None = None,
     ) -> Any:
         """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`.
 
+        exchanges: whether this step's matrix has neighbors (`topology.exchanges`); counts where the rule has `rounds`.
         mass: the worker's before and after the step (or arrays of all workers' masses); None: one each. It counts where
         the rule reads masses.
         """
         memory = {} if memory is None else memory
-        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static, mass))
+        values = self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static, exchanges, mass)
+        return self.H(**values)
 
     def scalars_at(
         self,
@@ -208,6 +216,7 @@ class Rule:
         memory=None,
         static: bool = False,
         mass: tuple[Any, Any] | None = None,
+        exchanges: bool = True,
     ) -> Any:
         """h for a parameter that has taken `count` steps before this one; `memory` is left as it is.
 
@@ -216,7 +225,7 @@ class Rule:
         if self.counts is None:
             raise ValueError(f"rule {self.name!r} counts no steps")
         memory = {**(memory or {}), self.counts: count}
-        return self.scalars(lr, momentum, weight_decay, rho, hyper, memory, static, mass)
+        return self.scalars(lr, momentum, weight_decay, rho, hyper, memory, static, exchanges, mass)
 
     def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""

@@ -24,7 +24,7 @@ from ..rules.scalars import number
 from ..topology.matrix import identity
 from ..topology.spectrum import EXACT, EXCHANGES, LOCAL, PARTS
 from ..topology.topology import Topology
-from .stability import Equations, Growth, Map, Steps, asked, equations, half_of_modes, of_each_mode, of_modes, pulls
+from .stability import Equations, Growth, Map, Steps, asked, half_of_modes, of_each_mode, of_modes, pulls
 
 GROWS = 1 + 1e-9  # more than the rounding of an eigenvalue; what grows by less takes 1e8 steps for a tenth
 PRECISION = 2e-4  # of a limit, relative
@@ -68,24 +68,23 @@ def rate_limit(
     Raises TypeError or ValueError for bad input, and ValueError for a rule that is not linear, such as Adam.
     """
     rule, steps = asked("rate_limit", method, topology, momentum, hyper)
-    topology, scalars = steps.topology, steps.h()
-    step = equations(rule, scalars)
-    _check_linear(rule, scalars, step)
+    topology = steps.topology
+    _check_linear(rule, steps.plain.h(), steps.plain.at(0))
     n, h = topology.n, _curvatures(curvature, topology.n)
     kept = [k for k, name in enumerate(("x", *rule.state)) if name not in rule.centered]
-    mean = _first(partial(_of_mean, step, kept), np.geomspace(1e-4, 1e4, 320), math.inf, precision=1e-9)
+    mean = _first(partial(_of_mean, steps.plain, kept), np.geomspace(1e-4, 1e4, 320), math.inf, precision=1e-9)
     if rule.average == "gradient" or n == 1:
         return mean / float(h.mean()) if h.any() else math.inf
 
     memory = 1 / (1 - momentum)
     if steps.differ:
         return _limit_with_masses(steps, h, mean, memory)
-    modes, all_values = half_of_modes(topology), [True] * len(step.A)
+    modes, all_values = half_of_modes(topology), [True] * (1 + len(rule.state))
     apart: Growth = (  # of disagreement, for curvature 1
-        _whole(steps, topology, np.ones(n), all_values, memory) if modes is None else partial(of_modes, step, modes)
+        _whole(steps, topology, np.ones(n), all_values, memory) if modes is None else partial(of_modes, steps, modes)
     )
     if 0 < h.min() == h.max():
-        limit = _first(apart, _grid(mean, apart), mean) if modes is None else _limit_of_modes(step, modes, mean)
+        limit = _first(apart, _grid(mean, apart), mean) if modes is None else _limit_of_modes(steps, modes, mean)
         return limit / float(h[0])
     if apart(np.zeros(1))[0] > GROWS:
         return 0.0
@@ -200,25 +199,29 @@ def _refined(growth: Growth, low: float, high: float, precision: float) -> float
 # -- the growth per step, by the ways that stability.py does not have --------------------------------------------------
 
 
-def _of_mean(step: Equations, kept: list[int], a: np.ndarray) -> np.ndarray:
+def _of_mean(steps: Steps, kept: list[int], a: np.ndarray) -> np.ndarray:
     """Of the workers' mean, where nobody pulls. kept: the values whose mean is not zero by definition."""
-    maps = np.repeat(step.A[None], len(a), axis=0)
-    maps[:, :, 0] += a[:, None] * step.G
-    return abs(np.linalg.eigvals(maps[:, kept][:, :, kept])).max(axis=1)
+    product, period = np.eye(len(kept)), (steps.topology.period or 1) if steps.rule.rounds else 1
+    for t in range(period):
+        step = steps.at(t)
+        maps = np.repeat(step.A[None], len(a), axis=0)
+        maps[:, :, 0] += a[:, None] * step.G
+        product = maps[:, kept][:, :, kept] @ product
+    return abs(np.linalg.eigvals(product)).max(axis=1) ** (1 / period)
 
 
-def _limit_of_modes(step: Equations, modes: np.ndarray, end: float) -> float:
+def _limit_of_modes(steps: Steps, modes: np.ndarray, end: float) -> float:
     """The limit of all modes. Of many, most are tried at `SHARES` of the limit, until none grows below it."""
     grid, count = _grid(end), modes.shape[1]
     if count <= MANY_MODES:
-        return _first(partial(of_modes, step, modes), grid, end)
+        return _first(partial(of_modes, steps, modes), grid, end)
     followed, limit = np.linspace(0, count - 1, 64).astype(int), end
     while True:
         rates = SHARES * min(limit, 1e4)
-        growths = of_each_mode(step, modes, rates)
+        growths = of_each_mode(steps, modes, rates)
         followed = np.union1d(followed, np.argpartition(-growths, WORST, axis=0)[:WORST])
         grid = np.union1d(grid, rates)
-        limit = _first(partial(of_modes, step, modes[:, followed]), grid, end)
+        limit = _first(partial(of_modes, steps, modes[:, followed]), grid, end)
         if limit == 0 or growths.max() <= GROWS:
             return limit
 

@@ -8,6 +8,8 @@ step of a linear rule is affine too. So the workers end at the fixed point of a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .. import rules
@@ -65,6 +67,7 @@ def period_map(
     """(A, offset) such that one period of the topology is z <- A z + offset for z = (x, state), [k, n, d] flattened.
 
     The rule's own equations, which must be linear, form it column by column. k = 1 + the number of state buffers.
+    It is a later period's: the first one of NIDS begins with a step that averages nothing.
     """
     if topology.period is None:
         raise ValueError(f"topology {topology.name!r} never repeats: there is no period to be solved for")
@@ -74,8 +77,7 @@ def period_map(
     points = np.zeros((k, n, d, size + 1))  # all unit vectors, and the zero vector
     points.reshape(size, size + 1)[:, :size] = np.eye(size)
     x, *state = points.transpose(0, 1, 3, 2).reshape(k, n, -1)
-    workers = Simulation(rule, topology, x, momentum, **hyper)
-    workers.state = workers.rule.State(*state)
+    workers = _settled(rule, topology, x, state, lr, momentum, hyper)
     for _ in range(topology.period):
         workers.step(problem.grad(workers.x.reshape(n, -1, d)).reshape(n, -1), lr)
     values = np.stack([workers.x, *workers.state]).reshape(k, n, size + 1, d)
@@ -95,9 +97,22 @@ def limiting_bias(
     if abs(np.linalg.eigvals(A)).max() > 1 + 1e-9:
         return np.inf
     x, *state = _fixed_point(A, offset).reshape(-1, problem.n, problem.d)
-    workers = Simulation(method, topology, x, momentum, **hyper)
-    workers.state = workers.rule.State(*state)
+    workers = _settled(rules.get(method), topology, x, state, lr, momentum, hyper)
     return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in topology.phases]))
+
+
+def _settled(
+    rule: Rule, topology: Topology, x: Any, state: list, lr: float, momentum: float, hyper: dict
+) -> Simulation:
+    """Workers with these values, and what the rule remembers of its scalars after a period."""
+    before = Simulation(rule, topology, np.zeros((topology.n, 1)), momentum, **hyper)
+    if before.schemes.any:
+        raise ValueError("a limit is solved for without loss, participation, delay and noise: simulate with them")
+    for _ in topology.phases:
+        before.step(0.0 * before.x, lr)
+    workers = Simulation(rule, topology, x, momentum, **hyper)
+    workers.state, workers.memory = workers.rule.State(*state), before.memory
+    return workers
 
 
 def _fixed_point(A: np.ndarray, offset: np.ndarray) -> np.ndarray:

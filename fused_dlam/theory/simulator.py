@@ -18,6 +18,7 @@ from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology.topology import Topology
+from .schemes import Delay, Loss, Participation, Schemes, kept
 from .stability import rows_for
 
 LONGEST = 10**9  # steps
@@ -35,9 +36,27 @@ class Simulation:
         layers: what is around the rule, e.g. `[Lars(0.01, columns), SlowMo(12)]`.
         clip: "spikes" shortens gradients far longer than a worker's recent ones, see layers/spikes.py. A row of x is
             one bucket.
+        loss: the probability that a message is lost, or a function of (step, source, destination) that returns it (or
+            whether it is lost). The weight of a lost message goes to the worker itself: pull_i = sum_j A_ij W_ij
+            (y_j - y_i) with A_ij = 0 where it is lost, else 1. So the workers' mean moves.
+        loss_of: "messages", each by itself, or "pairs": what i and j send each other is lost together, and a symmetric
+            W stays symmetric and keeps the mean.
+        participation: the probability that a worker takes part in a step, or a function of the step that returns n
+            truth values m. One that does not takes no step and exchanges nothing: x_i' = x_i, buffers stay,
+            A_ij = m_i m_j.
+        delay: how many steps late all messages are, or a function of (source, destination), d_ij. A late message is
+            compared with the own one of its time: pull_i at step k = sum_j W^q_ij (y^q_j - y^q_i) with q = k - d_ij,
+            nothing from before step 0.
+        noise: standard deviation of the normal noise of each message that another worker receives, independent for
+            every message, step and number: y_j + noise * xi_ij for y_j.
+        seed: of all these chances: one step's depend on it and the step alone.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
-    Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
+    schemes.py says how the schemes go together. `SlowMo` and other layers average exactly whatever the schemes are.
+
+    Raises ValueError or TypeError for bad input; ValueError for schemes around a method that averages gradients by
+    all-reduce, which sends no messages. No certificate is asked for: unstable choices run, and overflow (`verdict`
+    says which).
     """
 
     def __init__(
@@ -50,6 +69,13 @@ class Simulation:
         schedule: str = "auto",
         layers: Sequence[Layer] = (),
         clip: str | None = None,
+        *,
+        loss: Loss = 0.0,
+        loss_of: str = "messages",
+        participation: Participation = 1.0,
+        delay: Delay = 0,
+        noise: float = 0.0,
+        seed: int = 0,
         **hyper,
     ):
         spikes.check(clip)
@@ -77,6 +103,18 @@ class Simulation:
         self.memory: dict[str, float] = {}
         self.clip = clip
         self.usual = torch.zeros(len(self.x), dtype=torch.float64)  # norms of gradients, see layers/spikes.py
+        self.schemes = Schemes(self.topology.n, loss, loss_of, participation, delay, noise, seed)
+        if self.schemes.any and self.rule.average == "gradient":
+            raise ValueError(
+                f"method {self.rule.name!r} averages gradients by all-reduce, which loses and delays nothing: loss=,"
+                " participation=, delay= and noise= are for methods that send messages"
+            )
+        if self.schemes.any and self.rule.mass and not self._rows.is_doubly_stochastic:
+            raise ValueError(
+                f"topology {self.topology.name!r} is not doubly stochastic, and what is lost, late or left out takes"
+                f" mass with it, which method {self.rule.name!r} knows in advance: take loss=, participation=, delay="
+                " and noise= on a doubly stochastic graph"
+            )
         self.steps = 0
 
     def step(self, g: Any, lr: float) -> Any:
@@ -86,7 +124,7 @@ class Simulation:
             raise TypeError(f"g must be of the kind of x, {type(self.x).__name__}, not {type(g).__name__}")
         if g.shape != self.x.shape:
             raise ValueError(f"grad returned shape {tuple(g.shape)}, expected {tuple(self.x.shape)}")
-        averaged = self.rule.average == "gradient"
+        averaged, before = self.rule.average == "gradient", (self.x, self.state, self.usual)
         decay = self.weight_decay
         if averaged and (self.clip or finishing(self.layers, self.settings)):
             g = 0.0 * g + g.mean(0)
@@ -95,13 +133,22 @@ class Simulation:
         for layer in self.layers:
             if layer.finishes(self.settings):
                 g, decay = layer.gradient(self.x, g, decay), 0.0
-        rows = self._rows
+        rows, step = self._rows, self.steps
         rho, static = rows.slowest_rho, rows.is_static
-        h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static, self._masses())
-        messages, phase = self.rule.send.fn(self.x, g, self.state, h), rows.phase(self.steps)
-        pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
+        exchanging = not self.rule.rounds or topologies.exchanges(rows, step)
+        h = self.rule.scalars(
+            lr, self.momentum, decay, rho, self.hyper, self.memory, static, exchanging, self._masses()
+        )
+        messages = self.rule.send.fn(self.x, g, self.state, h)  # what workers send: a codec would change them here
+        present = self.schemes.present(step)
+        if averaged:
+            pull = tuple(y.mean(0) - y for y in messages)
+        else:
+            pull = self.schemes.pulls(rows, step, messages, present)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
+        if present is not None:
+            self._stay(present, *before)
         for k, layer in enumerate(self.layers):
             self.x, self.extra[k] = layer.outer(self.x, self.extra[k], self.steps, lr, self.memory)
         self.steps += 1
@@ -113,6 +160,12 @@ class Simulation:
             return None
         w, after = (self._rows.mass(self.steps + k)[:, None] for k in (0, 1))
         return (self.x.new_tensor(w), self.x.new_tensor(after)) if isinstance(self.x, torch.Tensor) else (w, after)
+
+    def _stay(self, present: np.ndarray, x: Any, state: Any, usual: torch.Tensor) -> None:
+        """Takes those that are absent back to before the step."""
+        self.x = kept(present, self.x, x)
+        self.state = self.rule.State(*(kept(present, *both) for both in zip(self.state, state, strict=True)))
+        self.usual = torch.where(torch.as_tensor(present), self.usual, usual)
 
     def _shortened(self, g: Any) -> Any:
         norms = (g**2).sum(-1) ** 0.5
@@ -144,7 +197,7 @@ def simulate(
         steps: how many, 0 or more.
         lr: a number or a function of the step.
         schedule: "atc", "midpoint" or "awc", see `Rule.under`; "auto" is the method's own.
-        options: layers and hyper-parameters, as for `Simulation`.
+        options: layers, schemes (loss, participation, delay, noise) and hyper-parameters, as for `Simulation`.
 
     Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
     """

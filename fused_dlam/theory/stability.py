@@ -21,7 +21,7 @@ from .. import rules
 from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
-from ..topology import spectrum
+from ..topology import exchanges, spectrum
 from ..topology.matrix import Circulant, Phase
 from ..topology.topology import Topology
 
@@ -56,17 +56,21 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     rule, steps = asked("consensus_growth", method, topology, momentum, hyper)
     if rule.average == "gradient" or topology.n == 1:
         return 0.0, 0.0
-    topology = steps.topology
+    return growth_of(steps, steps.topology, momentum)
+
+
+def growth_of(steps: Steps, topology: Topology, momentum: float) -> tuple[float, float]:
+    """(growth, standard error) of what the workers do not share, for any linear steps."""
     if topology.period is None:
         # With masses too, as if they were one. Of the methods here that is exact: without gradients m and y do not hear
         # x, so the exponents are those of R on x, of A on y, and beta. A = diag(w') R diag(1/w) is R in other
         # coordinates, and w stays between bounds.
-        step = equations(rule, steps.h())
-        return spectrum.estimate(topology.phase, topology.n, step.A, step.B, step.C, 1 / (1 - momentum))[:2]
+        return spectrum.estimate(topology.phase, topology.n, steps.plain.without_gradient, 1 / (1 - momentum))[:2]
     modes, alike = None if steps.differ else half_of_modes(topology), np.ones(topology.n)
     # Equal buffers with unlike masses do not stay equal. x does, and what sums to zero keeps its sum.
-    apart = [k == 0 or not steps.differ or name in rule.centered for k, name in enumerate(("x", *rule.state))]
-    ours: Growth = Map(steps, topology, alike, apart) if modes is None else partial(of_modes, steps.at(0), modes)
+    centered = [name in steps.rule.centered for name in steps.rule.state]
+    apart = [True, *centered] if steps.differ else [True] * len(steps.at(0).A)
+    ours: Growth = Map(steps, topology, alike, apart) if modes is None else partial(of_modes, steps, modes)
     return float(ours(np.zeros(1))[0]), 0.0
 
 
@@ -128,32 +132,6 @@ def _of_each(matrices: np.ndarray, V: np.ndarray) -> np.ndarray:
     return np.einsum("ijn,jn...->in...", matrices, V)
 
 
-class Steps:
-    """A rule's equations in every step, at rate 1 and without weight decay.
-
-    topology: rows sum to one. Where its columns do not, and the rule reads masses, each worker and step has its own.
-    """
-
-    def __init__(self, rule: Rule, topology: Topology, momentum: float, hyper: dict[str, Any]):
-        self.rule, self.topology = rule, topology
-        self.differ = bool(rule.mass) and not topology.is_doubly_stochastic  # the workers
-        rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
-        self.h = partial(rule.scalars, 1.0, momentum, 0.0, rho, hyper, static=topology.is_static)
-        self._known: dict[int, Equations] = {}
-
-    def at(self, k: int) -> Equations:
-        k = (k % self.topology.period if self.topology.period else k) if self.differ else 0
-        if k not in self._known:
-            if self.topology.period is None:
-                self._known.clear()
-            if self.differ:
-                h = self.h(mass=(self.topology.mass(k), self.topology.mass(k + 1)))
-                self._known[k] = OfEach(*equations(self.rule, h, (self.topology.n,)))
-            else:
-                self._known[k] = equations(self.rule, self.h())
-        return self._known[k]
-
-
 def equations(rule: Rule, h: Any, workers: tuple[int, ...] = ()) -> Equations:
     """What a rule's equations do, read off unit vectors. Of a rule that is not linear this is nothing but that.
 
@@ -168,6 +146,66 @@ def equations(rule: Rule, h: Any, workers: tuple[int, ...] = ()) -> Equations:
     V = np.stack([value + 0.0 * x for value in (x_new, *state_new)]).view(np.ndarray)
     y = np.stack([value + 0.0 * x for value in rule.send.fn(x, g, rule.State(*state), h)]).view(np.ndarray)
     return Equations(V[:, :k], V[:, k], V[:, k + 1 :], y[:, :k], y[:, k])
+
+
+class Steps:
+    """A rule's equations in every step, at rate 1 and without weight decay, on a topology whose rows sum to one.
+
+    Of most rules they are the same in all, once a first step is past. Those of a rule with `rounds` depend on whether
+    the graph exchanges; where the columns do not sum to one, and the rule reads masses, each worker has its own. Both
+    repeat with the graph from its second period on.
+
+    masses: False counts all as one.
+    """
+
+    def __init__(self, rule: Rule, topology: Topology, momentum: float, hyper: dict[str, Any], masses: bool = True):
+        self.rule, self.topology = rule, topology
+        self.differ = masses and bool(rule.mass) and not topology.is_doubly_stochastic  # the workers
+        self._varies = rule.rounds or self.differ
+        self._given = momentum, hyper
+        rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
+        self._scalars = partial(rule.scalars, 1.0, momentum, 0.0, rho, hyper, {}, topology.is_static)
+        self._taken = 0
+        self._h: list[Any] = []
+        self._equations: dict[Any, Equations] = {}  # by step, or by the scalars where those are numbers
+        for _ in range((topology.period or 0) if self._varies else 1):
+            self._next()
+
+    @property
+    def plain(self) -> Steps:
+        """The same with masses of one."""
+        return Steps(self.rule, self.topology, *self._given, masses=False) if self.differ else self
+
+    def _next(self) -> Any:
+        k, graph = self._taken, self.topology
+        self._taken += 1
+        mass = (graph.mass(k), graph.mass(k + 1)) if self.differ else None
+        return self._scalars(not self.rule.rounds or exchanges(graph, k), mass)
+
+    def h(self, k: int = 0) -> Any:
+        """The rule's scalars of step k; those of workers that differ are arrays [n]."""
+        k = self._number(k)
+        while len(self._h) <= k:
+            self._h.append(self._next())
+        return self._h[k]
+
+    def at(self, k: int) -> Equations:
+        h = self.h(k)
+        key = self._number(k) if self.differ else h
+        if key not in self._equations:
+            if self.differ and self.topology.period is None:
+                self._equations.clear()  # n of each, and they never come again
+            of_each = (self.topology.n,) if self.differ else ()
+            found = equations(self.rule, h, of_each)
+            self._equations[key] = OfEach(*found) if of_each else found
+        return self._equations[key]
+
+    def _number(self, k: int) -> int:
+        return (k % self.topology.period if self.topology.period else k) if self._varies else 0
+
+    def without_gradient(self, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step = self.at(k)
+        return step.A, step.B, step.C
 
 
 def is_stable(method: str | Rule, topology: Topology, momentum: float, **hyper) -> bool:
@@ -222,25 +260,25 @@ def half_of_modes(topology: Topology) -> np.ndarray | None:
     return modes
 
 
-def of_each_mode(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+def of_each_mode(steps: Steps, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
     """[modes, rates], for equal curvature 1, when every phase acts on a mode as a number, `modes` [period, modes].
 
     Computed in chunks of modes, because 65,536 workers times 16 phases would take 0.5 GB at once.
     """
-    k, period, parts = len(step.A), len(modes), []
+    k, period, parts = len(steps.at(0).A), len(modes), []
     for chunk in np.array_split(modes, math.ceil(modes.shape[1] * len(a) / 8192), axis=1):
         shape = (k, k, chunk.shape[1], len(a))
         V = np.broadcast_to(np.eye(k, dtype=chunk.dtype)[..., None, None], shape)
         log_scale = np.zeros(shape[2:])
-        for factor in chunk[..., None] - 1:
-            V = step.step(V, a, partial(np.multiply, factor))
+        for t, factor in enumerate(chunk[..., None] - 1):
+            V = steps.at(t).step(V, a, partial(np.multiply, factor))
             V, log_scale = _scaled(V, log_scale)
         parts.append(_root(np.moveaxis(V, (0, 1), (-2, -1)), log_scale, period))
     return np.concatenate(parts)
 
 
-def of_modes(step: Equations, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
-    return of_each_mode(step, modes, a).max(axis=0)
+def of_modes(steps: Steps, modes: np.ndarray, a: np.ndarray) -> np.ndarray:
+    return of_each_mode(steps, modes, a).max(axis=0)
 
 
 class Map:

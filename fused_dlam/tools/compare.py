@@ -4,6 +4,9 @@ Every worker's data have another solution, the case in which momentum and gossip
 and more biased; DecentLaM is as fast as DmSGD and as accurate as DSGD, on symmetric graphs; MI-DmSGD and PC-DmSGD on
 directed and one-peer ones too. Every method of the optimizer can be compared. Adam's start is slow in this picture: it
 moves each parameter by at most about the learning rate per step, whatever the gradient is.
+
+With --loss, --participation, --delay and --noise messages are lost or late, workers absent: see theory/schemes.py. The
+growth that is printed is then that of `verdict`. All-reduce, the yardstick, is without.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from .. import rules
 from .. import topology as topologies
 from ..rules.rule import SCHEDULES
 from ..theory.regression import Regression
+from ..theory.schemes import Schemes
 from ..theory.simulator import simulate
-from ..theory.stability import consensus_growth
+from ..theory.verdict import verdict
 from ..topology import Topology
 from .cli import Parser, count, need, picture
 from .plain import BLACK, BLUE, GREEN, OLIVE, ORANGE, PINK, RED, SKY, table
@@ -37,7 +41,7 @@ DASHES = ("-", "-.", ":")  # for the methods after the first seven
 class Run(NamedTuple):
     method: str
     graph: str
-    growth: float  # of disagreement per step, without gradients
+    growth: str  # of disagreement per step, without gradients
     error: np.ndarray  # after every step, from 1 on; inf from where it overflows
 
     @property
@@ -47,18 +51,22 @@ class Run(NamedTuple):
 
 
 def run(
-    method: str, graph: Topology, problem: Regression, steps: int, lr: float, momentum: float, schedule: str
-) -> Run:
-    of = "auto" if rules.get(method).average == "gradient" else schedule
+    method: str, graph: Topology, problem: Regression, steps: int, lr: float, momentum: float, schedule: str,
+    schemes: dict[str, Any],
+) -> Run:  # fmt: skip
+    exact = rules.get(method).average == "gradient"
+    of, schemes = ("auto", {}) if exact else (schedule, schemes)
     with np.errstate(all="ignore"):
         x = simulate(
             method, graph, lambda k, x: problem.grad(x), np.zeros((problem.n, problem.d)), steps, lr, momentum,
-            schedule=of,
+            schedule=of, **schemes,
         )  # fmt: skip
         error = problem.error(x)
     bad = ~np.isfinite(error) | (error > 1e6)
     error[np.logical_or.accumulate(bad)] = np.inf
-    return Run(method, graph.name, consensus_growth(method, graph, momentum, schedule=of), error)
+    known = {name: value for name, value in schemes.items() if name != "noise"}
+    growth, scatter = verdict(method, graph, momentum, schedule=of, **known)
+    return Run(method, graph.name, f"{growth:.3f}" + (f" ± {scatter:.3f}" if scatter else ""), error)
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -70,9 +78,7 @@ def summary(runs: Sequence[Run]) -> str:
         base = dsgd.get(r.graph)
         ratio = f"{r.final / base:.3g}" if base and math.isfinite(r.final) and r.method != YARDSTICK else ""
         end = f"{r.final:.1e}" if math.isfinite(r.final) else "diverges"
-        rows.append(
-            (r.method, r.graph if r.method != YARDSTICK else "all-reduce", f"{r.growth:.3f}", *steps, end, ratio)
-        )
+        rows.append((r.method, r.graph if r.method != YARDSTICK else "all-reduce", r.growth, *steps, end, ratio))
     header = (
         "method", "topology", "growth of\ndisagreement", *(f"steps to\n{t:g}" for t in TARGETS), "error at\nthe end",
         "over DSGD's\non the graph",
@@ -128,9 +134,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"Full-batch linear regression, {options.n} worker{'s' * (options.n > 1)}, d = {problem.d}, gradients of the"
         f" workers at the optimum: b^2 = {problem.heterogeneity:.3g}.\n"
-        f"Momentum {options.momentum:g}, learning rate {options.lr:g}, {options.steps} steps, {options.schedule}.\n"
+        f"Momentum {options.momentum:g}, learning rate {options.lr:g}, {options.steps} steps, {options.schedule}."
     )
-    settings = (options.steps, options.lr, options.momentum, options.schedule)
+    print(f"{said(options)}\n")
+    schemes = {"loss": options.loss, "loss_of": options.loss_of, "participation": options.participation,
+               "delay": options.delay, "noise": options.noise, "seed": options.seed}  # fmt: skip
+    settings = (options.steps, options.lr, options.momentum, options.schedule, schemes)
     runs = [run(YARDSTICK, graphs[0], problem, *settings)]
     runs += [run(m, graph, problem, *settings) for graph in graphs for m in options.methods if m != YARDSTICK]
     print(summary(runs))
@@ -138,6 +147,18 @@ def main(argv: list[str] | None = None) -> int:
     draw(runs, f"Linear regression with heterogeneous data: {title}", options.out)
     print(f"\nPicture: {options.out.resolve()}")
     return 0
+
+
+def said(options: argparse.Namespace) -> str:
+    """The schemes in words; nothing if there are none."""
+    parts = [
+        f"{options.loss:.4g} of all {options.loss_of} lost" if options.loss else "",
+        f"{1 - options.participation:.4g} of all workers absent" if options.participation < 1 else "",
+        f"messages {options.delay} step{'s' * (options.delay > 1)} late" if options.delay else "",
+        f"noise {options.noise:g} on messages" if options.noise else "",
+    ]
+    parts = [part for part in parts if part]
+    return f"{', '.join(parts)[:1].upper()}{', '.join(parts)[1:]}; all-reduce without." if parts else ""
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
@@ -154,7 +175,16 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     parser.add_argument("--momentum", type=float, default=0.9, help="beta (0.9)")
     parser.add_argument("--schedule", choices=("auto", *SCHEDULES), default="auto", help="each method's own (auto)")
     parser.add_argument("--spread", type=float, default=1.0, help="how far apart the workers' solutions are (1)")
-    parser.add_argument("--seed", type=int, default=3, help="of the data (3)")
+    parser.add_argument("--loss", type=float, default=0.0, help="share of messages that are lost (0)")
+    parser.add_argument(
+        "--loss-of", choices=("messages", "pairs"), default="messages", help="what is lost together (messages)"
+    )
+    parser.add_argument(
+        "--participation", type=float, default=1.0, help="share of workers that take part in a step (1)"
+    )
+    parser.add_argument("--delay", type=int, default=0, help="steps that all messages are late (0)")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of the noise of messages (0)")
+    parser.add_argument("--seed", type=int, default=3, help="of the data and of all chances (3)")
     parser.add_argument("--out", type=picture, default="fused-dlam-compare.png", help="the picture's file")
     options = parser.parse_args(argv)
     need(parser, "matplotlib")
@@ -167,6 +197,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; known: {', '.join(rules.ALL)}")
     try:
+        Schemes(
+            options.n, options.loss, options.loss_of, options.participation, options.delay, options.noise, options.seed
+        )
         for rule in map(rules.get, options.methods):
             if rule.average == "neighbors":
                 rule.under(options.schedule)

@@ -32,14 +32,15 @@ from .graphs import (
 )  # fmt: skip
 from .matrix import Circulant, Peers, Phase, Sparse, check_workers, circulant, identity, sparse
 from .pushing import one_peer, push
+from .skipped import exchanges, sometimes
 from .topology import Topology
 
 __all__ = [
     "Circulant", "FAMILY", "Peers", "Phase", "RandomTopology", "Sparse", "Topology", "TopologyLike", "base_k",
-    "changing", "circulant", "d_equistatic", "exponential", "from_networkx", "full", "generator", "get", "grid",
-    "hypercube", "identity", "inner_outer_exponential", "inner_outer_ring", "metropolis_hastings", "od_equidyn",
+    "changing", "circulant", "d_equistatic", "exchanges", "exponential", "from_networkx", "full", "generator", "get",
+    "grid", "hypercube", "identity", "inner_outer_exponential", "inner_outer_ring", "metropolis_hastings", "od_equidyn",
     "one_peer", "one_peer_exponential", "one_peer_hypercube", "one_peer_ring", "one_way_ring", "ou_equidyn", "push",
-    "random_match", "ring", "sparse", "star", "symmetric_exponential", "torus", "u_equistatic",
+    "random_match", "ring", "sometimes", "sparse", "star", "symmetric_exponential", "torus", "u_equistatic",
 ]  # fmt: skip
 
 TopologyLike = str | Topology | Callable[[int], Topology]

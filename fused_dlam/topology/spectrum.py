@@ -37,8 +37,8 @@ def contraction(topology: Topology) -> Growth:
     if topology.n == 1:
         return Growth(0.0, 0.0, 0.0)
     if topology.period is None:
-        one = np.ones((1, 1))
-        return estimate(topology.phase, topology.n, one, one, one)
+        alone = (np.ones((1, 1)),) * 3
+        return estimate(topology.phase, topology.n, lambda step: alone)
     shared = all(isinstance(phase, Circulant) for phase in topology.phases)
     rho, soon = (_contraction_of_modes if shared else _contraction_of_product)(topology)
     return Growth(rho, 0.0, max(rho, VANISHED ** (1 / soon)) if soon else rho)
@@ -139,14 +139,17 @@ def modes(topology: Topology) -> np.ndarray | None:
 
 
 def estimate(
-    phase: Callable[[int], Phase], n: int, A: np.ndarray, B: np.ndarray, C: np.ndarray, memory: float = 1.0
+    phase: Callable[[int], Phase],
+    n: int,
+    equations: Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    memory: float = 1.0,
 ) -> Growth:
     """The growth of the disagreement per step under V' = A V + B (W_k - I) C V, where V is [k, n].
 
     Args:
         phase: the step's mixing matrix, as a function of the step.
-        A, B, C: [k, k], [k, m], [m, k]. C makes a worker's m messages from its k values, A is the step without
-            neighbors, and B adds what the neighbors' messages pull.
+        equations: the step's A, B, C, [k, k], [k, m], [m, k]. C makes a worker's m messages from its k values, A is the
+            step without neighbors, and B adds what the neighbors' messages pull.
         memory: the number of steps that a step is remembered for, such as 1/(1 - momentum). The path is at least 64
             times as long. Its first quarter does not count, because there V still turns to what grows fastest.
 
@@ -154,10 +157,12 @@ def estimate(
     direction that grows fastest.
     """
     path, local = math.ceil(max(EXCHANGES, 64 * memory)), identity(n)
-    V = start = _normalized(np.random.RandomState(np.random.Philox(key=n)).standard_normal((len(A), n)))[0]
+    size = len(equations(0)[0])
+    V = start = _normalized(np.random.RandomState(np.random.Philox(key=n)).standard_normal((size, n)))[0]
     sizes: list[float] = []  # of V after each step, 0 where it vanished and was started anew
     exchanges = 0
     while exchanges < path and len(sizes) < LOCAL * path:
+        A, B, C = equations(len(sizes))
         W, y = phase(len(sizes)), C @ V
         V = A @ V
         if W != local:
@@ -167,6 +172,11 @@ def estimate(
         if size < EXACT:  # for example n = 4, after two different matchings in a row
             V, size = start, 0.0
         sizes.append(size)
+    return measured(sizes)
+
+
+def measured(sizes: list[float]) -> Growth:
+    """The growth of what had these sizes after each step, relative to the step before; 0 where it was started anew."""
     logs = np.log(np.where(np.array(sizes) == 0, VANISHED, sizes))
     if 0 in sizes:
         return Growth(0.0, 0.0, math.exp(logs.mean()))

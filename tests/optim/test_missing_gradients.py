@@ -20,7 +20,7 @@ from fused_dlam import rules, topology
 STEPS, LONG = 12, 700
 MISSING = ((0, 0), (3, 1), (4, 1), (4, 2), (7, 0), (7, 1), (7, 2), (9, 2))  # (step, rank)
 VARIANTS = [(m, "auto") for m in rules.ALL] + [
-    (m, "awc") for m in rules.ALL if m not in oracle.ONLY_ATC and "awc" not in m
+    (m, "awc") for m in rules.ALL if m not in oracle.ONLY_ATC + oracle.ONLY_AWC
 ]
 GRAPHS = ("ring", "one-peer-exponential")
 DAILY = ("pc-dmsgd", "mi-dmsgd", "gradient-tracking")  # of the 700 steps; four workers take them with every method

@@ -11,8 +11,8 @@ from fused_dlam import Topology, rules, simulate, topology
 
 STEPS, LR = 200, 0.02
 METHODS = list(rules.ALL)
-AWC = [m for m in METHODS if m not in oracle.ONLY_ATC and "awc" not in m]
-VARIANTS = [(m, "awc" if "awc" in m else "atc") for m in METHODS]
+AWC = [m for m in METHODS if m not in oracle.ONLY_ATC + oracle.ONLY_AWC]
+VARIANTS = [(m, "awc" if m in oracle.ONLY_AWC else "atc") for m in METHODS]
 VARIANTS += [(m, s) for m in AWC for s in ("midpoint", "awc")]
 
 LRS = {

@@ -48,6 +48,11 @@ def test_gradient_and_optimum(problem):
         ("qg-dmsgd", topology.star(5), {}),
         ("exact-diffusion", topology.ring(5), {}),
         ("gradient-tracking", topology.exponential(5), {}),
+        ("nids", topology.ring(5), {}),
+        ("extra", topology.ring(5).every(2), {}),
+        ("led", topology.ring(5).lazy().every(3), {}),
+        ("proxskip", topology.one_peer_exponential(5), {"probability": 0.5}),
+        ("k-gt", topology.ring(5).every(3), {}),
         ("pmsgd", topology.ring(5), {}),
     ],
     ids=str,
@@ -56,6 +61,11 @@ def test_the_fixed_point_is_where_the_workers_end(problem, method, graph, hyper)
     solved = limiting_bias(method, graph, problem, 0.01, 0.8, **hyper)
     x = simulate(method, graph, lambda k, x: problem.grad(x), np.zeros((5, 4)), 6000, 0.01, 0.8, **hyper)
     assert solved == pytest.approx(problem.error(x[-graph.period :]).mean(), rel=1e-6, abs=1e-9)
+
+
+def test_a_limit_is_one_without_chances(problem):
+    with pytest.raises(ValueError, match="a limit is solved for without loss, participation, delay and noise"):
+        limiting_bias("dsgd", topology.ring(5), problem, 0.01, loss=0.1)
 
 
 def test_what_diverges_has_no_bias(problem):
