@@ -1,6 +1,7 @@
 """Decentralized momentum optimizers for PyTorch: data-parallel training by gossip, without all-reduce."""
 
 from . import layers, rules, topology
+from .comm.mailbox import Mailbox
 from .comm.neighbor_allreduce import neighbor_allreduce
 from .comm.watch import ExchangeError
 from .layers import SlowMo
@@ -22,6 +23,7 @@ __all__ = [
     "Gossip",
     "GossipSGD",
     "GradScaler",
+    "Mailbox",
     "Rule",
     "Simulation",
     "SlowMo",
