@@ -91,9 +91,8 @@ class Post:
         threads = [thread for line in self.lines.values() for thread in line.threads]
         self._running = len(threads)
         if threads:
-            _open.add(self)
-            _provide()
             self._clock = threading.Thread(target=self._look, daemon=True, name="fused_dlam-mailbox-clock")
+            _provide(self, [*threads, self._clock])
             for thread in (*threads, self._clock):
                 thread.start()
 
@@ -287,23 +286,31 @@ class Post:
         _open.discard(self)
 
 
-_open: set[Post] = set()  # those whose threads run
+_open: set[Post] = set()  # those of which a thread runs
+_threads: list[threading.Thread] = []  # those of all posts, until they have ended to the last
 _hooked = 0  # the process whose end is provided for
 
 
-def _provide() -> None:
+def _provide(post: Post, threads: list[threading.Thread]) -> None:
     global _hooked
     if _hooked != os.getpid():
         _hooked = os.getpid()
-        _open.difference_update({post for post in _open if post.process != _hooked})
+        _open.clear()  # the parent's
+        _threads.clear()
         # Unlike atexit's, these run in children of multiprocessing as well. Before the end of groups: leaving.py.
         multiprocessing.util.Finalize(None, _at_exit, exitpriority=10)
+    _open.add(post)
+    _threads[:] = [*(thread for thread in _threads if thread.is_alive()), *threads]
 
 
 def _at_exit() -> None:
+    if _hooked != os.getpid():
+        return
     posts = list(_open)
     for post in posts:
         post.leave()
     end = time.monotonic() + PATIENCE
     for post in posts:
         post.finish(max(0.0, end - time.monotonic()))
+    for thread in _threads:  # also of a post that has nothing more to do, and was let go of in this moment
+        thread.join(PATIENCE)

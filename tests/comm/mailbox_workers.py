@@ -60,6 +60,26 @@ def schedules(rank, topologies, seeds):
     return [schedule(rank, topology, seed) for topology in topologies for seed in seeds]
 
 
+def consensus(rank, steps=200):
+    """Asynchronous push-sum, rank 0 five times slower: distance from the mean, relative, and what is lost of it."""
+    x, n = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)), dist.get_world_size()
+    (start, _), p = total(x, 1.0, x), 1.0
+    mean = start / n
+    box, slower = Mailbox(x, "one-peer-exponential", timeout=60.0), 5 if rank == 0 else 1
+    dist.barrier()
+    for step in range(steps // slower):
+        time.sleep(0.004 * slower)
+        dx, dp = box.collect()
+        x, p = x + dx, p + dp
+        if box.push(x, p, step=step):
+            x, p = x / 2, p / 2
+    box.close()
+    dx, dp = box.collect()
+    x, p = x + dx, p + dp
+    now, mass = total(x, p, x)
+    return float((x / p - mean).norm() / mean.norm()), abs(mass - n), float((now - start).abs().max())
+
+
 def full_slot(rank):
     """Rank 1 reads nothing for a while: what rank 0's pushes to it return, and what has come in the end."""
     x = torch.arange(5.0)
