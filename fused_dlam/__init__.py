@@ -10,6 +10,8 @@ from .optim.decentlam import DecentLaM
 from .optim.gossip import Gossip
 from .optim.gossip_sgd import GossipSGD
 from .optim.mixed_precision import GradScaler
+from .optim.pair_gossip import PairGossip
+from .optim.push_sum import PushSum
 from .rules.rule import Rule, jit
 from .theory.limits import rate_limit
 from .theory.simulator import Simulation, simulate
@@ -24,6 +26,8 @@ __all__ = [
     "GossipSGD",
     "GradScaler",
     "Mailbox",
+    "PairGossip",
+    "PushSum",
     "Rule",
     "Simulation",
     "SlowMo",

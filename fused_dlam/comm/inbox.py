@@ -1,4 +1,4 @@
-"""What has come to a mailbox and was not collected, from whom it may come, and what a user gets of it."""
+"""What has come to a mailbox and was not collected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..topology import Topology
 from .letter import Letter, Values, add
 from .line import Head, Line
 
@@ -31,12 +30,12 @@ class Inbox:
         self.last: dict[int, tuple[Head, torch.Tensor]] = {}
 
     def came(self, line: Line, head: Head, values: torch.Tensor) -> None:
-        if not line.gone:  # what comes of one that was given up is not counted: its mass is gone
+        if not line.silent:
             with self.lock:
                 self.last[line.peer] = head, values
 
     def read(self, line: Line, head: Head, values: torch.Tensor) -> None:
-        if line.gone:
+        if line.silent:
             return
         with self.lock:
             if self.total is None:
@@ -50,14 +49,3 @@ class Inbox:
             total, mass = self.total, self.mass
             self.total, self.mass = None, 0.0
         return total, mass
-
-
-def neighbors(graph: Topology, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Who sends to a rank in any step of the period, and to whom it sends, in the order in which they come up."""
-    sources: dict[int, None] = {}
-    destinations: dict[int, None] = {}
-    for step in range(len(graph.phases)):
-        peers = graph.peers(rank, step)
-        sources.update(dict.fromkeys(peers.sources))
-        destinations.update(dict.fromkeys(peers.destinations))
-    return tuple(sources), tuple(destinations)

@@ -73,7 +73,7 @@ class Line:
         self.number = 0  # messages sent
         self._head, self._said = torch.zeros(2, len(Head._fields), dtype=torch.float64)  # that comes, that goes
         self._out: queue.SimpleQueue = queue.SimpleQueue()
-        self._queued: set[int] = set()  # kinds of heads that are in there: of each the last word counts
+        self._queued: set[int] = set()  # questions and answers that are in there: one of each says it all
         self.threads = [
             threading.Thread(target=work, daemon=True, name=f"fused_dlam-mailbox-{name}-{peer}")
             for work, name in ((self._listen, "from"), (self._send, "to"))
@@ -83,6 +83,11 @@ class Line:
     def gone(self) -> bool:
         return bool(self.lost) or self.left
 
+    @property
+    def silent(self) -> bool:
+        """Whether it was given up though its connection is open: what comes of it all the same does not count."""
+        return "silent" in self.lost
+
     # -- to the peer -----------------------------------------------------------------------------------------------
 
     def put(self, slot: Slot) -> None:
@@ -90,14 +95,18 @@ class Line:
         slot.full = True
         self._out.put(slot)
 
+    def tell(self, state: Head) -> None:
+        """Sends where this rank stands, behind what was put here before: what is in flight decides what it means."""
+        self._out.put(state)
+
     def say(self, kind: int) -> None:
-        """Sends a head that has no body. Calling this within a collection of garbage is safe for a BYE."""
+        """Sends an ASK, an ANSWER or a BYE. Calling this within a collection of garbage is safe for a BYE."""
         if kind != BYE:
             with self.post.changed:
                 if kind in self._queued:
                     return
                 self._queued.add(kind)
-        self._out.put(kind)
+        self._out.put(Head(kind))
 
     def _send(self) -> None:
         try:
@@ -107,10 +116,9 @@ class Line:
                     self._send_message(thing)
                     continue
                 with self.post.changed:
-                    self._queued.discard(thing)
-                    head = self.post.state() if thing == STATE else Head(thing)
-                self._hand_over(head)
-                if thing == BYE:
+                    self._queued.discard(thing.kind)
+                self._hand_over(thing)
+                if thing.kind == BYE:
                     return
         except Exception as error:  # noqa: BLE001 -- whatever it is, this peer is not to be reached
             self._fail(error)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from .. import topology as topologies
 from ..topology import TopologyLike
-from .errors import ClosedError, calling
-from .inbox import Inbox, Message, neighbors
-from .letter import Letter, Values
+from .asynchronous import Asynchronous, check_seconds
+from .errors import calling
+from .inbox import Inbox, Message
+from .letter import Values
 from .line import Line, Slot
-from .place import needs_process_group
-from .post import Post
 
 
-class Mailbox:
+class Mailbox(Asynchronous):
     """One rank's end of messages for which nobody waits: asynchronous push-sum, and methods that put or get values.
 
         x, p = torch.randn(10), 1.0
@@ -58,6 +53,8 @@ class Mailbox:
     does not build it in time. Without a process group, and in one of one rank, nothing is ever pushed.
     """
 
+    what = "mailbox"
+
     def __init__(
         self,
         like: torch.Tensor | Sequence[torch.Tensor],
@@ -66,30 +63,16 @@ class Mailbox:
         timeout: float = 600.0,
         on_loss: str = "continue",
     ):
-        if on_loss not in ("continue", "raise"):
-            raise ValueError(f"on_loss must be 'continue' or 'raise', not {on_loss!r}")
-        _check_seconds("timeout", timeout)
-        self._letter, self._raises, self._told = Letter(like), on_loss == "raise", 0
-        needs_process_group(group)
-        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError("this rank is not in the given process group")
-        here = dist.is_available() and dist.is_initialized()
-        n, me = (dist.get_world_size(group), dist.get_rank(group)) if here else (1, 0)
-        graph = topologies.get(topology, n)
-        self.sources, self.destinations = neighbors(graph, me)
-        self._inbox = Inbox(self._letter)
-        facts = {"the timeout": f"{timeout:g}", "the topology": f"{graph.name} over {n} ({graph.fingerprint})"}
-        with calling("Mailbox()"):
-            self._post = Post(group, float(timeout), "mailbox", {**facts, **self._letter.facts}, self.sources,
-                              self.destinations, self._inbox, self._letter)  # fmt: skip
+        super().__init__(like, topology, group, timeout, on_loss)
         self._slots = {j: Slot(self._letter.host()) for j in self.destinations}
         self._turn = 0
-        self._closed = False
-        weakref.finalize(self, self._post.leave).atexit = False
 
-    def __repr__(self) -> str:
-        lost = f", lost {sorted(self.lost)}" if self.lost else ""
-        return f"Mailbox({self._letter.form}, to {list(self.destinations)}, from {list(self.sources)}{lost})"
+    def _reader(self) -> Inbox:
+        self._inbox = Inbox(self._letter)
+        return self._inbox
+
+    def _busy(self) -> bool:
+        return any(slot.full and not self._post.lines[j].gone for j, slot in self._slots.items())
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +176,7 @@ class Mailbox:
         self._check()
         if isinstance(at_least, bool) or not isinstance(at_least, int) or not 0 <= at_least <= len(self.sources):
             raise ValueError(f"at_least must be a number of sources, from 0 to {len(self.sources)}, not {at_least!r}")
-        _check_seconds("deadline", deadline, least=0.0)
+        check_seconds("deadline", deadline, least=0.0)
 
         def reached() -> set[int]:
             return {j for j in self.sources if self._post.lines[j].step >= step}
@@ -207,11 +190,6 @@ class Mailbox:
         return reached()
 
     @property
-    def lost(self) -> set[int]:
-        """The neighbors that died, were cut off, or left without `close()`, by their numbers in the group."""
-        return self._post.lost
-
-    @property
     def age(self) -> dict[int, float]:
         """Seconds since the last message of each source came, or since the mailbox was built."""
         now = time.monotonic()
@@ -222,74 +200,9 @@ class Mailbox:
         """The step of the last message of each source; -1 before the first."""
         return {j: self._post.lines[j].step for j in self.sources}
 
-    # -- all together ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def drained(self) -> Iterator[None]:
-        """A context in which nothing is in flight to this rank: what was pushed to it is in its sum. For checkpoints.
-
-        All ranks must enter it, equally often; lost ones are left out. A rank that has left it goes on at once, and
-        finds those that have not full.
-
-        Raises ExchangeError, which names who, if a neighbor that runs does not enter it within `timeout`: then this
-        rank is not in it either, and may try again.
-        """
-        self._check()
-        if self._post.inside:
-            raise RuntimeError("drained() within drained()")
-        with calling("Mailbox.drained()"):
-            self._post.meet(self._post.timeout)
-        try:
-            yield
-        finally:
-            self._post.part()
-
-    def close(self, deadline: float | None = None) -> None:
-        """All ranks: what was pushed has come, and can be collected. Gives back threads and connections.
-
-        Lost ranks are left out. Harmless when repeated. deadline: seconds, default `timeout`; where another rank has
-        not closed by then, this one is closed all the same, and ExchangeError names it: what it pushed may be missing.
-        """
-        if self._closed or self._post.process != os.getpid():
-            return
-        if deadline is not None:
-            _check_seconds("deadline", deadline, least=0.0)
-        self._closed = True
-        try:
-            if self._post.lines:
-                with calling("Mailbox.close()"):
-                    self._post.meet(self._post.timeout if deadline is None else deadline, closing=True)
-        finally:
-            self._post.leave()
-            self._post.finish()
-
-    def _check(self, closed: bool = False) -> None:
-        """Raises what keeps a call from going on. closed: it may be."""
-        post = self._post
-        if post.process != os.getpid():
-            raise RuntimeError("this mailbox belongs to the process that built it, of which this one is a fork")
-        if self._closed and not closed:
-            raise ClosedError("this mailbox was closed: build a new one on all ranks")
-        if self._raises and self._told < len(post.losses):
-            line = post.lines[post.losses[self._told]]
-            self._told += 1
-            raise post.error(
-                f"rank {post.ranks[line.peer]} {line.lost}. Look at its log first. Its mass is gone; calls after this"
-                " one go on without it (on_loss='raise')",
-                line,
-            )
-
 
 def _finite(name: str, value: float) -> float:
     value = float(value)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, not {value}")
     return value
-
-
-def _check_seconds(name: str, value: float, least: float | None = None) -> None:
-    """Raises TypeError or ValueError unless it is a number of seconds that can be waited for."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be seconds, not {value!r}")
-    if not (value >= least if least is not None else value > 0) or value > 1e9:
-        raise ValueError(f"{name} must be {'positive ' if least is None else ''}seconds, not {value}")

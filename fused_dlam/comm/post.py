@@ -114,7 +114,7 @@ class Post:
         out.rank, out.call = me, current_call()
         if line is not None:
             out.peer, out.lost = self.ranks[line.peer], bool(line.lost)
-            out.silent = "silent" in line.lost
+            out.silent = line.silent
         return out
 
     @property
@@ -167,13 +167,11 @@ class Post:
 
     # -- what all do together --------------------------------------------------------------------------------------
 
-    def state(self) -> Head:
-        return Head(STATE, self.round, int(self.inside), 0.0, int(self.closing))
-
     def tell(self) -> None:
+        state = Head(STATE, self.round, int(self.inside), 0.0, int(self.closing))
         for line in self.lines.values():
             if not line.gone:
-                line.say(STATE)
+                line.tell(state)
 
     def held(self, line: Line) -> bool:
         """Whether a neighbor is within a round that this rank has left."""
