@@ -21,12 +21,14 @@ import torch
 from ..comm import other_averagers
 from ..comm.place import Place
 from ..comm.streams import Lane
+from ..layers.compression import Codec
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from ..topology import Peers, Topology
 from . import layout
 from .buckets import Bucket
+from .compressed import places
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
 from .header import STALE, digest
 from .hearing import Hearing
@@ -49,6 +51,7 @@ class Engine:
         bucket_mb: MiB from which a bucket is full; None: see layout.py.
         clips: whether gradients far longer than usual are shortened, see spikes.py.
         elastic: whether other workers may come, so that one alone has room for them.
+        codec: what makes bytes of messages, see compressed.py.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class Engine:
         bucket_mb: float | None = None,
         clips: bool = False,
         elastic: bool = False,
+        codec: Codec | None = None,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology, place, message
-        self.message_dtype, self.bucket_mb, self.elastic = message_dtype, bucket_mb, elastic
+        self.message_dtype, self.bucket_mb, self.elastic, self.codec = message_dtype, bucket_mb, elastic, codec
+        self.places = places(codec, topology)
         self.averager = averager(message, place)
         # How buckets are laid out, for good: also of parameters that come while this worker is alone.
         self.averages, self.parts = self.averager.size > 1, place.parts
@@ -159,6 +164,8 @@ class Engine:
             self.place.start_equal(b.x)
             for name in self.starting_at_x - {"master"}:
                 b.extra[name].copy_(b.x)
+            if b.compressed is not None:
+                b.compressed.start(b.x)
             b.publish()
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -320,11 +327,23 @@ class Engine:
             self.flights[b.index] = Flight(self, b, self.step)
         return self.flights[b.index]
 
+    def memory(self, step: int) -> int | None:
+        """Which of what is remembered of messages a step's messages are about, see compressed.py."""
+        return self.places[step % len(self.places)]
+
     def peers(self, step: int) -> Peers:
         if not self.gossips:
             return NOBODY
         exactly = self.topology.n > 2 and self.topology.averages_exactly(step)
         return EVERYBODY if exactly else self.topology.peers(self.place.workers.rank, step)
+
+    def make_room(self, b: Bucket) -> None:
+        """Room for a bucket's messages to the present neighbors, and for what is remembered of them."""
+        degree = self.topology.most_messages if self.gossips else 0
+        rows = 0 if self.sends_as_it_lies(b) else self.rule.messages
+        memories = 1 + max((place for place in self.places if place is not None), default=0)
+        b.make_room(self.rule.messages, degree, rows, self.message_dtype)
+        b.compress(self.codec if degree else None, self.rule.messages, degree, self.place.parts, memories)
 
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""
@@ -343,4 +362,5 @@ class Engine:
     def buffers(self, b: Bucket) -> Mapping[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""
         named = dict(zip(self.rule.state, b.state, strict=True)) | b.extra
+        named |= {} if b.compressed is None else b.compressed.kept
         return named if b.low is None else {**named, "master": b.x}

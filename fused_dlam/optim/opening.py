@@ -98,7 +98,7 @@ class Opening:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
-        rho, static = contraction(self.engine.topology, self.options.skip_late)
+        rho, static = contraction(self.engine.topology, self.options.skip_late, self.options.compress)
         return dict(
             lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
             static=static, hyper=hyper,

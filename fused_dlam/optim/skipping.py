@@ -28,6 +28,7 @@ from ..comm.place import Layout
 from ..engine.engine import Engine
 from ..engine.leaving_out import LeavingOut, check_pairs
 from ..engine.message import Message, message_of
+from ..layers.compression import Codec
 from ..rules.rule import Rule
 from ..topology import Topology
 
@@ -60,11 +61,12 @@ def check(
         raise ValueError("skip_late is for parameters on the CPU, over gloo: on a GPU a message cannot be left waiting")
 
 
-def contraction(topology: Topology, seconds: float | None) -> tuple[float, bool]:
+def contraction(topology: Topology, seconds: float | None, codec: Codec | None = None) -> tuple[float, bool]:
     """What rates are derived from: the contraction per step, and whether one matrix is that of all steps."""
-    if seconds is None:
+    progress = 1.0 if codec is None else codec.progress
+    if seconds is None and progress == 1.0:
         return topology.slowest_rho, topology.is_static
-    return topology.slowest_rho ** (1 / (1 + IN_A_ROW)), False
+    return topology.slowest_rho ** (progress / (1 if seconds is None else 1 + IN_A_ROW)), False
 
 
 def start(engine: Engine, seconds: float | None) -> None:

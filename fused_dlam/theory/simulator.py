@@ -11,7 +11,7 @@ import torch
 
 from .. import rules
 from .. import topology as topologies
-from ..layers import spikes
+from ..layers import compression, spikes
 from ..layers.layer import Layer, checked, finishing
 from ..layers.old_names import from_old_names
 from ..rules.jit import Array
@@ -34,6 +34,7 @@ class Simulation:
         layers: what is around the rule, e.g. `[Lars(0.01, columns), SlowMo(12)]`.
         clip: "spikes" shortens gradients far longer than a worker's recent ones, see layers/spikes.py. A row of x is
             one bucket.
+        compress: "int8", "int4", "topk" or a codec, see layers/compression.py. A row of x is one bucket.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
     Raises ValueError or TypeError for bad input. No certificate is asked for: unstable choices run, and overflow.
@@ -49,6 +50,7 @@ class Simulation:
         schedule: str = "auto",
         layers: Sequence[Layer] = (),
         clip: str | None = None,
+        compress: str | compression.Codec | None = None,
         **hyper,
     ):
         spikes.check(clip)
@@ -75,6 +77,10 @@ class Simulation:
         self.memory: dict[str, float] = {}
         self.clip = clip
         self.usual = torch.zeros(len(self.x), dtype=torch.float64)  # norms of gradients, see layers/spikes.py
+        codec = compression.get(compress)
+        if codec is not None and codec.references and self.topology.period is None:
+            raise ValueError(f"{codec} remembers what was sent along every edge: it needs a graph with a period")
+        self.remembered = None if codec is None else compression.Remembered(codec, self.x)
         self.steps = 0
 
     def step(self, g: Any, lr: float) -> Any:
@@ -94,9 +100,13 @@ class Simulation:
             if layer.finishes(self.settings):
                 g, decay = layer.gradient(self.x, g, decay), 0.0
         rho, static = self.topology.slowest_rho, self.topology.is_static
+        if self.remembered is not None and self.remembered.codec.progress < 1:
+            rho, static = rho**self.remembered.codec.progress, False
         h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static)
         messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
+        if self.remembered is not None and not averaged:
+            pull = tuple(self.remembered.pull(y, phase, k) for k, y in enumerate(messages))
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
         for k, layer in enumerate(self.layers):
