@@ -104,11 +104,15 @@ class Bucket(Gathering, PerSlot):
         self.messages = torch.zeros(rows if degree else 0, self.N, dtype=dtype, device=self.x.device)
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 
-    def compress(self, codec: Codec | None, messages: int, degree: int, parts: int, memories: int) -> None:
+    def compress(
+        self, codec: Codec | None, messages: int, degree: int, parts: int, memories: int, damping: float
+    ) -> None:
         """Messages travel as bytes, for which there is room, or not. What was remembered of them stays."""
         kept = {} if self.compressed is None else self.compressed.kept
         used = self.flags.start  # what lies behind is padding
-        self.compressed = codec and Compressed(codec, self.x, used, messages, degree, parts, memories, kept)
+        self.compressed = codec and Compressed(
+            codec, self.x, used, messages, degree, parts, memories, damping, kept
+        )
 
     @property
     def landing(self) -> torch.Tensor:

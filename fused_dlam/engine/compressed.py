@@ -60,14 +60,15 @@ class Compressed:
     Args:
         n: length of the bucket. used: of what holds parameters; the rest is padding, of which nothing is sent.
         memories: how many matrices have messages, see `places`.
+        damping: what differences between references are multiplied by.
         kept: what is remembered already.
     """
 
     def __init__(
         self, codec: Codec, x: Tensor, used: int, messages: int, degree: int, parts: int, memories: int,
-        kept: Mapping[str, Tensor],
+        damping: float, kept: Mapping[str, Tensor],
     ):  # fmt: skip
-        self.codec, self.used, self.parts = codec, used, parts
+        self.codec, self.used, self.parts, self.damping = codec, used, parts, damping
         self._size = -(-codec.bytes(len(x) // parts) // ALIGN) * ALIGN
         self._end = messages * self._size
         self._unit = self._end + -(-SIZE // ALIGN) * ALIGN
@@ -141,7 +142,10 @@ class Compressed:
         for k, row in enumerate(rows):
             heard = self._reference(m, place, 1 + k)
             heard.add_(self._decoded(self.landing[k], m, self._scratch))
-            torch.sub(heard, own, out=row).add_(y)
+            torch.sub(heard, own, out=row)
+            if self.damping != 1.0:
+                row.mul_(self.damping)
+            row.add_(y)
 
     def _reference(self, m: int, place: int | None, k: int) -> Tensor:
         assert place is not None

@@ -21,7 +21,7 @@ import torch
 from ..comm import other_averagers
 from ..comm.place import Place
 from ..comm.streams import Lane
-from ..layers.compression import Codec
+from ..layers.compression import Codec, damping
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
@@ -341,9 +341,10 @@ class Engine:
         """Room for a bucket's messages to the present neighbors, and for what is remembered of them."""
         degree = self.topology.most_messages if self.gossips else 0
         rows = 0 if self.sends_as_it_lies(b) else self.rule.messages
-        memories = 1 + max((place for place in self.places if place is not None), default=0)
         b.make_room(self.rule.messages, degree, rows, self.message_dtype)
-        b.compress(self.codec if degree else None, self.rule.messages, degree, self.place.parts, memories)
+        codec, memories = self.codec if degree else None, 1 + max((p for p in self.places if p is not None), default=0)
+        weaker = 1.0 if codec is None else damping(codec, self.topology.phases)
+        b.compress(codec, self.rule.messages, degree, self.place.parts, memories, weaker)
 
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""

@@ -80,7 +80,9 @@ class Simulation:
         codec = compression.get(compress)
         if codec is not None and codec.references and self.topology.period is None:
             raise ValueError(f"{codec} remembers what was sent along every edge: it needs a graph with a period")
-        self.remembered = None if codec is None else compression.Remembered(codec, self.x)
+        phases = self.topology.phases
+        self.remembered = None if codec is None else compression.Remembered(codec, self.x, phases)
+        self.progress = compression.progress(codec, phases)
         self.steps = 0
 
     def step(self, g: Any, lr: float) -> Any:
@@ -100,8 +102,8 @@ class Simulation:
             if layer.finishes(self.settings):
                 g, decay = layer.gradient(self.x, g, decay), 0.0
         rho, static = self.topology.slowest_rho, self.topology.is_static
-        if self.remembered is not None and self.remembered.codec.progress < 1:
-            rho, static = rho**self.remembered.codec.progress, False
+        if self.progress < 1:  # of a codec
+            rho, static = rho**self.progress, False
         h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static)
         messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
