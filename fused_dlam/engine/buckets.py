@@ -105,13 +105,14 @@ class Bucket(Gathering, PerSlot):
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
 
     def compress(
-        self, codec: Codec | None, messages: int, degree: int, parts: int, memories: int, damping: float
-    ) -> None:
+        self, codec: Codec | None, messages: int, degree: int, parts: int, memories: int, damping: float,
+        fused: bool | None,
+    ) -> None:  # fmt: skip
         """Messages travel as bytes, for which there is room, or not. What was remembered of them stays."""
         kept = {} if self.compressed is None else self.compressed.kept
         used = self.flags.start  # what lies behind is padding
         self.compressed = codec and Compressed(
-            codec, self.x, used, messages, degree, parts, memories, damping, kept
+            codec, self.x, used, messages, degree, parts, memories, damping, kept, fused
         )
 
     @property

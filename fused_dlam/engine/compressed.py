@@ -14,12 +14,13 @@ the machine are bytes. So all of them remember the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers.compression import Codec
+from ..layers.compression import Codec, Int8
 from ..topology import Topology
 from .header import SIZE
 
@@ -62,11 +63,12 @@ class Compressed:
         memories: how many matrices have messages, see `places`.
         damping: what differences between references are multiplied by.
         kept: what is remembered already.
+        fused: False takes torch's operations on a GPU too.
     """
 
     def __init__(
         self, codec: Codec, x: Tensor, used: int, messages: int, degree: int, parts: int, memories: int,
-        damping: float, kept: Mapping[str, Tensor],
+        damping: float, kept: Mapping[str, Tensor], fused: bool | None = None,
     ):  # fmt: skip
         self.codec, self.used, self.parts, self.damping = codec, used, parts, damping
         self._size = -(-codec.bytes(len(x) // parts) // ALIGN) * ALIGN
@@ -75,6 +77,7 @@ class Compressed:
         self.sending = torch.zeros(parts * self._unit, dtype=torch.uint8, device=x.device)
         self.landing = torch.zeros(degree, parts * self._unit, dtype=torch.uint8, device=x.device)
         self._scratch = torch.empty_like(x)
+        self._kernels = None if fused is False else kernels(codec, x, len(x) // parts)
         # By name, [N] each: e of every message, or h of every message, matrix and end of it (0 is the own).
         self.kept = {
             name: kept[name] if name in kept else torch.zeros_like(x)
@@ -106,6 +109,10 @@ class Compressed:
     def encode(self, message: Tensor, place: int | None) -> Tensor:
         """What to send in the place of a message, [messages, N], as it lies."""
         for m, y in enumerate(message):
+            if self._kernels is not None:
+                for part, e, own, used in self._pieces(m, y):
+                    self._kernels.quantize(part, e, *own, used, self.codec.block)  # type: ignore[attr-defined]
+                continue
             v = self._difference(m, y, place)
             if self.codec.references:
                 v.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
@@ -122,13 +129,39 @@ class Compressed:
         v[self.used :] = 0
         return v
 
+    def warm(self) -> None:
+        """Builds the kernels, of which the first launch would wait in mid-training: over zeros, which change nothing."""
+        if self._kernels is not None:
+            nothing = torch.zeros(1, len(self._scratch), dtype=self._scratch.dtype, device=self._scratch.device)
+            for degree in {0, len(self.landing)}:
+                self.encode(nothing, 0)
+                self.decode(nothing, nothing.expand(degree, 1, -1).clone(), degree, 0)
+
     def decode(self, message: Tensor, received: Tensor, degree: int, place: int | None) -> None:
         """Writes rows, received[k, m], for the messages of `degree` neighbors that have landed; remembers."""
         for m, y in enumerate(message):
             rows = [received[k, m] for k in range(degree)]
             (self._from_references if self.codec.references else self._with_feedback)(m, y, rows, place)
 
+    def _pieces(self, m: int, y: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor], int]]:
+        """For the kernels, of every part: its y, e, codes and scales, and how much of it holds parameters."""
+        e = self.kept[_named("compression_error", m)].view(self.parts, -1)
+        for p, (part, left, own) in enumerate(zip(y.view(self.parts, -1), e, self._coded(self.sending, m), strict=True)):
+            yield part, left, own, self.used - p * len(part)
+
+    def _coded(self, sent: Tensor, m: int) -> list[tuple[Tensor, Tensor]]:
+        """Message m's codes and scales in every part."""
+        assert isinstance(self.codec, Int8)
+        n = len(self._scratch) // self.parts
+        return [self.codec.parts(n, data) for data in self._data(sent, m)]
+
     def _with_feedback(self, m: int, y: Tensor, rows: list[Tensor], place: int | None) -> None:
+        if self._kernels is not None:
+            heard = [self._coded(self.landing[k], m) for k in range(len(rows))]
+            for p, (part, e, own, used) in enumerate(self._pieces(m, y)):
+                out = [row.view(self.parts, -1)[p] for row in rows]
+                self._kernels.dequantize(part, e, own, [h[p] for h in heard], out, used, self.codec.block)  # type: ignore[attr-defined]
+            return
         own = self._decoded(self.sending, m, self._scratch)
         for k, row in enumerate(rows):
             self._decoded(self.landing[k], m, row).sub_(own).add_(y)
@@ -160,6 +193,18 @@ class Compressed:
         """Message m's bytes in every part, [parts, bytes]."""
         length = self.codec.bytes(len(self._scratch) // self.parts)
         return sent.view(self.parts, self._unit)[:, m * self._size :][:, :length]
+
+
+def kernels(codec: Codec, x: Tensor, n: int) -> Any:
+    """The module of kernels that code n numbers of a buffer like x, if there is one."""
+    if type(codec) is not Int8 or x.dtype != torch.float32 or not x.is_cuda:
+        return None
+    try:
+        from ..kernels import triton_compression
+        from ..kernels.triton_passes import missing
+    except ImportError:  # of triton
+        return None
+    return triton_compression if missing(x.device) is None and triton_compression.fits(n, codec.block) else None
 
 
 def _named(what: str, m: int, *numbers: int) -> str:

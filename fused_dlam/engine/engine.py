@@ -344,7 +344,7 @@ class Engine:
         b.make_room(self.rule.messages, degree, rows, self.message_dtype)
         codec, memories = self.codec if degree else None, 1 + max((p for p in self.places if p is not None), default=0)
         weaker = 1.0 if codec is None else damping(codec, self.topology.phases)
-        b.compress(codec, self.rule.messages, degree, self.place.parts, memories, weaker)
+        b.compress(codec, self.rule.messages, degree, self.place.parts, memories, weaker, self.local.fused)
 
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""

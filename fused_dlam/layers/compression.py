@@ -89,18 +89,17 @@ class Int8(Codec):
         return _aligned(n) + 4 * -(-n // self.block)
 
     def encode(self, v: Tensor, data: Tensor) -> None:
-        codes, scales = self._parts(v, data)
+        codes, scales = self.parts(v.numel(), data)
         rounded(v, self.block, self.most, codes, scales)
 
     def decode(self, data: Tensor, out: Tensor) -> None:
-        codes, scales = self._parts(out, data)
+        codes, scales = self.parts(out.numel(), data)
         out.copy_(codes)
         scale_blocks(out, self.block, scales)
         out.masked_fill_(codes == -128, torch.nan)
 
-    def _parts(self, v: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+    def parts(self, n: int, data: Tensor) -> tuple[Tensor, Tensor]:
         """The codes, int8 [n], and behind them the scales, float32 [blocks]."""
-        n = v.numel()
         return data[:n].view(torch.int8), data[_aligned(n) :].view(torch.float32)
 
 
