@@ -5,9 +5,10 @@
     python bench/compression.py fashion --seeds 300 --epochs 1
 
 All workers are simulated in one process, in float32, by the equations of layers/compression.py. Digits: a 64-64-10
-network, labels dealt to workers, the whole share in every step, 300 steps (bench/pc_training.py). Fashion-MNIST: a small
-convolutional network with BatchNorm, labels by a Dirichlet distribution of 0.1, batches of 32 (bench/midpoint_fashion.py).
-Rates: a cosine to zero, for Fashion-MNIST after a warm-up over a tenth. Bytes are those of one worker's message.
+network, labels dealt to workers, the whole share in every step, 300 steps (bench/pc_training.py). Fashion-MNIST: a
+small convolutional network with BatchNorm, labels by a Dirichlet distribution of 0.1, batches of 32
+(bench/midpoint_fashion.py). Rates: a cosine to zero, for Fashion-MNIST after a warm-up over a tenth. Bytes are those of
+one worker's message.
 """
 
 from __future__ import annotations

@@ -111,9 +111,11 @@ class Bucket(Gathering, PerSlot):
         """Messages travel as bytes, for which there is room, or not. What was remembered of them stays."""
         kept = {} if self.compressed is None else self.compressed.kept
         used = self.flags.start  # what lies behind is padding
-        self.compressed = codec and Compressed(
-            codec, self.x, used, messages, degree, parts, memories, damping, kept, fused
-        )
+        self.compressed = None
+        if codec is not None:
+            self.compressed = Compressed(
+                codec, self.x, used, messages, degree, parts, memories, damping, kept, fused
+            )  # fmt: skip
 
     @property
     def landing(self) -> torch.Tensor:

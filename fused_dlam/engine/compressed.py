@@ -49,8 +49,8 @@ def places(codec: Codec | None, topology: Topology) -> list[int | None]:
         found.append(None if silent else known.setdefault(id(phase), len(known)))
     if len(known) > MOST:
         raise ValueError(
-            f"{codec} remembers what was sent along every edge, and {topology.name!r} has {len(known)} matrices, each of"
-            f" which needs buffers of its own (at most {MOST}): take compress='int8', or a graph of a shorter period"
+            f"{codec} remembers what was sent along every edge, and {topology.name!r} has {len(known)} matrices, each"
+            f" with buffers of its own (at most {MOST}): take compress='int8', or a graph of a shorter period"
         )
     return found
 
@@ -130,7 +130,7 @@ class Compressed:
         return v
 
     def warm(self) -> None:
-        """Builds the kernels, of which the first launch would wait in mid-training: over zeros, which change nothing."""
+        """Builds the kernels, which a launch in mid-training would wait for: over zeros, which change nothing."""
         if self._kernels is not None:
             nothing = torch.zeros(1, len(self._scratch), dtype=self._scratch.dtype, device=self._scratch.device)
             for degree in {0, len(self.landing)}:
@@ -146,7 +146,9 @@ class Compressed:
     def _pieces(self, m: int, y: Tensor) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor], int]]:
         """For the kernels, of every part: its y, e, codes and scales, and how much of it holds parameters."""
         e = self.kept[_named("compression_error", m)].view(self.parts, -1)
-        for p, (part, left, own) in enumerate(zip(y.view(self.parts, -1), e, self._coded(self.sending, m), strict=True)):
+        for p, (part, left, own) in enumerate(
+            zip(y.view(self.parts, -1), e, self._coded(self.sending, m), strict=True)
+        ):
             yield part, left, own, self.used - p * len(part)
 
     def _coded(self, sent: Tensor, m: int) -> list[tuple[Tensor, Tensor]]:
@@ -162,11 +164,11 @@ class Compressed:
                 out = [row.view(self.parts, -1)[p] for row in rows]
                 self._kernels.dequantize(part, e, own, [h[p] for h in heard], out, used, self.codec.block)  # type: ignore[attr-defined]
             return
-        own = self._decoded(self.sending, m, self._scratch)
+        said = self._decoded(self.sending, m, self._scratch)
         for k, row in enumerate(rows):
-            self._decoded(self.landing[k], m, row).sub_(own).add_(y)
+            self._decoded(self.landing[k], m, row).sub_(said).add_(y)
         e = self.kept[_named("compression_error", m)]
-        e.add_(y).sub_(own).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        e.add_(y).sub_(said).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         e[self.used :] = 0
 
     def _from_references(self, m: int, y: Tensor, rows: list[Tensor], place: int | None) -> None:
@@ -215,5 +217,5 @@ def _named(what: str, m: int, *numbers: int) -> str:
 
 
 def is_memory(name: str) -> bool:
-    """Whether an entry of an optimizer's state is what a codec remembers, which has no mean and no other graph's use."""
+    """Whether an entry of an optimizer's state is what a codec remembers: it has no mean, and no use elsewhere."""
     return name.removeprefix("gossip_").startswith(("compression_error", "reference_"))

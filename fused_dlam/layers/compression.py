@@ -12,14 +12,15 @@ takes one buffer e, on any graph, and leaves the workers apart by some units of 
 to the values themselves, as 8 bits are.
 
 *References* are CHOCO's (Koloskova, Stich and Jaggi, "Decentralized stochastic optimization and gossip algorithms with
-compressed communication", ICML 2019), with a consensus step size that follows from the codec. Both ends of an edge remember in h what has been sent
-over it, and the message is what has changed since. That becomes small, so that the coarsest codec is exact in the end.
-CHOCO's one h of a worker must hear every message, which on a graph that changes not every neighbor gets: here every
-matrix of the graph's period has its own, own and heard. Without, 4 bits and the largest values alone do not train.
+compressed communication", ICML 2019), with a consensus step size gamma that follows from the codec. Both ends of an
+edge remember in h what has been sent over it, and the message is what has changed since. That becomes small, so that
+the coarsest codec is exact in the end. CHOCO has one h for a worker, of which all its neighbors hear every message. On
+a graph that changes they do not, so here every matrix of the graph's period has its own. Without references workers
+that send 4 bits stay as far apart as their weights are large, and the largest values alone do not train.
 
 Not taken: Moniqua (Lu and De Sa, "Moniqua: modulo quantized communication in decentralized SGD", ICML 2020), which
-sends remainders and needs no buffer. It needs a bound on what workers differ by: too large it is as coarse as 8 bits of
-the values, too small it fails in silence (bench/compression.py has the figures of what was taken).
+sends remainders and needs no buffer, but a bound on what workers differ by: too large it is as coarse as 8 bits of the
+values, too small it fails in silence.
 """
 
 from __future__ import annotations
@@ -211,11 +212,10 @@ LARGEST_DENSE = 1024  # workers whose matrices are looked at as a whole
 def damping(codec: Codec, phases: Iterable[Any]) -> float:
     """What pulls are multiplied by. phases: the matrices of a graph's period.
 
-    With a codec of v visits h' of a number is renewed in every v-th message, and its pull acts in each of them. Where
-    the neighbors weigh w together that is v w in place of w: on the exponential graph of 8 workers (w = 3/4) training
-    with an eighth of the values diverged. The pull is multiplied by gamma such that gamma v w <= 3; on five graphs and
-    two shares gamma v w up to 4 was stable and from 5 on not (CHOCO's theorem asks for far less). Pulls that are sums
-    times gamma sum to zero as before.
+    With a codec of v visits h' of a number is renewed in every v-th message, and its pull acts in each of them: where
+    the neighbors weigh w together that is v w in place of w. So the pull is multiplied by gamma such that gamma v w is
+    at most 3. On the exponential graph of 8 workers an eighth of the values, v w = 6, is unstable without
+    (tests/theory/test_compression.py). CHOCO's theorem asks for far less, and practice does not.
     """
     if codec.visits <= 1:
         return 1.0

@@ -54,8 +54,9 @@ class Gossip(InnerCopies, GossipOptimizer):
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
             may do what it likes in its step but replace a parameter.
         topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout, on_failure, min_workers,
-            admit_every, on_members_changed, compress: as in `GossipSGD`. With hierarchical= gradients are averaged inside a
-            machine before the inner step. No message leaves before the backward pass is over, so there is no overlap=.
+            admit_every, on_members_changed, compress: as in `GossipSGD`. With hierarchical= gradients are averaged
+            inside a machine before the inner step. No message leaves before the backward pass is over, so there is no
+            overlap=.
 
     Raises TypeError or ValueError for bad input, also if the topology never brings its workers together, before
     anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.

@@ -53,7 +53,9 @@ class InnerCopies(GossipOptimizer):
         before = [{k: g[k] for k in self._entries} for g in self.param_groups]
         step = self._step
         state = {
-            key: {k: v for k, v in s.items() if not (isinstance(k, str) and k.startswith(OWN))} if isinstance(s, dict) else s
+            key: {k: v for k, v in s.items() if not (isinstance(k, str) and k.startswith(OWN))}
+            if isinstance(s, dict)
+            else s
             for key, s in state_dict["state"].items()
         }
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
