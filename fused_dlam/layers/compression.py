@@ -25,7 +25,7 @@ values, too small it fails in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -249,12 +249,11 @@ def rounded(v: Tensor, block: int, most: int, codes: Tensor, scales: Tensor) -> 
     for part, code, scale in _blocks(v, block, codes, scales):
         size = part.abs()
         good = size <= LARGEST  # NaN compares false
-        largest = torch.where(good, size, 0.0).amax(1)
+        largest = size.masked_fill_(~good, 0.0).amax(1)
         scale.copy_(largest.to(torch.float32) * (1.0 / most))
         scale.masked_fill_(scale < SMALLEST, 0.0)
         inverse = torch.where(scale > 0, 1.0 / scale, 0.0).to(v.dtype)
-        whole = (part * inverse[:, None]).round_().clamp_(-most, most)
-        code.copy_(torch.where(good, whole, -128.0))
+        code.copy_(torch.mul(part, inverse[:, None], out=size).round_().clamp_(-most, most).masked_fill_(~good, -128.0))
 
 
 def scale_blocks(out: Tensor, block: int, scales: Tensor) -> None:
@@ -263,12 +262,14 @@ def scale_blocks(out: Tensor, block: int, scales: Tensor) -> None:
         part.mul_(scale[:, None].to(out.dtype))
 
 
-def _blocks(v: Tensor, block: int, codes: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(v: Tensor, block: int, codes: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The whole blocks as rows, and the short one."""
     whole = v.numel() // block
     middle = whole * block
-    parts = [(v[:middle].view(-1, block), codes[:middle].view(-1, block), scales[:whole])] if whole else []
-    return parts if middle == v.numel() else [*parts, (v[None, middle:], codes[None, middle:], scales[whole:])]
+    if whole:
+        yield v[:middle].view(-1, block), codes[:middle].view(-1, block), scales[:whole]
+    if middle < v.numel():
+        yield v[None, middle:], codes[None, middle:], scales[whole:]
 
 
 def _aligned(n: int) -> int:

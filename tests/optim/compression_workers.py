@@ -143,11 +143,12 @@ def machines(rank, cases, size=2):
 
 
 def everything_else(rank, compress):
-    """Options that meet compressed messages; each ends with the workers' distance and finite parameters."""
+    """Options that meet compressed messages; each ends with finite parameters, the distance and what is remembered."""
     out = {}
 
     def done(name, problem, optimizer):
-        out[name] = (float(problem.x.isfinite().all()), optimizer.consensus_distance())
+        kept = [dict(b.compressed.kept) for b in optimizer._engine.buckets]
+        out[name] = (float(problem.x.isfinite().all()), optimizer.consensus_distance(), kept)
         optimizer.close()
 
     problem = Quadratic(rank, torch.float32, SEVERAL)

@@ -13,6 +13,7 @@ Promises:
 
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_names_and_refusals():
             build()
     with pytest.raises(ValueError, match="period"):
         Simulation("dmsgd", fused_dlam.topology.random_match(8, seed=1), np.zeros((8, 3)), compress="int4")
+
+
+def test_the_codec_of_the_page():
+    page = (Path(fused_dlam.__file__).parent / "layers" / "README.md").read_text()
+    code = next(part for part in page.split("```python\n") if "class Float8" in part).split("```")[0]
+    names = {}
+    exec(code.split("optimizer = ")[0], names)
+    codec, v = names["Float8"](), torch.tensor([0.5, -1.0, 448.0, 0.0, math.nan, 1.1])
+    assert torch.equal(through(codec, v).nan_to_num(-7.0), torch.tensor([0.5, -1.0, 448.0, 0.0, -7.0, 1.125]))
+    x = Simulation("dmsgd", "ring", np.ones((4, 5)), compress=codec)
+    assert np.isfinite(x.step(np.arange(20.0).reshape(4, 5).view(type(x.x)), 0.1)).all()
 
 
 class Nothing(Codec):
