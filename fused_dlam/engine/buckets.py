@@ -20,7 +20,10 @@ from typing import TypeVar
 import torch
 
 from ..comm import sharded
+from ..comm.group import Group
+from ..layers.compression import Codec
 from ..rules.scalars import Scalar
+from .compressed import Compressed
 from .gathering import Gathering
 from .header import SIZE
 from .per_slot import PerSlot
@@ -80,34 +83,62 @@ class Bucket(Gathering, PerSlot):
         self.expected: set[int] = set()  # slots whose gradients arrived in the last step that was watched
         Gathering.__init__(self)
         self.messages = self.received = torch.empty(0)
+        self.compressed: Compressed | None = None  # where messages travel as bytes
         for slot in self.slots:
             self._adopt(slot, gradients)
         self.copies = [slot for slot in self.slots if slot.apart or self.low is not None]
         apart = [slot for slot in self.slots if slot.apart]
         self._shards = [slot.data for slot in apart], [slot.view(self.x) for slot in apart]
 
-    def allocate(
-        self,
-        state: Sequence[str],
-        extra: Sequence[str],
-        messages: int,
-        degree: int,
-        rows: int,
-        dtype: torch.dtype | None,
-    ) -> None:
-        """Room for state and layers, and for messages if there are neighbors.
+    def allocate(self, state: Sequence[str], extra: Sequence[str]) -> None:
+        """Room for state and layers."""
+        self.state = tuple(torch.zeros_like(self.x) for _ in state)
+        self.extra = {name: torch.zeros_like(self.x) for name in extra}
+
+    def make_room(self, messages: int, degree: int, rows: int, dtype: torch.dtype | None) -> None:
+        """Room for messages, if there are neighbors, new: what has been there may still be read by a transport.
 
         rows: how many messages are packed; none where the message is a buffer that is there already.
         """
-        self.state = tuple(torch.zeros_like(self.x) for _ in state)
-        self.extra = {name: torch.zeros_like(self.x) for name in extra}
-        self.make_room(messages, degree, rows, dtype)
-
-    def make_room(self, messages: int, degree: int, rows: int, dtype: torch.dtype | None) -> None:
-        """Room for messages, new: what has been there may still be read by a transport."""
         dtype = dtype or self.x.dtype
         self.messages = torch.zeros(rows if degree else 0, self.N, dtype=dtype, device=self.x.device)
         self.received = torch.zeros(degree, messages, self.N, dtype=dtype, device=self.x.device)
+
+    def compress(
+        self, codec: Codec | None, messages: int, degree: int, parts: int, memories: int, damping: float,
+        fused: bool | None,
+    ) -> None:  # fmt: skip
+        """Messages travel as bytes, for which there is room, or not. What was remembered of them stays."""
+        kept = {} if self.compressed is None else self.compressed.kept
+        used = self.flags.start  # what lies behind is padding
+        self.compressed = None
+        if codec is not None:
+            self.compressed = Compressed(
+                codec, self.x, used, messages, degree, parts, memories, damping, kept, fused
+            )  # fmt: skip
+
+    @property
+    def landing(self) -> torch.Tensor:
+        """Where neighbors' messages arrive, [d, ...]."""
+        return self.received if self.compressed is None else self.compressed.landing
+
+    @property
+    def in_transit(self) -> list[torch.Tensor]:
+        """The buffers that a transport reads and writes."""
+        coded = [] if self.compressed is None else [self.compressed.sending, self.compressed.landing]
+        return [self.messages, self.received, *coded]
+
+    def remember_nothing(self, workers: Group) -> None:
+        """What messages have left out, or were next to, counts no more. All ranks must call it.
+
+        Differences to what was sent begin with those to the workers' mean, for that all have alike.
+        """
+        if self.compressed is None:
+            return
+        mean = self.x.clone()
+        if self.compressed.codec.references:
+            workers.mean(mean)
+        self.compressed.start(mean.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0))
 
     def _adopt(self, slot: Slot, gradients: bool) -> None:
         p = slot.p

@@ -21,12 +21,14 @@ import torch
 from ..comm import other_averagers
 from ..comm.place import Place
 from ..comm.streams import Lane
+from ..layers.compression import Codec, damping
 from ..layers.layer import Layer
 from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from ..topology import Peers, Topology
 from . import layout
 from .buckets import Bucket
+from .compressed import places
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
 from .header import STALE, digest
 from .hearing import Hearing
@@ -50,6 +52,7 @@ class Engine:
         bucket_mb: MiB from which a bucket is full; None: see layout.py.
         clips: whether gradients far longer than usual are shortened, see spikes.py.
         elastic: whether other workers may come, so that one alone has room for them.
+        codec: what makes bytes of messages, see compressed.py.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Engine:
         bucket_mb: float | None = None,
         clips: bool = False,
         elastic: bool = False,
+        codec: Codec | None = None,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology.as_rows, place, message
-        self.message_dtype, self.bucket_mb, self.elastic = message_dtype, bucket_mb, elastic
+        self.message_dtype, self.bucket_mb, self.elastic, self.codec = message_dtype, bucket_mb, elastic, codec
+        self.places = places(codec, self.topology)
         self.averager = averager(message, place)
         # How buckets are laid out, for good: also of parameters that come while this worker is alone.
         self.averages, self.parts = self.averager.size > 1, place.parts
@@ -160,6 +165,8 @@ class Engine:
             self.place.start_equal(b.x)
             for name in self.starting_at_x - {"master"}:
                 b.extra[name].copy_(b.x)
+            if b.compressed is not None:
+                b.compressed.start(b.x)
             b.publish()
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -321,6 +328,10 @@ class Engine:
             self.flights[b.index] = Flight(self, b, self.step)
         return self.flights[b.index]
 
+    def memory(self, step: int) -> int | None:
+        """Which of what is remembered of messages a step's messages are about, see compressed.py."""
+        return self.places[step % len(self.places)]
+
     def peers(self, step: int) -> Peers:
         if not self.gossips:
             return NOBODY
@@ -336,6 +347,15 @@ class Engine:
         if not self.rule.mass or graph.is_doubly_stochastic or graph.n != self.place.workers.size:
             return None
         return float(graph.mass(step)[rank]), float(graph.mass(step + exchanges)[rank])
+
+    def make_room(self, b: Bucket) -> None:
+        """Room for a bucket's messages to the present neighbors, and for what is remembered of them."""
+        degree = self.topology.most_messages if self.gossips else 0
+        rows = 0 if self.sends_as_it_lies(b) else self.rule.messages
+        b.make_room(self.rule.messages, degree, rows, self.message_dtype)
+        codec, memories = self.codec if degree else None, 1 + max((p for p in self.places if p is not None), default=0)
+        weaker = 1.0 if codec is None else damping(codec, self.topology.phases)
+        b.compress(codec, self.rule.messages, degree, self.place.parts, memories, weaker, self.local.fused)
 
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""
@@ -354,4 +374,5 @@ class Engine:
     def buffers(self, b: Bucket) -> Mapping[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""
         named = dict(zip(self.rule.state, b.state, strict=True)) | b.extra
+        named |= {} if b.compressed is None else b.compressed.kept
         return named if b.low is None else {**named, "master": b.x}

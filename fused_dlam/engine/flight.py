@@ -11,7 +11,7 @@ step's last message, which leaves in step() and never before: `again` sends and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ..comm.transfer import Mean, Transfer
 from ..rules.scalars import Scalar
 from ..topology import Peers
 from .buckets import Bucket
+from .compressed import Compressed
 from .header import Header
 from .message import Message
 from .observed import Observed
@@ -91,7 +92,7 @@ class Flight:
         lane = e.lanes[b.x.device]
 
         if self.talks and peers is not EVERYBODY:
-            rows = [e.place.part(b.received[k]) for k in range(len(peers.sources))]
+            rows = [e.place.part(b.landing[k]) for k in range(len(peers.sources))]
             self.transfer = Transfer(e.place.workers, rows, peers, self.step, b.index)
         if message is Message.COPY and not self.follows:
             b.absorb()
@@ -120,6 +121,7 @@ class Flight:
 
         self.arrive()
         with lane.outbound(b.streams):
+            self._decode()
             if not message.only_averages:
                 self.active()
         lane.join()
@@ -207,14 +209,43 @@ class Flight:
             if self.average is not None:  # the machine's ranks are one worker: what one recalls all do
                 e.recalls = self.average_recalled()
             self.said = e.hearing.say(self.step)
-            self.said.write(self.message[0, b.header])
+            if self.coded is None:
+                self.said.write(self.message[0, b.header])
+        message = self.message
+        if self.coded is not None:
+            with named("encode", b.index, self.step):
+                message = self.coded.encode(self.message, e.memory(self.step))
+                if self.said is not None:
+                    self.said.write(self.coded.headers)
         with named("send", b.index, self.step):
             if self.peers is EVERYBODY:
                 self.received = self.message[None].clone()
                 self.transfer = e.place.workers.start_mean(e.place.part(self.received), self.step)
             else:
                 assert isinstance(self.transfer, Transfer)
-                self.transfer.send(e.place.part(self.message))
+                self.transfer.send(e.place.part(message))
+
+    def _decode(self) -> None:
+        """The neighbors' messages out of what they have sent."""
+        if self.coded is not None:
+            assert self.message is not None
+            with named("decode", self.b.index, self.step):
+                memory = self.engine.memory(self.step)
+                self.coded.decode(self.message, self.received, len(self.peers.sources), memory)
+
+    def headers(self, rows: Iterable[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """What the neighbors' messages say of themselves, once they are there. rows: where they are, if not here."""
+        place, b, here = self.engine.place, self.b, range(len(self.peers.sources))
+        if rows is None:  # for the whole machine, or this rank's part of it
+            rows = [self.received[k] if self.coded is None else place.part(b.landing[k]) for k in here]
+        if self.coded is not None:
+            return [self.coded.header(row) for row in rows]
+        return [row.view(self.engine.rule.messages, -1)[0, b.header] for row in rows]
+
+    @property
+    def coded(self) -> Compressed | None:
+        """What makes bytes of this message, and messages of the neighbors' bytes. An exact average is none."""
+        return self.b.compressed if self.talks and self.peers is not EVERYBODY else None
 
     def _pack(self, message: torch.Tensor) -> None:
         e, b = self.engine, self.b
@@ -247,7 +278,7 @@ class Flight:
             with named("wait", self.b.index, self.step):
                 self.wait()
             for k in range(len(self.peers.sources)):
-                self.engine.place.gather(self.received[k], self.step)
+                self.engine.place.gather(self.received[k] if self.coded is None else self.b.landing[k], self.step)
 
     def wait_sent(self) -> None:
         if self.transfer is not None:
@@ -306,7 +337,7 @@ class Flight:
             self.average.wait_received()
         if self.message is None and isinstance(self.transfer, Transfer):
             # Receives are posted and cannot be taken back: they would take the next message for theirs.
-            self.transfer.send(e.place.part(self.b.messages))
+            self.transfer.send(e.place.part(self.b.messages if self.coded is None else self.coded.sending))
         elif self.message is None and begun and self.peers is EVERYBODY:
             self.transfer = e.place.workers.start_mean(
                 e.place.part(self.b.x.new_zeros(self.b.messages.shape)), self.step

@@ -9,7 +9,7 @@ import torch
 from ..comm.transfer import Transfer
 from ..comm.watch import ExchangeError, log
 from .flight import EVERYBODY, Flight
-from .header import NOT_FINITE, RECALLED, STALE, Header, digest
+from .header import NOT_FINITE, RECALLED, SIZE, STALE, Header, digest
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -83,12 +83,11 @@ class Hearing:
         assert isinstance(flight.transfer, Transfer)
         if flight.b.x.is_cuda:
             flight.transfer.wait_delivered()
-            rows = flight.transfer.readable
-            assert rows is not None
+            headers = flight.headers(flight.transfer.readable)
         else:
             flight.arrive()
-            rows = [flight.received[k] for k in range(len(flight.peers.sources))]
-        return [row.view(self.engine.rule.messages, -1)[0, flight.b.header].tolist() for row in rows]
+            headers = flight.headers()
+        return [header.tolist() for header in headers]
 
     def _all(self, own: Header, sources: tuple[int, ...], rows: list[list[float]]) -> set[int]:
         recalled = set()
@@ -154,11 +153,11 @@ class Hearing:
             return
         with self.engine.lanes[flight.b.x.device].outbound():
             flight.wait()
-            rows = flight.received[: len(flight.peers.sources), 0, flight.b.header]
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            rows = flight.headers()
+            host = torch.empty(len(rows), SIZE, dtype=flight.b.landing.dtype, pin_memory=True)
             for there, row in zip(host, rows, strict=True):  # at once they would be made contiguous on the device first
                 there.copy_(row, non_blocking=True)
-            event = torch.cuda.current_stream(rows.device).record_event()
+            event = torch.cuda.current_stream(flight.b.x.device).record_event()
         self._later.append((host, event, own, flight.peers.sources))
 
     def _read_later(self) -> None:

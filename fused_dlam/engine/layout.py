@@ -73,15 +73,13 @@ def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bu
     sends = engine.elastic or not engine.silent
     full = full_from(engine.bucket_mb, sends, early=not engine.message.needs_gradient)
     new = build(params, full, len(engine.buckets), group, engine.parts, gradients, beside)
-    degree = engine.topology.most_messages if engine.gossips else 0
     extra = [name for layer in engine.layers for name in layer.state]
-    rule = engine.rule
     for b in new:
         b.watched = engine.message.is_x
-        rows = 0 if engine.sends_as_it_lies(b) else rule.messages
-        b.allocate(rule.state, extra, rule.messages, degree, rows, engine.message_dtype)
+        b.allocate(engine.rule.state, extra)
+        engine.make_room(b)
         if b.x.device not in engine.lanes:
             engine.lanes[b.x.device] = Lane(b.x.device, sends)
-            if degree:
+            if engine.gossips and engine.topology.most_messages:
                 connect(engine.place.workers, engine.topology, b.x.device)
     return new

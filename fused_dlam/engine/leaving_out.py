@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..comm.late import Late
 from ..comm.transfer import Transfer
 from ..topology import Topology
@@ -45,7 +43,7 @@ class LeavingOut:
         if not (transfers and pairs(e.topology.phase(e.step))):
             return
         (j,) = peers.sources
-        buffers = [t for b in e.buckets for t in (b.messages, b.received)]
+        buffers = [t for b in e.buckets for t in b.in_transit]
         try:
             used = self.late.use(j, e.step, transfers, buffers)
         except BaseException as error:  # the messages are with the waiter: this step cannot be tried again
@@ -56,6 +54,5 @@ class LeavingOut:
             return
         for flight in flights:
             flight.leave_out()
-            b = flight.b
-            b.messages, b.received = torch.zeros_like(b.messages), torch.zeros_like(b.received)
+            e.make_room(flight.b)
         e.local.without_neighbors()

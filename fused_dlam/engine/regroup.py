@@ -23,6 +23,7 @@ from ..comm.place import Place, alone
 from ..comm.streams import Lane
 from ..comm.transfer import connect
 from ..topology import Topology
+from .compressed import places
 from .flight import DONE
 from .message import Message
 
@@ -67,14 +68,14 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     if place is not engine.place:  # a newcomer's first
         _replace(engine, place)
     engine.averager = averager(engine.message, place)
+    engine.places = places(engine.codec, engine.topology)
     degree = engine.topology.most_messages if engine.gossips else 0
     for device in engine.lanes:
         engine.lanes[device] = Lane(device)
         if degree:
             connect(place.workers, engine.topology, device)
     for b in engine.buckets:
-        rows = 0 if engine.sends_as_it_lies(b) else engine.rule.messages
-        b.make_room(engine.rule.messages, degree, rows, engine.message_dtype)
+        engine.make_room(b)
 
 
 def _replace(engine: Engine, place: Place) -> None:
@@ -116,6 +117,7 @@ def settle(engine: Engine, new: Sequence[int]) -> None:
         if place.splits:  # a machine's ranks are equal; perhaps not all of them had combined this bucket
             for t in (b.x, *b.state, *b.extra.values()):
                 place.inside.broadcast(t)
+        b.remember_nothing(workers)  # of messages to others
         b.publish()
     engine.note_layout()
 

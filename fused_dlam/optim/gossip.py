@@ -17,6 +17,7 @@ from ..engine.flight import AVERAGING, OPEN
 from ..engine.health import Health
 from ..engine.message import Message
 from ..engine.step_allowed import check_step_allowed
+from ..layers.compression import Codec
 from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
 from ..theory.stability import rows_for
@@ -54,8 +55,9 @@ class Gossip(InnerCopies, GossipOptimizer):
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
             may do what it likes in its step but replace a parameter.
         topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout, on_failure, min_workers,
-            admit_every, on_members_changed: as in `GossipSGD`. With hierarchical= gradients are averaged inside a
-            machine before the inner step. No message leaves before the backward pass is over, so there is no overlap=.
+            admit_every, on_members_changed, compress: as in `GossipSGD`. With hierarchical= gradients are averaged
+            inside a machine before the inner step. No message leaves before the backward pass is over, so there is no
+            overlap=.
 
     Raises TypeError or ValueError for bad input, also if the topology never brings its workers together, before
     anything is sent; `fused_dlam.ExchangeError` if a peer does not answer in time.
@@ -80,6 +82,7 @@ class Gossip(InnerCopies, GossipOptimizer):
         min_workers: int = 1,
         admit_every: int = 100,
         on_members_changed: Callable[[Members], Any] | None = None,
+        compress: str | Codec | None = None,
         **old: Any,
     ):
         if not isinstance(optimizer, Optimizer):
@@ -90,7 +93,7 @@ class Gossip(InnerCopies, GossipOptimizer):
         if old:
             raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(old))!r}")
         schedule = "atc" if schedule == "auto" else schedule
-        self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb)
+        self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb, compress=compress)
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
         rule, message = AVERAGING_RULES[schedule]
@@ -102,6 +105,7 @@ class Gossip(InnerCopies, GossipOptimizer):
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 
+        self._options.check_compression(rule, graph)
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
         self._entries = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
@@ -121,7 +125,7 @@ class Gossip(InnerCopies, GossipOptimizer):
         place = self._first_place(where, membership, hierarchical is None)
         self._ahead = message.leaves_early
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb,
-                               elastic=survival.goes_on)  # fmt: skip
+                               elastic=survival.goes_on, codec=self._options.compress)  # fmt: skip
         self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
         for g in self.param_groups:
             self._enter(g)

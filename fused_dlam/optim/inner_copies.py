@@ -12,7 +12,9 @@ from ..engine.buckets import Bucket
 from ..engine.slot import Slot
 from .loaded_values import check_everywhere
 from .shared import GossipOptimizer
-from .state_dict import restore_copies
+from .state_dict import restore_copies, restore_memories
+
+OWN = "gossip_"  # how names begin of what is not the inner optimizer's
 
 
 class InnerCopies(GossipOptimizer):
@@ -25,14 +27,19 @@ class InnerCopies(GossipOptimizer):
         raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with the exchange's step and, for 16-bit parameters, master values."""
+        """The inner optimizer's, with the exchange's step, for 16-bit parameters master values, and with compress= what
+        is remembered of messages."""
         for b in self._engine.buckets:
             b.absorb()
         state_dict = self.inner.state_dict()
         state = dict(state_dict["state"])
         for key, (b, slot) in self._slots(state_dict).items():
+            own = {} if b.compressed is None else dict(b.compressed.kept)
             if b.low is not None and self._engine.place.workers.size > 1:
-                state[key] = {**state.get(key, {}), "gossip_master": slot.stateful(b.x).clone()}
+                own["master"] = b.x
+            if own:
+                shown = {f"{OWN}{name}": slot.stateful(buffer).clone() for name, buffer in own.items()}
+                state[key] = {**state.get(key, {}), **shown}
         return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -46,7 +53,9 @@ class InnerCopies(GossipOptimizer):
         before = [{k: g[k] for k in self._entries} for g in self.param_groups]
         step = self._step
         state = {
-            key: {k: v for k, v in s.items() if k != "gossip_master"} if isinstance(s, dict) else s
+            key: {k: v for k, v in s.items() if not (isinstance(k, str) and k.startswith(OWN))}
+            if isinstance(s, dict)
+            else s
             for key, s in state_dict["state"].items()
         }
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
@@ -54,10 +63,11 @@ class InnerCopies(GossipOptimizer):
             for name, value in old.items():
                 group.setdefault(name, value)
         self._engine.forget(step)
-        masters = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
+        saved = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
         with torch.no_grad():
             for b in self._engine.buckets:
-                restore_copies(b, lambda slot: masters[slot].get("gossip_master"))
+                restore_copies(b, lambda slot: saved[slot].get(f"{OWN}master"))
+            restore_memories(self._engine, lambda slot: saved[slot], OWN)
 
     def _slots(self, state_dict: dict[str, Any]) -> dict[Any, tuple[Bucket, Slot]]:
         """(bucket, slot) of a checkpoint's parameters, by their numbers in it."""

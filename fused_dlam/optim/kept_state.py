@@ -14,6 +14,7 @@ import torch
 
 from ..comm.sharded import local
 from ..engine.buckets import Bucket
+from ..engine.compressed import is_memory
 from ..engine.engine import Engine
 from ..engine.slot import Slot
 
@@ -22,7 +23,8 @@ def show(state: MutableMapping[torch.Tensor, Any], engine: Engine, b: Bucket, sl
     """Puts views of the flat buffers into a parameter's state."""
     # `.data`: a version counter of its own, which the script moves and passes over the flat buffer do not.
     slot.shown = {name: slot.stateful(t).data for name, t in engine.buffers(b).items()}
-    state[slot.p] = {**(state.get(slot.p) or {}), **slot.shown}
+    others = {name: value for name, value in (state.get(slot.p) or {}).items() if not is_memory(name)}
+    state[slot.p] = {**others, **slot.shown}
 
 
 @torch.no_grad()

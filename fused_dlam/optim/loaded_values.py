@@ -180,9 +180,8 @@ def _check_state(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> None
             if values and "method" not in ours and "step" in optimizer.state.get(p, {}) and "step" not in values:
                 raise ValueError(f"the checkpoint's state {of}, lacks 'step': it is of another optimizer")
             b, slot = slots.get(p, (None, None))  # a frozen parameter has none
-            flat = {"gossip_master"} | (
-                set(optimizer._engine.buffers(b)) if b is not None and "method" in ours else set()
-            )
+            buffers = () if b is None else optimizer._engine.buffers(b)
+            flat = {"gossip_master", *(name if "method" in ours else f"gossip_{name}" for name in buffers)}
             for name, value in values.items():
                 if name in flat:
                     if value is not None:

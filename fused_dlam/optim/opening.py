@@ -105,7 +105,7 @@ class Opening:
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
         topology, rule = self.engine.topology, self.engine.rule
-        rho, static = contraction(topology, self.options.skip_late)
+        rho, static = contraction(topology, self.options.skip_late, self.options.compress)
         return dict(
             lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
             static=static, hyper=hyper, mass=self.engine.masses(self.optimizer._step, exchanging),

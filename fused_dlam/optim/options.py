@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 
 from ..comm.sharded import is_sharded
+from ..engine.compressed import places
 from ..engine.engine import Engine
-from ..layers import spikes
+from ..layers import compression, spikes
 from ..layers.layer import Layer, checked, finishing
 from ..rules import scalars
 from ..rules.rule import COMMON, RESERVED, Rule, check_schedule
 from ..rules.scalars import among, number
+from ..topology import Topology
 from .overlaps import overlapping
 
 FIRST = ("method", "topology", "schedule")  # of a group's entries, those that explain a difference in the others
@@ -30,7 +32,7 @@ FIRST = ("method", "topology", "schedule")  # of a group's entries, those that e
 ARGUMENTS = (
     *FIRST, "group", "overlap", "clip", "max_grad_norm", "maximize", "layers", "hierarchical", "comm_dtype", "fused",
     "bucket_mb", "timeout", "on_failure", "min_workers", "admit_every", "on_members_changed", "nonfinite",
-    "skip_late", "local_steps", "allow_unstable",
+    "skip_late", "local_steps", "allow_unstable", "compress",
 )  # fmt: skip
 
 MESSAGES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types in which transports add and send
@@ -56,6 +58,7 @@ class Options:
     clip: str | None = None
     skip_late: float | None = None
     local_steps: bool = False
+    compress: Any = None  # a `Codec` or None, once it is checked
 
     def __post_init__(self):
         if not among(self.nonfinite, ("skip", "raise")):
@@ -89,12 +92,25 @@ class Options:
             known = ", ".join(map(str, MESSAGES))
             raise ValueError(f"Invalid comm_dtype: {self.comm_dtype}, must be a floating type, one of {known}")
 
+        object.__setattr__(self, "compress", compression.get(self.compress))
+        if self.compress is not None and self.comm_dtype is not None:
+            raise ValueError(
+                f"compress={self.compress} and comm_dtype={self.comm_dtype} both say what messages are made of: choose"
+                " one"
+            )
         if self.skip_late is not None and not 0 < number("skip_late", self.skip_late) <= LONGEST_WAIT:
             raise ValueError(f"Invalid skip_late: {_short(self.skip_late)}, must be seconds above 0, or None")
         if self.skip_late is not None and self.overlap is True:
             raise ValueError(
                 "skip_late= sends in step() alone, for what is left out cannot be recalled: no overlap=True"
             )
+
+    def check_compression(self, rule: Rule, topology: Topology) -> None:
+        """Raises ValueError where there are no messages to be compressed, or too much of them to be remembered."""
+        if self.compress is not None and rule.average == "gradient":
+            raise ValueError(f"compress= is for messages to neighbors, and {rule.name!r} averages gradients over all")
+        if topology.n > 1:
+            places(self.compress, topology)
 
     def _check_local_steps(self) -> None:
         if self.overlap is True:
@@ -118,6 +134,7 @@ class Options:
         """What all ranks must have in common, as text."""
         names = (  # local_steps= changes overlap=, and is to be named
             "local_steps", "overlap", "max_grad_norm", "comm_dtype", "bucket_mb", "nonfinite", "clip", "skip_late",
+            "compress",
         )  # fmt: skip
         return {name: str(getattr(self, name)) for name in names}
 

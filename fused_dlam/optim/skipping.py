@@ -28,6 +28,7 @@ from ..comm.place import Layout
 from ..engine.engine import Engine
 from ..engine.leaving_out import LeavingOut, check_pairs
 from ..engine.message import Message, message_of
+from ..layers.compression import Codec, progress
 from ..rules.rule import Rule
 from ..topology import Topology
 
@@ -60,11 +61,10 @@ def check(
         raise ValueError("skip_late is for parameters on the CPU, over gloo: on a GPU a message cannot be left waiting")
 
 
-def contraction(topology: Topology, seconds: float | None) -> tuple[float, bool]:
+def contraction(topology: Topology, seconds: float | None, codec: Codec | None = None) -> tuple[float, bool]:
     """What rates are derived from: the contraction per step, and whether one matrix is that of all steps."""
-    if seconds is None:
-        return topology.slowest_rho, topology.is_static
-    return topology.slowest_rho ** (1 / (1 + IN_A_ROW)), False
+    share = progress(codec, topology.phases) / (1 if seconds is None else 1 + IN_A_ROW)
+    return topology.slowest_rho**share, topology.is_static and share == 1
 
 
 def start(engine: Engine, seconds: float | None) -> None:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 
 from ..comm.sharded import local
 from ..engine.buckets import Bucket
+from ..engine.compressed import is_memory
 from ..engine.engine import Engine
 from ..engine.slot import Slot
 from ..engine.spikes import USUAL
@@ -67,9 +68,11 @@ def restore(saved: dict[torch.Tensor, dict], optimizer: Optimizer, engine: Engin
         for b in engine.buckets:
             for slot in b.slots:
                 for name, buffer in engine.buffers(b).items():
-                    put_back(engine, slot, name, slot.view(buffer), saved[slot.p].get(name))
+                    if not is_memory(name):
+                        put_back(engine, slot, name, slot.view(buffer), saved[slot.p].get(name))
                 show(optimizer.state, engine, b, slot)
             restore_copies(b, lambda slot: saved[slot.p].get("master"))
+        restore_memories(engine, lambda slot: saved[slot.p])
 
 
 def restore_copies(b: Bucket, master: Callable[[Slot], torch.Tensor | None]) -> None:
@@ -78,6 +81,26 @@ def restore_copies(b: Bucket, master: Callable[[Slot], torch.Tensor | None]) -> 
         value = master(slot)
         slot.view(b.x).copy_(slot.data if value is None else local(value))
     b.publish()
+
+
+def restore_memories(engine: Engine, saved: Callable[[Slot], dict[str, Any]], prefix: str = "") -> None:
+    """What is remembered of messages. All ranks must call it: where one's checkpoint lacks it, none has any.
+
+    saved: what a checkpoint holds of a parameter, by names that begin with the prefix.
+    """
+    if engine.codec is None or not engine.gossips:
+        return
+    lacks = False
+    for b in engine.buckets:
+        for slot in b.slots if b.compressed is not None else ():
+            for name, buffer in b.compressed.kept.items():  # type: ignore[union-attr]
+                value = saved(slot).get(prefix + name)
+                lacks = lacks or value is None
+                if value is not None:
+                    slot.view(buffer).copy_(local(value))
+    if engine.place.largest(torch.tensor([float(lacks)]), "loading what is remembered of messages", None) > 0:
+        for b in engine.buckets:
+            b.remember_nothing(engine.place.workers)
 
 
 def detach(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -119,16 +142,21 @@ def entries(state_dict: dict[str, Any]) -> str:
 def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, Any]:
     """A mean state for any number of workers: without a place, and zero where the mean is zero by definition.
 
-    Without running norms of gradients and weights of local steps too, which are each worker's own.
+    Without what is each worker's own too: running norms of gradients, weights of local steps, what is remembered of
+    messages.
     """
     for name, value in tensors(state_dict):
         if name.rpartition(".")[2] in centered:
             value.zero_()
+    state = {
+        key: {k: v for k, v in s.items() if not is_memory(k)} if isinstance(s, dict) else s
+        for key, s in state_dict["state"].items()
+    }
     groups = [{k: v for k, v in group.items() if k not in PLACE} for group in state_dict["param_groups"]]
     for group in groups:
         if "memory" in group:
             group["memory"] = [pair for pair in group["memory"] if not str(pair[0]).startswith((USUAL, SCALE))]
-    return {**state_dict, "param_groups": groups}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def numbers(memory: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from . import mixed_precision
 from .certificate import Certificate
 from .counter import Counter
 from .frozen import Frozen
-from .kept_state import reclaim
+from .kept_state import reclaim, show
 from .local_steps import LocalSteps, refuse_scaler
 from .opening import Opening
 from .options import Options
@@ -125,6 +125,10 @@ class Steps(GossipOptimizer):
         self._opening.move(self._certificate)
         for group in self.param_groups:
             group["topology"] = f"{graph.name} over {graph.n}"
+        if self._engine.codec is not None:  # what is remembered of messages may be other buffers
+            for b in self._engine.buckets:
+                for slot in b.slots:
+                    show(self.state, self._engine, b, slot)
         self._arrivals.resume()
 
     def _set_step(self, step: int) -> None:

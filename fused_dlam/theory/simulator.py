@@ -11,7 +11,7 @@ import torch
 
 from .. import rules
 from .. import topology as topologies
-from ..layers import spikes
+from ..layers import compression, spikes
 from ..layers.layer import Layer, checked, finishing
 from ..layers.old_names import from_old_names
 from ..rules.jit import Array
@@ -50,6 +50,8 @@ class Simulation:
         noise: standard deviation of the normal noise of each message that another worker receives, independent for
             every message, step and number: y_j + noise * xi_ij for y_j.
         seed: of all these chances: one step's depend on it and the step alone.
+        compress: "int8", "int4", "topk" or a codec, see layers/compression.py. A row of x is one bucket. None of the
+            chances above beside it.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
     schemes.py says how the schemes go together. `SlowMo` and other layers average exactly whatever the schemes are.
@@ -76,6 +78,7 @@ class Simulation:
         delay: Delay = 0,
         noise: float = 0.0,
         seed: int = 0,
+        compress: str | compression.Codec | None = None,
         **hyper,
     ):
         spikes.check(clip)
@@ -104,17 +107,11 @@ class Simulation:
         self.clip = clip
         self.usual = torch.zeros(len(self.x), dtype=torch.float64)  # norms of gradients, see layers/spikes.py
         self.schemes = Schemes(self.topology.n, loss, loss_of, participation, delay, noise, seed)
-        if self.schemes.any and self.rule.average == "gradient":
-            raise ValueError(
-                f"method {self.rule.name!r} averages gradients by all-reduce, which loses and delays nothing: loss=,"
-                " participation=, delay= and noise= are for methods that send messages"
-            )
-        if self.schemes.any and self.rule.mass and not self._rows.is_doubly_stochastic:
-            raise ValueError(
-                f"topology {self.topology.name!r} is not doubly stochastic, and what is lost, late or left out takes"
-                f" mass with it, which method {self.rule.name!r} knows in advance: take loss=, participation=, delay="
-                " and noise= on a doubly stochastic graph"
-            )
+        codec = compression.get(compress)
+        self._check_schemes(codec)
+        phases = self._rows.phases
+        self.remembered = None if codec is None else compression.Remembered(codec, self.x, phases)
+        self.progress = compression.progress(codec, phases)
         self.steps = 0
 
     def step(self, g: Any, lr: float) -> Any:
@@ -135,14 +132,18 @@ class Simulation:
                 g, decay = layer.gradient(self.x, g, decay), 0.0
         rows, step = self._rows, self.steps
         rho, static = rows.slowest_rho, rows.is_static
+        if self.progress < 1:  # of a codec
+            rho, static = rho**self.progress, False
         exchanging = not self.rule.rounds or topologies.exchanges(rows, step)
         h = self.rule.scalars(
             lr, self.momentum, decay, rho, self.hyper, self.memory, static, exchanging, self._masses()
         )
-        messages = self.rule.send.fn(self.x, g, self.state, h)  # what workers send: a codec would change them here
+        messages = self.rule.send.fn(self.x, g, self.state, h)
         present = self.schemes.present(step)
         if averaged:
             pull = tuple(y.mean(0) - y for y in messages)
+        elif self.remembered is not None:
+            pull = tuple(self.remembered.pull(y, rows.phase(step), k) for k, y in enumerate(messages))
         else:
             pull = self.schemes.pulls(rows, step, messages, present)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
@@ -153,6 +154,27 @@ class Simulation:
             self.x, self.extra[k] = layer.outer(self.x, self.extra[k], self.steps, lr, self.memory)
         self.steps += 1
         return self.x
+
+    def _check_schemes(self, codec: compression.Codec | None) -> None:
+        """Raises ValueError for what does not go with the method, with the graph or with each other."""
+        if self.schemes.any and self.rule.average == "gradient":
+            raise ValueError(
+                f"method {self.rule.name!r} averages gradients by all-reduce, which loses and delays nothing: loss=,"
+                " participation=, delay= and noise= are for methods that send messages"
+            )
+        if self.schemes.any and self.rule.mass and not self._rows.is_doubly_stochastic:
+            raise ValueError(
+                f"topology {self.topology.name!r} is not doubly stochastic, and what is lost, late or left out takes"
+                f" mass with it, which method {self.rule.name!r} knows in advance: take loss=, participation=, delay="
+                " and noise= on a doubly stochastic graph"
+            )
+        if self.schemes.any and codec is not None:
+            raise ValueError(
+                f"{codec} counts on every message to arrive as it was sent: leave compress= out, or loss=,"
+                " participation=, delay= and noise="
+            )
+        if codec is not None and codec.references and self.topology.period is None:
+            raise ValueError(f"{codec} remembers what was sent along every edge: it needs a graph with a period")
 
     def _masses(self) -> tuple[Any, Any] | None:
         """The workers' masses before and after this step, [n, 1] each, for a rule that reads them."""

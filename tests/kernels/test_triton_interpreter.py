@@ -36,7 +36,8 @@ ROUNDING = 2.0**-24  # of float32, relative
 def test_in_a_process_of_its_own():
     """All that is marked `interpreted`, here and in the files beside this one."""
     pytest.importorskip("triton")
-    files = [Path(__file__).with_name(name) for name in (Path(__file__).name, "test_mean.py", "test_triton_guard.py")]
+    others = "test_mean.py", "test_triton_guard.py", "test_triton_compression.py"
+    files = [Path(__file__).with_name(name) for name in (Path(__file__).name, *others)]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

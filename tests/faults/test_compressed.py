@@ -1,0 +1,38 @@
+"""Promise: where messages are compressed and a worker is killed, those that are left keep their mean.
+
+From the step from which they go on together the mean of their parameters moves by the mean of their momenta, float64,
+to 1e-12: what was remembered of messages to others counts no more, and all remember alike. A graph of another number of
+workers has other references, and the optimizer's state shows those.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+N, VICTIM, DIES_AT, STEPS = 5, 1, 9, 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", ["int8", "int4", "topk"])
+def test_survivors_keep_their_mean(tmp_path, compress):
+    command = [sys.executable, str(Path(__file__).with_name("compressed_run.py")), str(tmp_path), compress]
+    done = subprocess.run(
+        [*command, *map(str, (N, VICTIM, DIES_AT, STEPS))], timeout=180, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = {i: torch.load(tmp_path / f"{i}.pt") for i in range(N) if i != VICTIM}
+    assert {end["members"] for end in ends.values()} == {tuple(ends)}
+    resumes = max(end["events"][-1] for end in ends.values())
+    assert DIES_AT <= resumes <= DIES_AT + 4
+    x = torch.stack([end["path"] for end in ends.values()]).mean(0)
+    m = torch.stack([end["m"] for end in ends.values()]).mean(0)
+    moved = x[1:] - x[:-1]
+    assert (moved + 0.05 * m)[resumes:].abs().max() < 1e-12
+    for end in ends.values():
+        # Four workers have two matrices, five had three; own and heard each.
+        assert len(end["names"]) == (1 if compress == "int8" else 4)
+        assert all(torch.equal(a, b) for a, b in zip(end["shown"], end["kept"], strict=True))
+        assert end["path"].isfinite().all()
