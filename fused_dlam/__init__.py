@@ -2,6 +2,10 @@
 
 from . import layers, rules, topology
 from .comm.neighbor_allreduce import neighbor_allreduce
+from .comm.neighbor_exchange import neighbor_exchange
+from .comm.neighbor_gather import neighbor_gather
+from .comm.pair_average import pair_average
+from .comm.push_sum import push_sum
 from .comm.watch import ExchangeError
 from .layers import SlowMo
 from .optim.checkpoint import load_checkpoint, save_checkpoint, worker_state
@@ -31,6 +35,10 @@ __all__ = [
     "layers",
     "load_checkpoint",
     "neighbor_allreduce",
+    "neighbor_exchange",
+    "neighbor_gather",
+    "pair_average",
+    "push_sum",
     "rate_limit",
     "rules",
     "save_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -113,14 +114,19 @@ class Collectives:
     ) -> None:
         """Raises the same ValueError on every rank if the ranks' facts differ, naming the first that does."""
         gathered = self.gathered(facts, what)
-        ranks = sorted(self.ranks)  # as in torch's group
-        for rank, other in zip(ranks, gathered, strict=True):
-            for name in gathered[0]:
-                if other.get(name) != gathered[0][name]:
-                    raise ValueError(
-                        f"the workers do not agree on {name}: rank {ranks[0]} has {_shorten(gathered[0][name])}, rank"
-                        f" {rank} has {_shorten(other.get(name))}. {cure}"
-                    )
+        refuse_difference(dict(zip(sorted(self.ranks), gathered, strict=True)), cure)  # sorted as in torch's group
+
+
+def refuse_difference(facts: Mapping[int, Mapping[str, str]], cure: str) -> None:
+    """Raises ValueError if the facts of ranks, by global number, differ, naming the first that does."""
+    first = min(facts)
+    for rank, other in sorted(facts.items()):
+        for name in facts[first]:
+            if other.get(name) != facts[first][name]:
+                raise ValueError(
+                    f"the workers do not agree on {name}: rank {first} has {_shorten(facts[first][name])}, rank"
+                    f" {rank} has {_shorten(other.get(name))}. {cure}"
+                )
 
 
 def has_mean(tensor: torch.Tensor) -> None:

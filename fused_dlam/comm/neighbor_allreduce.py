@@ -2,101 +2,66 @@
 
 from __future__ import annotations
 
-import weakref
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from .. import topology as topologies
 from ..topology import Topology
-from .collectives import has_mean
-from .errors import calling
-from .group import Group
-from .place import needs_process_group
-from .process_group import transport
-from .transfer import Transfer
+from .linear import Exchange, exchanged, passed, refuse_gradient
+from .lines import connect, named
+from .links import of_topology
+from .packing import averaged, device_of
+from .place import layout
 
-_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by process group; by device for NCCL
-_compared: weakref.WeakKeyDictionary[Group, set[tuple]] = (
-    weakref.WeakKeyDictionary()
-)  # what all ranks were found to pass
+NAME = "neighbor_allreduce"
 
 
-@torch.no_grad()
 def neighbor_allreduce(
-    tensor: torch.Tensor,
+    tensor: Any,
     topology: str | Topology,
     step: int = 0,
     group: dist.ProcessGroup | None = None,
     timeout: float = 600.0,
-) -> torch.Tensor:
+    *,
+    async_op: bool = False,
+    hierarchical: Any = False,
+) -> Any:
     """sum_j W[rank, j] tensor_j with W = topology.weights(step): a new tensor; the argument is left alone.
 
     Args:
-        tensor: floating-point, of one shape and type on all ranks. The ranks compare them, and the topology's name,
-            when they first come up; a rank that later takes another of those for one call is not noticed at once.
-        topology: a name or a `Topology` over the group's ranks.
+        tensor: a floating-point or complex tensor of 16 bits or more, or a list or tuple of them, of any types, which
+            travel in one message. Of one shape and type on all ranks. The ranks compare them, and the topology, when
+            they first come up; one that later takes another of those for one call is told by its deadline.
+        topology: a name or a `Topology` over the group's ranks, or over the machines. With sums="columns" it is A x.
         step: which phase of a time-varying topology.
         group: the process group; default: all ranks. All its ranks must call this equally often.
         timeout: seconds a wait may take, fixed by the first call in a group.
+        async_op: returns at once, with a handle: `wait()` gives the result, `done` says whether it would wait. The
+            arguments may change meanwhile. All ranks make their calls in one order, and need not wait in one.
+        hierarchical: the workers are machines, as for `GossipSGD`: True takes LOCAL_WORLD_SIZE consecutive ranks for
+            one, a `DeviceMesh` of two dimensions has machines x ranks. The result is that of W times the machines'
+            means, bit-equal on a machine's ranks; each sends its part of one message to every neighboring machine.
+
+    16-bit values are summed in float32 and rounded once (with machines twice). Where a tensor requires a gradient, and
+    gradients are asked for, the result is differentiable: the gradient is W^T times the ranks' own, exchanged in the
+    backward pass, which all ranks must make.
 
     Raises TypeError for what is no tensor, or one of integers or float8; ValueError for a topology of another size, a
-    tensor on a device that the group does not serve, and on all ranks where these differ; ExchangeError if a peer does
-    not answer, after which the next call connects anew; RuntimeError where WORLD_SIZE says that there are other ranks,
-    and there is no process group.
+    tensor on a device that the group does not serve, async_op=True with a gradient or with machines, and on all ranks
+    where these differ; ExchangeError if a peer does not answer, after which the next call connects anew; RuntimeError
+    where WORLD_SIZE says that there are other ranks, and there is no process group.
     Without a process group the result is a copy.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"neighbor_allreduce averages a torch.Tensor, not a {type(tensor).__name__}")
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        raise TypeError(f"neighbor_allreduce averages floating-point tensors, not {tensor.dtype}")
-    has_mean(tensor)
-    needs_process_group(group)
-    size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-    graph = topologies.get(topology, size)
-    if size == 1:
-        return tensor.clone()
-    groups = _groups.setdefault(group or dist.group.WORLD, {})
-    backend = transport(group, tensor.device)
-    # One for gloo, whatever the device: ranks may use devices in orders of their own.
-    where = tensor.device if backend == "nccl" else backend
-    with calling("neighbor_allreduce()"):
-        if where in groups and groups[where].broken:
-            groups.pop(where).close()
-        if where not in groups:
-            groups[where] = Group(group, timeout, device=tensor.device, what="group of neighbor_allreduce()")
-        ranks = groups[where]
-        with ranks.placed():
-            _compare(ranks, tensor, graph)
-            return _average(ranks, tensor, graph, step)
-
-
-def _compare(ranks: Group, tensor: torch.Tensor, graph: Topology) -> None:
-    facts = {"shape": str(tuple(tensor.shape)), "type": str(tensor.dtype), "topology": f"{graph.name} over {graph.n}"}
-    known = _compared.setdefault(ranks, set())
-    key = tuple(facts.values())
-    if key not in known:
-        ranks.agree({f"the {name} given to neighbor_allreduce()": fact for name, fact in facts.items()},
-                    "Pass the same on every rank.")  # fmt: skip
-        known.add(key)
-
-
-def _average(ranks: Group, tensor: torch.Tensor, graph: Topology, step: int) -> torch.Tensor:
-    own = tensor.detach().contiguous()
-    if graph.averages_exactly(step) and ranks.size > 2:
-        out = own.clone()
-        ranks.mean(out, step)
-        return out
-    peers = graph.peers(ranks.rank, step)
-    received = own.new_empty((len(peers.sources), *own.shape))
-    transfer = Transfer(ranks, list(received), peers, step)
-    transfer.send(own)
-    transfer.wait_received()
-    # Of 60000 and -60000 in float16 the difference overflows where the average does not.
-    wide = torch.float32 if own.dtype in (torch.float16, torch.bfloat16) else own.dtype
-    mine = own.to(wide)
-    out = mine.clone()
-    for row, w in zip(received, peers.weights, strict=True):
-        out.add_(row.to(wide) - mine, alpha=w)  # weights sum to one: the same as the average, and closer to it
-    transfer.wait_sent()
-    return out.to(own.dtype)
+    tensors = averaged(tensor, NAME)
+    if async_op:
+        refuse_gradient(tensors, NAME)
+        if hierarchical:
+            raise ValueError("neighbor_allreduce() averages inside a machine before it sends: leave async_op=True out")
+    found = layout(group, hierarchical)
+    graph = topologies.get(topology, found.size)
+    with named(NAME, step):
+        line = connect(found, device_of(tensors), timeout, NAME)
+        line.compare(NAME, passed(tensors, graph))
+        links = of_topology(graph, line.workers.rank, step)
+        return exchanged(tensor, tensors, Exchange(NAME, found, timeout, links, step), async_op)

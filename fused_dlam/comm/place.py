@@ -56,7 +56,7 @@ class Place:
         """What this rank carries of a contiguous buffer, a view."""
         return flat.view(-1).tensor_split(self.inside.size)[self.inside.rank] if self.splits else flat
 
-    def gather(self, flat: torch.Tensor, step: int) -> None:
+    def gather(self, flat: torch.Tensor, step: int | None) -> None:
         """Fills a contiguous buffer from every rank's part of it."""
         if not self.splits:
             return

@@ -38,7 +38,7 @@ class Transfer:
         group: Group,
         rows: Sequence[torch.Tensor],
         peers: Peers,
-        step: int,
+        step: int | None,
         tag: int = 0,
     ):
         self.group, self.peers, self.step, self._tag = group, peers, step, tag
@@ -65,29 +65,35 @@ class Transfer:
         """
         return None if self.group.backend == "nccl" else self._host_rows
 
-    def send(self, message: torch.Tensor) -> None:
-        """Starts sending `message` to the destinations. Once it was sent (`wait_sent`), another one may follow.
+    def send(self, message: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        """Starts sending `message` to the destinations, or to each its own. Once it was sent (`wait_sent`), another one
+        may follow.
 
         Over NCCL an exchange is a whole: sending again also receives again, on all ranks.
         """
         group, peers, ranks = self.group, self.peers, self.group.ranks
+        each = [message] * len(peers.destinations) if isinstance(message, torch.Tensor) else message
         if group.backend == "nccl":
             # Unbatched P2P of a pair serializes and can deadlock on NCCL; a batch completes as a whole.
             ops = [dist.P2POp(dist.irecv, r, ranks[j], group.process_group)
                    for r, j in zip(self._rows, peers.sources, strict=True)]  # fmt: skip
-            ops += [dist.P2POp(dist.isend, message, ranks[j], group.process_group) for j in peers.destinations]
+            ops += [dist.P2POp(dist.isend, m, ranks[j], group.process_group)
+                    for m, j in zip(each, peers.destinations, strict=True)]  # fmt: skip
             try:
                 self._receives = [(None, work) for work in (dist.batch_isend_irecv(ops) if ops else [])]
             except RuntimeError as error:
                 self._receives = [(None, _Unposted(error))]
-        elif not (self._staged or (group.stages and self.on_device([message]))):
-            self._post(message)
-        else:
-            host = host_like(message).copy_(message, non_blocking=True)
-            copied = torch.cuda.current_stream(message.device).record_event() if message.is_cuda else None
+        elif not (self._staged or (group.stages and self.on_device(each))):
+            self._post(each)
+        elif each:
+            hosts = {id(m): host_like(m).copy_(m, non_blocking=True) for m in each}  # one message to all: one copy
+            device = each[0].device
+            copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
             # The host must wait for the copy, but not this thread, which has the rest of the backward pass to launch.
-            self._posting = group.courier.run(lambda: self._post(host, copied))
-        group.count(message, len(peers.destinations))
+            staged = [hosts[id(m)] for m in each]
+            self._posting = group.courier.run(lambda: self._post(staged, copied))
+        for m in each:
+            group.count(m, 1)
 
     def receive_again(self, sources: Sequence[int]) -> None:
         """Posts receives anew for these sources, into the same rows, for `wait_received` to wait for. Gloo only."""
@@ -113,11 +119,11 @@ class Transfer:
             group.expects(work)
             self._receives.append((j, work))
 
-    def _post(self, message: torch.Tensor, copied: torch.cuda.Event | None = None) -> None:
+    def _post(self, messages: Sequence[torch.Tensor], copied: torch.cuda.Event | None = None) -> None:
         group, transport = self.group, self.group.process_group
         if copied is not None:
             copied.synchronize()
-        for j in self.peers.destinations:
+        for message, j in zip(messages, self.peers.destinations, strict=True):
             work: dist.Work | _Unposted
             try:
                 work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
@@ -139,6 +145,13 @@ class Transfer:
         for work in works:
             self.group.taken(work)
         return works
+
+    @property
+    def arrived(self) -> bool | None:
+        """Whether all is there and has gone; None where only a wait tells, over gloo."""
+        if self.group.backend != "nccl":
+            return None if self._receives or self._sends or self._posting is not None else True
+        return all(isinstance(work, _Unposted) or work.is_completed() for _, work in self._receives)
 
     def wait_delivered(self) -> None:
         """Until the transport has the neighbors' messages; where they pass through the host, they are there alone."""

@@ -1,0 +1,119 @@
+"""The connections of the functions that a user's own loop calls: one line per process group, built at the first call.
+
+All these functions share it. What is sent over it has a tag that is made of the function, its running number, and the
+shapes and types of what is sent: messages of different calls never take each other's place, though a call was left out,
+or its result not waited for; and one of another length, by which gloo ends the process that receives it, is not taken
+at all. Who waits for one that does not come is told so after `timeout`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import profiler
+
+from .collectives import refuse_difference
+from .errors import calling
+from .group import Group
+from .late import Waiter
+from .place import Layout, Place, alone
+from .process_group import transport
+
+_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Line]] = weakref.WeakKeyDictionary()
+
+
+class Line:
+    """One rank's end of it."""
+
+    def __init__(self, place: Place):
+        self.place = place
+        self._numbers: Counter[object] = Counter()
+        self._compared: set[tuple] = set()  # what all ranks were found to pass
+        self._lock = threading.Lock()
+
+    @property
+    def workers(self) -> Group:
+        """The ranks that exchange: those of the process group, or one of each machine."""
+        return self.place.workers
+
+    @property
+    def broken(self) -> bool:
+        return self.workers.broken or self.place.inside.broken
+
+    @cached_property
+    def waiter(self) -> Waiter:
+        """The thread that waits where nobody else does."""
+        return Waiter()
+
+    def tag(self, call: str, facts: str, pair: int | None = None) -> int:
+        """Of the next message of this kind: the same at both its ends, another one for every call.
+
+        pair: the other rank, where only two take part and count for themselves.
+        """
+        with self._lock:
+            self._numbers[pair] += 1
+            number = self._numbers[pair]
+        kind = "all" if pair is None else "pair"
+        return zlib.crc32(f"{kind} {number} {call} {facts}".encode()) >> 1  # gloo takes no more than 31 bits
+
+    def gathered(self, value: Any, what: str) -> dict[int, Any]:
+        """Every rank's value, by global rank. All ranks of all workers must call it."""
+        workers = self.workers
+        values = {workers.ranks[workers.rank]: value}
+        for group in (self.place.inside, workers):
+            values = {rank: v for part in group.gathered(values, what) for rank, v in part.items()}
+        return dict(sorted(values.items()))
+
+    def compare(self, call: str, facts: Mapping[str, str]) -> None:
+        """Raises the same ValueError on all ranks if they pass different things to a call. Asks once for each."""
+        key = (call, *facts.values())
+        if key not in self._compared:
+            named = {"which function is called": f"{call}()"}
+            named |= {f"the {name} given to {call}()": fact for name, fact in facts.items()}
+            refuse_difference(self.gathered(named, "comparing what the ranks pass"), "Pass the same on every rank.")
+            self._compared.add(key)
+
+
+def connect(found: Layout, device: torch.device, timeout: float, call: str) -> Line:
+    """The line over these ranks for tensors on `device`. All of them must call this where there is none, or it broke.
+
+    Raises what `Layout.connect` raises.
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout must be positive seconds, not {timeout}")
+    if found.size == 1 and not found.machines:
+        return Line(alone(device))
+    backend = transport(found.process_group, device)
+    # One for gloo, whatever the device: ranks may use devices in orders of their own.
+    key = (device if backend == "nccl" else backend, *map(tuple, found.machines))
+    lines = _lines.setdefault(found.process_group or dist.group.WORLD, {})  # type: ignore[arg-type]
+    if key in lines and lines[key].broken:
+        lines.pop(key).place.close()
+    if key not in lines:
+        probe = [torch.empty(0, device=device)]
+        lines[key] = Line(found.connect(probe, timeout, warn=False, what=f"group of {call}()"))
+    return lines[key]
+
+
+@contextmanager
+def named(call: str, step: int | None = None) -> Iterator[None]:
+    """Errors within it name the call, and a profiler's trace has a span for it."""
+    span: Any = None
+    if profiler._is_profiler_enabled:
+        span = profiler.record_function(f"fused_dlam::{call}" + ("" if step is None else f" step {step}"))
+        span.__enter__()
+    try:
+        with calling(f"{call}()"):
+            yield
+    finally:
+        if span is not None:
+            span.__exit__(None, None, None)
