@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable
 
 from .base_graph import base_k
-from .drawn import RandomTopology, generator
+from .drawn import RandomTopology, changing, generator
 from .equitopo import d_equistatic, od_equidyn, ou_equidyn, u_equistatic
 from .graphs import (
     exponential,
@@ -18,6 +18,7 @@ from .graphs import (
     grid,
     hypercube,
     inner_outer_exponential,
+    inner_outer_ring,
     metropolis_hastings,
     one_peer_exponential,
     one_peer_hypercube,
@@ -30,14 +31,15 @@ from .graphs import (
     torus,
 )  # fmt: skip
 from .matrix import Circulant, Peers, Phase, Sparse, check_workers, circulant, identity, sparse
+from .pushing import one_peer, push
 from .topology import Topology
 
 __all__ = [
     "Circulant", "FAMILY", "Peers", "Phase", "RandomTopology", "Sparse", "Topology", "TopologyLike", "base_k",
-    "circulant", "d_equistatic", "exponential", "from_networkx", "full", "generator", "get", "grid", "hypercube",
-    "identity", "inner_outer_exponential", "metropolis_hastings", "od_equidyn", "one_peer_exponential",
-    "one_peer_hypercube", "one_peer_ring", "one_way_ring", "ou_equidyn", "random_match", "ring", "sparse", "star",
-    "symmetric_exponential", "torus", "u_equistatic",
+    "changing", "circulant", "d_equistatic", "exponential", "from_networkx", "full", "generator", "get", "grid",
+    "hypercube", "identity", "inner_outer_exponential", "inner_outer_ring", "metropolis_hastings", "od_equidyn",
+    "one_peer", "one_peer_exponential", "one_peer_hypercube", "one_peer_ring", "one_way_ring", "ou_equidyn", "push",
+    "random_match", "ring", "sparse", "star", "symmetric_exponential", "torus", "u_equistatic",
 ]  # fmt: skip
 
 TopologyLike = str | Topology | Callable[[int], Topology]
@@ -48,7 +50,7 @@ FAMILY: dict[str, Callable[..., Topology]] = {
     for f in (
         full, ring, one_way_ring, grid, torus, star, hypercube, exponential, symmetric_exponential, d_equistatic,
         u_equistatic, one_peer_exponential, one_peer_hypercube, one_peer_ring, base_k, inner_outer_exponential,
-        random_match, od_equidyn, ou_equidyn,
+        inner_outer_ring, random_match, od_equidyn, ou_equidyn,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What the matrices of a topology must be: square, with rows that sum to one, and connecting all workers."""
+"""What the matrices of a topology must be: square, with rows or columns that sum to one, and connecting all workers."""
 
 from __future__ import annotations
 
@@ -33,30 +33,40 @@ def _is_matrix(weights: Any) -> bool:
         return False
 
 
-def check_rows(phase: Phase, where: str) -> None:
-    """Raises ValueError if a weight is negative or not finite or a row does not sum to one."""
-    values = phase.values()
+def check_word(sums: str) -> str:
+    """Raises ValueError for what is neither "rows" nor "columns"."""
+    if not isinstance(sums, str) or sums not in ("rows", "columns"):
+        raise ValueError(f"sums must be 'rows' or 'columns', what sums to one, not {sums!r}")
+    return sums
+
+
+def check_sums(phase: Phase, where: str, sums: str = "rows") -> None:
+    """Raises ValueError if a weight is negative or not finite, or a row (a column) does not sum to one."""
+    values, line = phase.values(), sums[:-1]
     if not values.size:
-        raise ValueError(f"{where}: every row must sum to one; there are no weights")
-    if values.min() >= 0 and abs(values.sum(axis=-1) - 1).max() <= TOLERANCE:  # False if there is a NaN
+        raise ValueError(f"{where}: every {line} must sum to one; there are no weights")
+    totals = values.sum(axis=-1) if sums == "rows" else phase.columns()
+    if values.min() >= 0 and abs(totals - 1).max() <= TOLERANCE:  # False if there is a NaN
         return
     if not np.isfinite(values).all():
         raise ValueError(f"{where}: weights must be finite")
     if (values < 0).any():
         raise ValueError(f"{where}: weights must not be negative, found {values.min():g}")
-    sums = np.atleast_1d(values.sum(axis=-1))
-    row = int(abs(sums - 1).argmax())
-    raise ValueError(f"{where}: every row must sum to one; row {row} sums to {sums[row]:.12g}")
+    totals = np.atleast_1d(totals)
+    worst = int(abs(totals - 1).argmax())
+    other, across = ("columns", phase.columns()) if sums == "rows" else ("rows", values.sum(axis=-1))
+    hint = f" (its {other} do: sums={other!r} takes it)" if abs(across - 1).max() <= TOLERANCE else ""
+    raise ValueError(f"{where}: every {line} must sum to one; {line} {worst} sums to {totals[worst]:.12g}{hint}")
 
 
-def check_phases(phases: Sequence[Phase], name: str) -> None:
+def check_phases(phases: Sequence[Phase], name: str, sums: str = "rows") -> None:
     """Raises ValueError if the matrices of one period are wrong, differ in size or leave workers unconnected."""
     n = phases[0].n
     for t, phase in enumerate(phases):
         where = f"{name}, phase {t}" if len(phases) > 1 else name
         if phase.n != n:
             raise ValueError(f"{where}: {phase.n} workers, but phase 0 has {n}")
-        check_rows(phase, where)
+        check_sums(phase, where, sums)
     if all(isinstance(phase, Circulant) for phase in phases):
         offsets = {k for phase in phases for k, w in phase.weights if w}  # type: ignore[union-attr]
         count = math.gcd(n, *offsets)

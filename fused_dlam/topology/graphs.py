@@ -10,6 +10,7 @@ from numbers import Real
 import networkx as nx
 import numpy as np
 
+from .checks import check_word
 from .drawn import RandomTopology, check_seed, generator
 from .matrix import Sparse, average, check_count, check_workers, circulant, identity
 from .topology import Topology
@@ -35,14 +36,15 @@ def metropolis_hastings(graph: nx.Graph) -> np.ndarray:
     return W
 
 
-def from_networkx(graph: nx.Graph, name: str = "networkx") -> Topology:
+def from_networkx(graph: nx.Graph, name: str = "networkx", sums: str = "rows") -> Topology:
     """A topology from a graph whose nodes, in their order, are the workers.
 
     An edge j -> i carries j's message to i. If the edges have a `weight`, that is the weight, and a worker without a
     self-loop keeps the rest for itself. If they have none, an undirected graph gets Metropolis-Hastings weights. In a
-    directed graph each worker gives equal weights to itself and to everybody it hears from. Weights of edges that a
-    multigraph has several times add up.
+    directed graph each worker gives equal weights to itself and to everybody it hears from; with sums="columns" to
+    everybody it sends to. Weights of edges that a multigraph has several times add up.
     """
+    check_word(sums)
     _check_graph(graph)
     if graph.number_of_nodes() == 0:
         raise ValueError("the graph has no nodes")
@@ -53,15 +55,16 @@ def from_networkx(graph: nx.Graph, name: str = "networkx") -> Topology:
     if weighted and len(weighted) < graph.number_of_edges():
         raise ValueError("some edges have a 'weight' and some have none")
     if not weighted and not graph.is_directed():
-        return Topology(metropolis_hastings(graph), name)
+        return Topology(metropolis_hastings(graph), name, sums)
+    across = 1 if sums == "rows" else 0
     A = nx.to_numpy_array(graph, weight="weight" if weighted else None).T
     if not weighted:
         A = (A > 0).astype(np.float64)
         np.fill_diagonal(A, 1)
-        return Topology(A / A.sum(axis=1, keepdims=True), name)
+        return Topology(A / A.sum(axis=across, keepdims=True), name, sums)
     for i in np.flatnonzero(A.diagonal() == 0):
-        A[i, i] = max(0.0, 1 - A[i].sum())
-    return Topology(A, name)
+        A[i, i] = max(0.0, 1 - A.sum(axis=across)[i])
+    return Topology(A, name, sums)
 
 
 # -- the same matrix at every step -------------------------------------------------------------------------------------
@@ -77,11 +80,23 @@ def ring(n: int) -> Topology:
     return Topology(circulant(check_workers(n), (1, -1)), "ring")
 
 
-def grid(n: int) -> Topology:
-    """A grid, as square as n allows (a line if n is prime). Metropolis-Hastings weights."""
+def grid(n: int, shape: tuple[int, int] | None = None) -> Topology:
+    """A grid, as square as n allows (a line if n is prime). Metropolis-Hastings weights.
+
+    Args:
+        shape: (rows, columns) instead, whose product is n. Worker r columns + c is in row r and column c.
+    """
     n = check_workers(n)
-    rows = _rows(n)
-    return Topology(metropolis_hastings(nx.grid_2d_graph(rows, n // rows)), "grid")
+    if shape is None:
+        rows, name = _rows(n), "grid"
+    else:
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise ValueError(f"shape must be (rows, columns), not {shape!r}")
+        rows, columns = check_count("the number of rows", shape[0]), check_count("the number of columns", shape[1])
+        if rows * columns != n:
+            raise ValueError(f"a grid of shape {rows} x {columns} has {rows * columns} workers, not {n}")
+        name = f"grid, {rows} x {columns}"
+    return Topology(metropolis_hastings(nx.grid_2d_graph(rows, n // rows)), name)
 
 
 def torus(n: int) -> Topology:
@@ -96,9 +111,19 @@ def torus(n: int) -> Topology:
     return Topology(metropolis_hastings(graph), "torus")
 
 
-def star(n: int) -> Topology:
-    """Worker 0 in the middle. Metropolis-Hastings weights: 1/n on every edge."""
-    return Topology(metropolis_hastings(nx.star_graph(check_workers(n) - 1)), "star")
+def star(n: int, center: int = 0) -> Topology:
+    """Worker 0 in the middle. Metropolis-Hastings weights: 1/n on every edge.
+
+    Args:
+        center: another worker in the middle.
+    """
+    n, center = check_workers(n), check_count("the center", center, at_least=0)
+    if center >= n:
+        raise ValueError(f"the center must be one of the {n} workers, 0 to {n - 1}, not {center}")
+    graph = nx.Graph()
+    graph.add_nodes_from(range(n))
+    graph.add_edges_from((center, i) for i in range(n) if i != center)
+    return Topology(metropolis_hastings(graph), f"star, center = {center}" if center else "star")
 
 
 def hypercube(n: int) -> Topology:
@@ -126,11 +151,21 @@ def exponential(n: int, base: int = 2) -> Topology:
     return Topology(circulant(n, powers), "exponential" if base == 2 else f"exponential, base = {base}")
 
 
-def symmetric_exponential(n: int) -> Topology:
-    """Worker i hears from i +- 1, i +- 2, i +- 4, ... (mod n), equal weights. Symmetric."""
+def symmetric_exponential(n: int, base: int = 2) -> Topology:
+    """Worker i hears from i +- 1, i +- 2, i +- 4, ... (mod n), equal weights. Symmetric.
+
+    Args:
+        base: the offsets are its powers below n, those beyond n/2 as well: 5 workers and base 4 hear at +- 1 and +- 4,
+            which is the same ring. BlueFog's SymmetricExponentialGraph (base 4 by default) keeps powers up to n/2. The
+            two differ where the largest power p below n is beyond n/2 and n - p is no power: with base 2 for n = 7, 11,
+            13, 14, 15, 19, ..., in all n with three or more binary digits of one. Ours then has an offset more.
+    """
     n = check_workers(n)
-    powers = _powers(n)
-    return Topology(circulant(n, (*powers, *(-k for k in powers))), "symmetric-exponential")
+    powers = _powers(n, base)
+    offsets = (*powers, *(-k for k in powers))
+    return Topology(
+        circulant(n, offsets), "symmetric-exponential" if base == 2 else f"symmetric-exponential, base = {base}"
+    )
 
 
 # -- one peer per step -------------------------------------------------------------------------------------------------
@@ -174,15 +209,39 @@ def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology
         machine_size: m, a divisor of n other than 2. By default the one nearest to the square root of n. With m = 1 or
             m = n this is the one-peer exponential graph. With m = 2 the two would never hear each other: ValueError.
     """
+    n, m = check_workers(n), _machine_size(n, machine_size)
+    phases = _inner_outer(n, m, _powers(m - 1 if n > m else m), _powers(n // m))
+    return Topology(phases, "inner-outer-exponential" + (f", machine_size = {m}" if machine_size else ""))
+
+
+def inner_outer_ring(n: int, machine_size: int | None = None) -> Topology:
+    """A one-way ring inside the machine, and for one worker of each machine among the machines.
+
+    At step k, worker k mod m of each machine of m workers hears from the same worker of the machine before. Each of the
+    others hears from the one before it in its machine, that worker left out. 1/2 and 1/2, directed. This is BlueFog's
+    GetInnerOuterRingDynamicSendRecvRanks.
+
+    Args:
+        machine_size: m, as for `inner_outer_exponential`. With m = 1 or m = n this is the one-way ring.
+    """
+    n, m = check_workers(n), _machine_size(n, machine_size)
+    phases = _inner_outer(n, m, (1,) if m > 1 else (), (1,) if n > m else ())
+    return Topology(phases, "inner-outer-ring" + (f", machine_size = {m}" if machine_size else ""))
+
+
+def _machine_size(n: int, machine_size: int | None) -> int:
     n = check_workers(n)
     sizes = [m for m in range(1, n + 1) if n % m == 0 and m != 2]
     m = min(sizes, key=lambda m: abs(m - math.sqrt(n))) if machine_size is None else machine_size
     if isinstance(m, bool) or not isinstance(m, (int, np.integer)) or m not in sizes:
         raise ValueError(f"machine_size must be a divisor of the {n} workers other than 2, not {m!r}")
-    m = int(m)
+    return int(m)
+
+
+def _inner_outer(n: int, m: int, inner: tuple[int, ...], outer: tuple[int, ...]) -> list[Sparse]:
+    """Hops by turns: within machines of m workers, and among machines for worker k mod m of each."""
     machines, inside = n // m, np.arange(n) % m
-    outer = _powers(machines) or (0,)
-    inner = _powers(m - 1 if machines > 1 else m) or (0,)
+    inner, outer = inner or (0,), outer or (0,)
     phases = []
     for t in range(math.lcm(m if machines > 1 else 1, len(outer), len(inner))):
         hop = np.full(n, inner[t % len(inner)])
@@ -192,7 +251,7 @@ def inner_outer_exponential(n: int, machine_size: int | None = None) -> Topology
         if machines > 1:
             sources = np.where(inside == t % m, (np.arange(n) - m * outer[t % len(outer)]) % n, sources)
         phases.append(_one_peer(sources))
-    return Topology(phases, "inner-outer-exponential" + (f", machine_size = {m}" if machine_size else ""))
+    return phases
 
 
 def random_match(n: int, seed: int = 0) -> RandomTopology:

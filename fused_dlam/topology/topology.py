@@ -11,8 +11,8 @@ from functools import cached_property, partial
 import networkx as nx
 import numpy as np
 
-from . import spectrum
-from .checks import as_phases, check_phases
+from . import mass, spectrum
+from .checks import as_phases, check_phases, check_word
 from .matrix import TOLERANCE, Circulant, Peers, Phase, average, blend, identity
 
 
@@ -23,29 +23,37 @@ class Topology:
         weights: one [n, n] matrix or a sequence of them, where `W[i, j]` weighs j's message at i. `Circulant` and
             `Sparse` are matrices too.
         name: what messages and checkpoints call it.
+        sums: what sums to one, "rows" (each worker weighs what it hears) or "columns" (each divides what it has among
+            those it sends to), for push-sum.
 
-    Raises ValueError if a matrix is not square, has a negative or non-finite entry or a row that does not sum to one,
-    or if some worker cannot be reached over the period. Warns if the matrices are not doubly stochastic, because the
-    workers then agree on a weighted mean.
+    Raises ValueError if a matrix is not square, has a negative or non-finite entry or a row (a column) that does not
+    sum to one, or if some worker cannot be reached over the period; for columns also if a worker is left with no mass,
+    or one of which 1/mass is no float32. Warns if the rows sum to one and the columns do not, because the workers then
+    agree on a weighted mean.
     """
 
     n: int
+    sums: str = "rows"
     period: int | None  # the number of steps after which the matrices repeat; None for a `RandomTopology`
     phases: tuple[Phase, ...]  # the matrices of one period; of a `RandomTopology` those of its first steps
 
-    def __init__(self, weights, name: str = "custom"):
-        self.name = name
-        self.phases = tuple(as_phases(weights))
-        self.n = self.phases[0].n
-        self.period = len(self.phases)
-        check_phases(self.phases, f"topology {name!r}")
-        if not self.is_doubly_stochastic:
+    def __init__(self, weights, name: str = "custom", sums: str = "rows"):
+        self._hold(tuple(as_phases(weights)), name, check_word(sums))
+        check_phases(self.phases, f"topology {name!r}", sums)
+        if sums == "columns":
+            self._masses  # noqa: B018 -- refuses graphs on which a worker has none
+        elif not self.is_doubly_stochastic:
             shares = np.array2string(self.limit_weights, precision=4, threshold=16)
             warnings.warn(
                 f"topology {name!r} is not doubly stochastic: the workers agree on a weighted mean, with weights"
-                f" {shares} instead of 1/{self.n} each. With unequal weights the model favors some workers' data.",
+                f" {shares} instead of 1/{self.n} each. With unequal weights the model favors some workers' data, but"
+                " not with the methods 'push-sum', 'push-diging' and 'push-pull'.",
                 stacklevel=2,
             )
+
+    def _hold(self, phases: tuple[Phase, ...], name: str, sums: str) -> None:
+        self.name, self.phases, self.sums = name, phases, sums
+        self.n, self.period = phases[0].n, len(phases)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, n={self.n}" + (f", period={self.period})" if self.period else ")")
@@ -82,11 +90,46 @@ class Topology:
         Ranks compare it, because two ranks may have drawn different matrices for themselves under the same name.
         """
         digest = hashlib.sha256()
+        if self.sums == "columns":
+            digest.update(b"columns")
         for phase in self.phases:
             who = [k for k, _ in phase.weights] if isinstance(phase, Circulant) else phase.heard
             for numbers, kind in ((who, np.int64), (phase.values(), np.float32)):
                 digest.update(np.ascontiguousarray(numbers, kind).tobytes())
         return digest.hexdigest()[:16]
+
+    # -- columns that sum to one: see mass.py --------------------------------------------------------------------------
+
+    def mass(self, step: int = 0) -> np.ndarray:
+        """The workers' masses before this step, float64 [n], which sum to n: w of push-sum. It is a copy.
+
+        sum_i w_i z_i / n is what averaging leaves as it is, for z = x / w. Exactly one each on a doubly stochastic
+        graph. Raises ValueError for rows that sum to one and leave a worker with none, because nobody hears it.
+        """
+        return self._masses[step % len(self._masses)].copy()
+
+    @cached_property
+    def _masses(self) -> list[np.ndarray]:
+        if self.is_doubly_stochastic:
+            return [np.ones(self.n)]
+        return mass.masses(self.phases, self.sums, f"topology {self.name!r}")
+
+    @cached_property
+    def as_rows(self) -> Topology:
+        """What the graph does to z = x / w: R_k = diag(1/w_{k+1}) A_k diag(w_k), whose rows sum to one.
+
+        A graph whose rows sum to one is this itself.
+        """
+        if self.sums == "rows":
+            return self
+        phases, rows = self.phases, object.__new__(Topology)
+        if not self.is_doubly_stochastic:
+            w = [*self._masses, self._masses[0]]
+            phases = tuple(mass.rescaled(A, *w[k : k + 2]) for k, A in enumerate(self.phases))
+        rows._hold(phases, self.name, "rows")
+        # What is known of it already. Its fingerprint is that of A: R has been rounded by each rank for itself.
+        vars(rows).update(_masses=self._masses, limit_weights=self.limit_weights, fingerprint=self.fingerprint)
+        return rows
 
     # -- what the spectrum says: see spectrum.py -----------------------------------------------------------------------
 
@@ -102,23 +145,24 @@ class Topology:
 
     @cached_property
     def is_doubly_stochastic(self) -> bool:
-        """Whether the columns sum to one too, so that the workers agree on their plain mean."""
-        return all(np.allclose(phase.columns(), 1, rtol=0, atol=TOLERANCE) for phase in self.phases)
+        """Whether rows and columns sum to one, so that the workers agree on their plain mean."""
+        totals = (total for phase in self.phases for total in (phase.columns(), phase.values().sum(axis=-1)))
+        return all(np.allclose(total, 1, rtol=0, atol=TOLERANCE) for total in totals)
 
     @cached_property
     def limit_weights(self) -> np.ndarray:
         """The weights of the workers in the mean they agree on, [n]: 1/n each if doubly stochastic."""
-        return spectrum.limit_weights(self)
+        return spectrum.limit_weights(self) if self.sums == "rows" else self.mass() / self.n
 
     @cached_property
     def modes(self) -> np.ndarray | None:
         """Eigenvalues [period, n - 1] of the disagreement, if all matrices share their eigenvectors; else None."""
-        return spectrum.modes(self)
+        return spectrum.modes(self.as_rows)
 
     @cached_property
     def contraction(self) -> spectrum.Growth:
         """(rho, its standard error, slowest_rho). The error is 0 if the matrices repeat."""
-        return spectrum.contraction(self)
+        return spectrum.contraction(self.as_rows)
 
     @property
     def rho(self) -> float:
@@ -173,7 +217,7 @@ class Topology:
 
     def _derived(self, at: Callable[[int], Phase], steps: int, name: str) -> Topology:
         """The topology with matrix `at(step)`, where `steps` is its period. `RandomTopology` has its own."""
-        return Topology([at(t) for t in range(steps)], name)
+        return Topology([at(t) for t in range(steps)], name, self.sums)
 
     def to_networkx(self, step: int = 0) -> nx.DiGraph:
         """Edges j -> i with `weight` W[i, j], self-loops included."""

@@ -97,7 +97,14 @@ def test_gain_and_rate_enter_the_certificate():
 # -- by whichever path -------------------------------------------------------------------------------------------------
 
 # Graphs whose matrices at n = 8 have no eigenvectors in common.
-WITHOUT_MODES = ["one-peer-ring", "inner-outer-exponential", "random-match", "od-equidyn", "ou-equidyn"]
+WITHOUT_MODES = [
+    "one-peer-ring",
+    "inner-outer-exponential",
+    "inner-outer-ring",
+    "random-match",
+    "od-equidyn",
+    "ou-equidyn",
+]
 
 
 class WithoutModes(Topology):

@@ -116,6 +116,24 @@ def inner_outer(n):
     return [one_peer(n, lambda i, t=t: receives_from(i, t)) for t in range(math.lcm(m, outer, inner))]
 
 
+def inner_outer_ring(n):
+    """As BlueFog's GetInnerOuterRingDynamicSendRecvRanks states it: whom a rank receives from, machines as above."""
+    m = {6: 3, 8: 4, 12: 3, 16: 4, 24: 4}.get(n, 1)
+    if m == 1:
+        return [one_peer(n, lambda i: i - 1)]
+
+    def receives_from(rank, index):
+        machine, local, outside = rank // m, rank % m, index % m
+        if local == outside:
+            return (machine - 1) % (n // m) * m + local
+        source = (local - 1) % m
+        if source == outside:
+            source = (source - 1) % m
+        return machine * m + source
+
+    return [one_peer(n, lambda i, t=t: receives_from(i, t)) for t in range(m)]
+
+
 def alternating(n):
     """The pairs of a ring by turns; if n is odd the pairs (i, i+1) for i = t, t+2, ... leave worker t-1 out."""
     if n < 3:
@@ -137,6 +155,7 @@ def definition(name, n):
         "u-equistatic": lambda: [equistatic(n, mirror=True)],
         "one-peer-ring": lambda: alternating(n),
         "inner-outer-exponential": lambda: inner_outer(n),
+        "inner-outer-ring": lambda: inner_outer_ring(n),
         "ring": lambda: [equal_weights(n, lambda i: [i - 1, i + 1])],
         "grid": lambda: [metropolis(n, lattice(n, wrap=False))],
         "torus": lambda: [metropolis(n, lattice(n, wrap=True))],

@@ -42,6 +42,7 @@ def test_the_family_is_complete():
     assert set(topology.FAMILY) >= {
         *("full", "ring", "grid", "torus", "star", "hypercube", "exponential", "symmetric-exponential"),
         *("one-peer-exponential", "one-peer-hypercube", "one-peer-ring", "one-way-ring", "inner-outer-exponential"),
+        "inner-outer-ring",
         *("base-k", "d-equistatic", "u-equistatic", *RANDOM),
     }
 

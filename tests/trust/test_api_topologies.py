@@ -75,7 +75,8 @@ def test_by_name(name, n):
 
 PARAMETERS = {"base_k": "k", "exponential": "base", "d_equistatic": "offsets", "u_equistatic": "offsets",
               "od_equidyn": "eta", "ou_equidyn": "eta", "random_match": "seed",
-              "inner_outer_exponential": "machine_size"}  # fmt: skip
+              "inner_outer_exponential": "machine_size", "inner_outer_ring": "machine_size",
+              "symmetric_exponential": "base", "star": "center", "grid": "shape"}  # fmt: skip
 
 
 @fuzzed(60, 0.08, name=st.sampled_from(sorted(PARAMETERS)), n=SOME, value=SOME | FINITE | ODD, seed=SOME | ODD)
