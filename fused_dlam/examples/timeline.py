@@ -4,8 +4,8 @@
 
 `GossipSGD` and `Gossip` name what they do in a profiler's trace: `fused_dlam::exchange bucket 3 step 7` lasts from the
 moment a message leaves until the neighbors' messages are there, and `pack`, `send`, `wait` and `combine` are what this
-rank's own thread spends on it. Where an exchange lies beside the backward pass, communication is hidden. Take `spans` and
-`draw` for a step of your own; `--trace` writes the whole trace, for https://ui.perfetto.dev.
+rank's own thread spends on it. Where an exchange lies beside the backward pass, communication is hidden. Take `spans`
+and `draw` for a step of your own; `--trace` writes the whole trace, for https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def record(overlap: bool, warm_up: int = 3, trace: Path | None = None) -> list[S
 
 
 def spans(profiler: Any) -> list[Span]:
-    """What a finished `torch.profiler.profile` has of COMPUTING (named by the script) and of exchanges, in time order."""
+    """What a finished `torch.profiler.profile` has of COMPUTING (named by the script) and of exchanges, in order."""
     found = []
     for event in profiler.events():
         named = NAME.fullmatch(event.name)
@@ -90,7 +90,9 @@ def summary(title: str, found: Sequence[Span]) -> str:
     """A line of figures: of one step."""
     exchanges = [s for s in found if s.what == "exchange"]
     told = ", ".join(f"{s.what} {s.end - s.start:.1f} ms" for s in found if s.what in COMPUTING)
-    return f"{title}: {told}; {len(exchanges)} exchanges, {100 * hidden(found):.0f} % of their time in the backward pass"
+    return (
+        f"{title}: {told}; {len(exchanges)} exchanges, {100 * hidden(found):.0f} % of their time in the backward pass"
+    )
 
 
 def draw(steps: dict[str, Sequence[Span]]) -> Any:

@@ -1,4 +1,4 @@
-"""`fused-dlam timeline`: one step of a few workers on this machine as a picture, see fused_dlam/examples/timeline.py."""
+"""`fused-dlam timeline`: one step of a few workers as a picture, see fused_dlam/examples/timeline.py."""
 
 from __future__ import annotations
 

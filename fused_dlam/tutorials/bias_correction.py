@@ -12,6 +12,7 @@ many as before. W must be symmetric.
 """
 
 # %%
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def by_hand(steps: int = 400) -> list[float]:
 # ## The others, as methods of the optimizer
 #
 # D2 corrects with W in the place of (I + W)/2, and needs all eigenvalues of W above -1/3. Gradient tracking sends a
-# second message, an estimate of the mean gradient. MI-DmSGD, this package's default, sums up the pulls of the neighbors in
-# a slow memory that leaks (`correction_gain=300`): it keeps some 1/300 of the bias, and works on any graph. With
+# second message, an estimate of the mean gradient. MI-DmSGD, this package's default, sums up the pulls of the neighbors
+# in a slow memory that leaks (`correction_gain=300`): it keeps some 1/300 of the bias, and works on any graph. With
 # `correction_gain=math.inf` it does not leak. DSGD and DmSGD have no memory of the pull, and stay where DGD stays.
 #
 # Momentum is 0 here, so that the methods are those of the papers.
@@ -92,12 +93,12 @@ def train(f: LeastSquares, W: Topology, steps: int, method: str, **options: Any)
     return path
 
 
-def by_method(steps: int = 400) -> dict[str, list[float]]:
+def by_method(steps: int = 400, methods: Iterable[str] = (*METHODS,)) -> dict[str, list[float]]:
     f, W = LeastSquares(), lazy_ring()
     found = {}
     say(f"\nGossipSGD(method=..., momentum=0) after {steps} steps:")
-    for name, options in METHODS.items():
-        path = train(f, W, steps, name.split(",")[0], **options)
+    for name in methods:
+        path = train(f, W, steps, name.split(",")[0], **METHODS[name])
         found[name] = relative_errors(path, f.solution)
         say(f"  {name:18} {found[name][-1]:.1e}")
     say("DSGD stays. The corrected methods go on to the minimum, to the last digits of float64.")

@@ -107,7 +107,8 @@ def rates(steps: int = 150) -> dict[str, dict[str, Any]]:
 #
 # The full graph has the mean after one step, with messages to everybody. The one-peer exponential graph has one message
 # per step: worker i hears from i - 1, then from i - 2, from i - 4, ... If n is a power of two, everybody has the exact
-# mean after log2 n steps (Ying et al., "Exponential graph is provably efficient for decentralized deep training", 2021).
+# mean after log2 n steps (Ying et al., "Exponential graph is provably efficient for decentralized deep training",
+# 2021).
 
 
 # %%

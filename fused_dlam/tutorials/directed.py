@@ -1,12 +1,13 @@
 """# 5. Directed and time-varying graphs
 
-So far the rows and the columns of W summed to one. Where links go one way, or change from step to step, nobody may be able
-to arrange that: a worker knows whom it hears, or whom it sends to, and not what the others weigh.
+So far the rows and the columns of W summed to one. Where links go one way, or change from step to step, nobody may be
+able to arrange that: a worker knows whom it hears, or whom it sends to, and not what the others weigh.
 
-* **Pull**: a worker averages what it hears, with equal weights. Rows sum to one, columns do not. All agree, on a wrong mean.
+* **Pull**: a worker averages what it hears, with equal weights. Rows sum to one, columns do not. All agree, on a wrong
+  mean.
 * **Push**: a worker divides what it has among those it sends to, and adds up what comes. Columns sum to one, so the sum
-  of all x stays what it was; but some workers collect more than others. So each sends a *mass* w along, which started at
-  one and is divided in the same way:
+  of all x stays what it was; but some workers collect more than others. So each sends a *mass* w along, which started
+  at one and is divided in the same way:
 
       x_i  <-  sum_j A_ij x_j
       w_i  <-  sum_j A_ij w_j          z_i = x_i / w_i  comes to the mean
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_dlam import GossipSGD, Topology, neighbor_exchange, push_sum, topology
+from fused_dlam import Topology, neighbor_exchange, push_sum, topology
 from fused_dlam.tutorials.least_squares import LeastSquares
 from fused_dlam.tutorials.picture import panels
 from fused_dlam.tutorials.worker import TIMEOUT, main, mean, relative_errors, say
@@ -33,7 +34,8 @@ WORKERS = 6
 # ## The graph
 #
 # A mesh of two rows. In every step each worker sends to one of its neighbors, the next one in turn. Those in the middle
-# have three neighbors and those in the corners two, so that in one step a worker may hear from two others, or from none.
+# have three neighbors and those in the corners two, so that in one step a worker may hear from two others, or from
+# none.
 
 
 # %%
@@ -51,8 +53,8 @@ def neighbors(graph: Topology, k: int) -> tuple[tuple[int, ...], tuple[int, ...]
 # ## Pull and push
 #
 # `neighbor_exchange` asks of each worker what it knows itself: whom it hears, whom it sends to, and the weights. The
-# workers compare that before anything is sent, so a contradiction is an error on all of them and not a wait without end.
-# `push_sum` does the second by itself, for a graph whose columns sum to one, and sends x and w in one message.
+# workers compare that before anything is sent, so a contradiction is an error on all of them and not a wait without
+# end. `push_sum` does the second by itself, for a graph whose columns sum to one, and sends x and w in one message.
 #
 # What is averaged: worker 0 has a one and all others have a zero. The mean is 1/n, so that each worker learns how many
 # there are.
@@ -106,14 +108,16 @@ def consensus(steps: int = 150) -> dict[str, Any]:
 # %% [markdown]
 # ## Optimization
 #
-# Gradient descent by pull favors the data of those who are heard most, however small gamma is. With push-sum in the place
-# of the average it stays away from the minimum by its bias, as DGD does: less with a smaller gamma. Push-DIGing (Nedic, Olshevsky and Shi, 2017) has an estimate y of the mean gradient besides, which is pushed too:
+# Gradient descent by pull favors the data of those who are heard most, however small gamma is. With push-sum in the
+# place of the average it stays away from the minimum by its bias, as DGD does: less with a smaller gamma. Push-DIGing
+# (Nedic, Olshevsky and Shi, 2017) has an estimate y of the mean gradient besides, which is pushed too:
 #
 #     u_i, y_i  <-  sum_j A_ij (u_j - gamma y_j),  sum_j A_ij y_j          w_i  <-  sum_j A_ij w_j
 #     x_i = u_i / w_i
 #     y_i  <-  y_i + grad f_i(x_i) - grad f_i(x_i before)
 #
 # It comes to the minimum itself, on any graph whose links over time reach everybody. All of it is one message per step.
+
 
 # %%
 def pull_descent(f: LeastSquares, A: Topology, gamma: float, steps: int) -> list[torch.Tensor]:

@@ -78,10 +78,10 @@ def biases(gammas: tuple[float, ...] = (0.2, 0.1, 0.05), length: float = 25.0) -
 # %% [markdown]
 # ## How large a step is stable
 #
-# For least squares the step is x <- M x + constant, with M = W (I - gamma H) for ATC and M = W - gamma H for AWC, where H
-# holds the workers' Hessians as blocks. It comes to rest if all eigenvalues of M are below one. To know the largest such
-# gamma the workers tell each other their H. Then they try one that is 5 % below that limit and one that is 5 % above it,
-# and watch how far x moves from one step to the next.
+# For least squares the step is x <- M x + constant, with M = W (I - gamma H) for ATC and M = W - gamma H for AWC, where
+# H holds the workers' Hessians as blocks. It comes to rest if all eigenvalues of M are below one. To know the largest
+# such gamma the workers tell each other their H. Then they try one that is 5 % below that limit and one that is 5 %
+# above it, and watch how far x moves from one step to the next.
 
 
 # %%

@@ -43,8 +43,8 @@ def hello() -> list[str]:
 #
 #     x_i  <-  sum_j W_ij x_j          W_ij = 1/3 if i = j or i and j are neighbors, else 0
 #
-# One call does it, on all workers. Each sends one message to each neighbor, and nobody else hears of it. The row sums of
-# W are one, so x_i is an average; the column sums are one too, so the mean of all x stays what it was.
+# One call does it, on all workers. Each sends one message to each neighbor, and nobody else hears of it. The row sums
+# of W are one, so x_i is an average; the column sums are one too, so the mean of all x stays what it was.
 
 
 # %%

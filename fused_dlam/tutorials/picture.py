@@ -1,4 +1,4 @@
-"""Axes that the tutorials draw on. No window is opened, and colors can be told apart by people with any color vision."""
+"""Axes that the tutorials draw on: without a window, in colors that people with any color vision can tell apart."""
 
 from __future__ import annotations
 

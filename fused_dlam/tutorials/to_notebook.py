@@ -7,7 +7,7 @@ A script is the one source. Its cells begin with `# %%`, and its docstring is th
     # %% [notebook]     code of the notebook alone, in comments: a line with %px runs on all workers
     # %% [script]       code of the script alone
 
-The notebook starts workers before its first code and ends them behind its last. Nothing is executed: there is no output.
+The notebook starts workers before its first code and ends them behind its last. Nothing is executed here.
 """
 
 from __future__ import annotations
