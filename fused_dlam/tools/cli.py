@@ -18,6 +18,7 @@ graph and a method, and to check a method of your own.
 EXAMPLES = """\
 examples:
   fused-dlam demo                           half a minute, on this machine
+  fused-dlam tutorial 2                     average consensus, measured and drawn
   fused-dlam topology                       the names of all graphs
   fused-dlam topology exponential -n 64
   fused-dlam run -n 8 train.py              train with eight workers
@@ -27,8 +28,10 @@ examples:
 COMMANDS = {
     "run": ("fused_dlam.tools.run", "start the workers of a training script; one that dies takes no other with it"),
     "demo": ("fused_dlam.tools.demo", "watch worker processes learn handwritten digits, by all-reduce and by gossip"),
+    "tutorial": ("fused_dlam.tools.tutorial", "seven tutorials, run by worker processes on this machine"),
     "topology": ("fused_dlam.tools.describe", "what a graph costs per step, and which methods are stable on it"),
     "compare": ("fused_dlam.tools.compare", "how fast methods get near the optimum on given graphs, and how near"),
+    "timeline": ("fused_dlam.tools.timeline", "one step as a picture: what is computed, what is on its way"),
     "gate": ("fused_dlam.kernels.gate.command", "check the GPU kernels of a rule, or of your own, without a GPU"),
 }
 

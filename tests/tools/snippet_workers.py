@@ -165,6 +165,31 @@ def clipped(rank):
     return ends
 
 
+def timeline(rank, folder):
+    """The spans of a step by what they are, and what was written."""
+    import glob
+
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from fused_dlam.examples import timeline
+
+    model, data = model_and_data(rank)
+    optimizer, x, y = GossipSGD(model.parameters(), lr=0.01), data[0], data[0].sum(1, keepdim=True)
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            optimizer.zero_grad()
+            with record_function("forward"):
+                loss = torch.nn.functional.mse_loss(model(x), y)
+            with record_function("backward"):
+                loss.backward()
+            with record_function("step"):
+                optimizer.step()
+    found = timeline.spans(profiler)
+    timeline.draw({"my step": found}).savefig(f"{folder}/{rank}.png")
+    profiler.export_chrome_trace(f"{folder}/{rank}.json")
+    return [span.what for span in found], timeline.summary("my step", found), len(glob.glob(f"{folder}/{rank}.*"))
+
+
 def trainer(rank, folder):
     """The recipe for Hugging Face's Trainer: (steps, weights before, weights after, error of the plain way)."""
     n = str(dist.get_world_size())

@@ -63,6 +63,14 @@ def test_clipping(ranks):
 
 
 @pytest.mark.slow
+def test_a_step_as_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    for what, line, files in run_workers(workers.timeline, 2, str(tmp_path), deadline=60):
+        assert what.count("exchange") == what.count("combine") == what.count("backward") == 1 and files == 2
+        assert line.startswith("my step: forward") and "1 exchanges" in line
+
+
+@pytest.mark.slow
 def test_hugging_face_trainer(tmp_path):
     """As it is, Trainer wraps the model or moves its parameters, and the optimizer refuses; the recipe trains."""
     pytest.importorskip("transformers")

@@ -1,0 +1,101 @@
+"""# 6. Asynchrony
+
+In all that came before, a worker waits for its neighbors in every step, so the slowest sets the pace of all. Here
+nobody waits. A worker pushes half of what it has to a neighbor's mailbox, goes on at once, and adds whatever is in its
+own mailbox when it next looks there. With x travels the mass p, as in push-sum, so it does not matter who pushes how
+often:
+
+    dx, dp = what came meanwhile
+    x, p  <-  x + dx, p + dp
+    x, p  <-  x/2, p/2  if a push of x/2, p/2 has left           x / p comes to the mean
+
+Nothing is ever lost: the sum of all x, in the workers and on the way, stays what it was. Worker 0 is slow in this
+tutorial: it sleeps five times as long as the others.
+"""
+
+# %%
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_dlam import Mailbox, neighbor_allreduce, topology
+from fused_dlam.tutorials.worker import TIMEOUT, mean, say
+
+WORKERS = 4
+PAUSE, SLOWER = 0.01, 5  # seconds that a step takes, by sleeping; how many times as long worker 0 sleeps
+
+
+def pause() -> None:
+    """The computation of one step."""
+    time.sleep(PAUSE * (SLOWER if dist.get_rank() == 0 else 1))
+
+
+# %% [markdown]
+# ## Consensus, each at its own pace
+#
+# The error is each worker's own, |x_i / p_i - mean|, with the time at which it was measured. When time is up all close
+# their mailboxes: what was on its way has arrived then, and is collected once more.
+
+
+# %%
+def asynchronous(x: torch.Tensor, target: torch.Tensor, seconds: float) -> dict[str, Any]:
+    p, step, log = 1.0, 0, []
+    box = Mailbox(x, topology.exponential(dist.get_world_size()), timeout=TIMEOUT)
+    dist.barrier()
+    start = time.monotonic()
+    while (now := time.monotonic() - start) < seconds:
+        log.append((now, ((x / p - target).norm() / target.norm()).item()))
+        pause()
+        dx, dp = box.collect()
+        x, p = x + dx, p + dp
+        if box.push(x, p, weight=0.5, step=step):
+            x, p = x / 2, p / 2
+        step += 1
+    box.close()
+    dx, dp = box.collect()
+    return {"x": x + dx, "p": p + dp, "steps": step, "log": log}
+
+
+def synchronous(x: torch.Tensor, target: torch.Tensor, seconds: float) -> dict[str, Any]:
+    """The same graph with `neighbor_allreduce`: as many steps on every worker, at the pace of the slowest."""
+    graph, log = topology.exponential(dist.get_world_size()), []
+    dist.barrier()
+    start = time.monotonic()
+    for k in range(round(seconds / (PAUSE * SLOWER))):
+        log.append((time.monotonic() - start, ((x - target).norm() / target.norm()).item()))
+        pause()
+        x = neighbor_allreduce(x, graph, k, timeout=TIMEOUT)
+    return {"steps": len(log), "log": log}
+
+
+def consensus(seconds: float = 2.5) -> dict[str, Any]:
+    n = dist.get_world_size()
+    x = torch.randn(10, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+    target = mean(x)
+    one = asynchronous(x, target, seconds)
+    z = one["x"] / one["p"]
+    other = synchronous(x, target, seconds)
+
+    mine = (one["steps"], one["p"], ((z - target).norm() / target.norm()).item(), one["log"], other["log"])
+    ranks: list[Any] = [None] * n
+    dist.all_gather_object(ranks, mine)
+    lost_x = ((mean(one["x"]) - target).norm() / target.norm()).item()
+    lost_p = abs(sum(p for _, p, *_ in ranks) - n)
+    say(f"{seconds:g} seconds of consensus among {n} workers, of which worker 0 is {SLOWER} times slower:")
+    for rank, (steps, p, error, *_) in enumerate(ranks):
+        say(f"  worker {rank}: {steps} steps, mass {p:.3f} at the end, error {error:.0e}")
+    say(f"Lost of the sum of all masses {lost_p:.0e}, of the sum of all x {lost_x:.0e}.")
+    say(f"In steps together all workers took {other['steps']}.")
+    return {
+        "steps": [rank[0] for rank in ranks],
+        "errors": [rank[2] for rank in ranks],
+        "logs": [rank[3] for rank in ranks],
+        "together": [rank[4] for rank in ranks],
+        "lost": (lost_p, lost_x),
+    }
+
+
+# %% [notebook]
+# %px found = consensus()

@@ -1,0 +1,45 @@
+"""What worker processes run in the tests of the tutorials: the tutorials' own functions, in small form."""
+
+import contextlib
+import importlib
+import io
+
+from fused_dlam.tutorials import bias_correction, consensus, deep_learning, directed, gradient_descent, hello
+from fused_dlam.tutorials.least_squares import LeastSquares
+from fused_dlam.tutorials.worker import relative_errors
+
+
+def told(fn, *args, **options):
+    """(what the function returns, what this worker prints meanwhile)"""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        found = fn(*args, **options)
+    return found, out.getvalue()
+
+
+def whole(rank, module):
+    return told(importlib.import_module(module).run)
+
+
+def four(rank):
+    """Tutorials 1 to 4 and 7, on as many workers as they are for or fewer, with fewer steps."""
+    return {
+        "hello": told(hello.run),
+        "rates": told(consensus.rates, 60),
+        "exact": told(consensus.exact),
+        "biases": told(gradient_descent.biases, (0.2, 0.1), 20.0),
+        "stable": told(gradient_descent.stable_range, 40),
+        "optimizer": told(gradient_descent.as_optimizer, steps=20),
+        "by hand": told(bias_correction.by_hand, 300),
+        "by method": told(bias_correction.by_method, 300, ("dsgd", "exact-diffusion")),
+        "learning": told(deep_learning.compare, 2, ("all-reduce", "ATC, one peer", "MI-DmSGD, the default")),
+    }
+
+
+def six(rank):
+    """Tutorial 5."""
+    f = LeastSquares()
+    return {
+        "consensus": told(directed.consensus, 90),
+        "push-DIGing": relative_errors(directed.push_diging(f, directed.mesh(), 0.1, 420), f.solution)[-1],
+    }
