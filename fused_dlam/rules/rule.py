@@ -158,9 +158,7 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(
-        self, lr, momentum, weight_decay, rho, hyper, memory, static=False, exchanges=True
-    ) -> dict[str, Any]:
+    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False, exchanges=True) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in self.defaults(hyper).items():
             values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)

@@ -101,7 +101,9 @@ def limiting_bias(
     return float(np.mean([problem.error(workers.step(problem.grad(workers.x), lr)) for _ in topology.phases]))
 
 
-def _settled(rule: Rule, topology: Topology, x: Any, state: list, lr: float, momentum: float, hyper: dict) -> Simulation:
+def _settled(
+    rule: Rule, topology: Topology, x: Any, state: list, lr: float, momentum: float, hyper: dict
+) -> Simulation:
     """Workers with these values, and what the rule remembers of its scalars after a period."""
     before = Simulation(rule, topology, np.zeros((topology.n, 1)), momentum, **hyper)
     if before.schemes.any:
