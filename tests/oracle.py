@@ -72,8 +72,9 @@ def run(
     default ones), lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     without(step) has the workers that have no gradient; joined: see above.
-    hyper: `mu` (default momentum) of qg-dmsgd; `probability` of proxskip; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
-    `beta2` and `eps` of adam. lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
+    hyper: `mu` (default momentum) of qg-dmsgd; `probability` of proxskip; `correction_rate` (a number) and
+    `correction_gain` of pc- and mi-dmsgd; `beta2` and `eps` of adam. lars: (eta, layers as slices).
+    slowmo: (H, beta_s, alpha).
     """
     schedule = own_schedule(method) if schedule == "auto" else schedule
     nesterov, method = method.startswith("nesterov-"), method.removeprefix("nesterov-")

@@ -69,11 +69,13 @@ class Schemes:
         delay: Delay = 0, noise: float = 0.0, seed: int = 0,
     ):  # fmt: skip
         self.n, self.seed = n, check_seed(seed)
-        self.loss = loss if callable(loss) else _chance("loss", loss)
+        self.loss: Loss = loss if callable(loss) else _chance("loss", loss)
         if not among(loss_of, ("messages", "pairs")):
             raise ValueError(f"loss_of must be 'messages' or 'pairs', not {loss_of!r}")
         self.in_pairs = loss_of == "pairs"
-        self.participation = participation if callable(participation) else _chance("participation", participation)
+        self.participation: Participation = participation
+        if not callable(participation):
+            self.participation = _chance("participation", participation)
         if self.participation == 0:
             raise ValueError("participation must be above 0: with 0 no worker takes part in any step")
         self.noise = number("noise", noise)
@@ -82,7 +84,8 @@ class Schemes:
         self.delays = _delays(delay, n)
         self.longest = int(self.delays.max(initial=0))
         self.late = self.longest > 0
-        self.random = callable(loss) or callable(participation) or self.loss > 0 or self.participation < 1
+        self.loses, self.everybody = self.loss != 0, self.participation == 1
+        self.random = self.loses or not self.everybody
         self.sent: deque[tuple[Edges, tuple]] = deque(maxlen=self.longest + 1)  # of the last steps, newest first
 
     @property
@@ -92,8 +95,10 @@ class Schemes:
     def present(self, step: int) -> np.ndarray | None:
         """Who takes part, bool [n]; None: everybody."""
         p = self.participation
+        if self.everybody:
+            return None
         if not callable(p):
-            return None if p == 1 else generator(self.seed, step, PARTICIPATION).random_sample(self.n) < p
+            return generator(self.seed, step, PARTICIPATION).random_sample(self.n) < p
         mask = np.asarray(p(step))
         if mask.shape != (self.n,) or mask.dtype.kind not in "bi" or not np.isin(mask, (0, 1)).all():
             raise ValueError(f"participation({step}) must return {self.n} truth values, not {mask!r}")
@@ -128,7 +133,7 @@ class Schemes:
 
     def lost(self, step: int, sent: Edges) -> np.ndarray:
         """Which of a step's messages are lost, bool [edges]."""
-        if not callable(self.loss) and self.loss == 0:
+        if not self.loses:
             return np.zeros(len(sent.i), dtype=bool)
         draws = generator(self.seed, step, LOSS).random_sample(len(sent.i))
         if self.in_pairs:  # both of a pair get the draw of the first of them

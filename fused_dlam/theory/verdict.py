@@ -61,12 +61,14 @@ def verdict(
     """
     options = dict(hyper)
     rule, steps = asked("verdict", method, topology, momentum, options)
-    chances = {"loss": loss, "loss_of": loss_of, "participation": participation, "delay": delay, "seed": seed}
-    workers = Simulation(rule, topology, np.zeros((topology.n, 1)), momentum, **chances, **options)
+    workers = Simulation(
+        rule, topology, np.zeros((topology.n, 1)), momentum, loss=loss, loss_of=loss_of, participation=participation,
+        delay=delay, seed=seed, **options,
+    )  # fmt: skip
     if rule.average == "gradient" or topology.n == 1:
         return Verdict(0.0, 0.0)
     schemes, memory = workers.schemes, 1 / (1 - momentum)
-    if callable(participation) or participation < 1 or schemes.delays.size > 1:
+    if not schemes.everybody or schemes.delays.size > 1:
         return Verdict(*_followed(workers, memory)[:2])
     late = Delayed(steps, schemes.longest) if schemes.late else steps
     if not schemes.random:
@@ -119,9 +121,8 @@ class Lossy:
 def _followed(workers: Simulation, memory: float) -> spectrum.Growth:
     """By following all values, and the messages under way, through steps without gradients: `spectrum.estimate`."""
     rule, topology, schemes = workers.rule, workers.topology, workers.schemes
-    everybody = not callable(schemes.participation) and schemes.participation == 1
-    keeps_sums = topology.is_symmetric and (schemes.in_pairs or schemes.loss == 0)
-    alike = np.array([True, *(everybody or (keeps_sums and name in rule.centered) for name in rule.state)])
+    keeps_sums = topology.is_symmetric and (schemes.in_pairs or not schemes.loses)
+    alike = np.array([True, *(schemes.everybody or (keeps_sums and name in rule.centered) for name in rule.state)])
     draw = np.random.RandomState(np.random.Philox(key=topology.n))
     start = draw.standard_normal((len(alike), topology.n, 1))
     start[alike] -= start[alike].mean(axis=1, keepdims=True)

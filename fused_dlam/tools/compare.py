@@ -135,11 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         f"Full-batch linear regression, {options.n} worker{'s' * (options.n > 1)}, d = {problem.d}, gradients of the"
         f" workers at the optimum: b^2 = {problem.heterogeneity:.3g}.\n"
         f"Momentum {options.momentum:g}, learning rate {options.lr:g}, {options.steps} steps, {options.schedule}."
+        f"{said(options)}\n"
     )
-    print(f"{said(options)}\n")
-    schemes = {"loss": options.loss, "loss_of": options.loss_of, "participation": options.participation,
-               "delay": options.delay, "noise": options.noise, "seed": options.seed}  # fmt: skip
-    settings = (options.steps, options.lr, options.momentum, options.schedule, schemes)
+    settings = (options.steps, options.lr, options.momentum, options.schedule, schemes_of(options))
     runs = [run(YARDSTICK, graphs[0], problem, *settings)]
     runs += [run(m, graph, problem, *settings) for graph in graphs for m in options.methods if m != YARDSTICK]
     print(summary(runs))
@@ -149,16 +147,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def schemes_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("loss", "loss_of", "participation", "delay", "noise", "seed")}
+
+
 def said(options: argparse.Namespace) -> str:
-    """The schemes in words; nothing if there are none."""
+    """A line of the schemes in words; nothing if there are none."""
     parts = [
-        f"{options.loss:.4g} of all {options.loss_of} lost" if options.loss else "",
-        f"{1 - options.participation:.4g} of all workers absent" if options.participation < 1 else "",
+        f"{100 * options.loss:.4g} % of the {options.loss_of} lost" if options.loss else "",
+        f"{100 - 100 * options.participation:.4g} % of the workers absent" if options.participation < 1 else "",
         f"messages {options.delay} step{'s' * (options.delay > 1)} late" if options.delay else "",
         f"noise {options.noise:g} on messages" if options.noise else "",
     ]
     parts = [part for part in parts if part]
-    return f"{', '.join(parts)[:1].upper()}{', '.join(parts)[1:]}; all-reduce without." if parts else ""
+    return f"\nGossip, not all-reduce, has {', '.join(parts)}." if parts else ""
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
@@ -176,9 +178,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     parser.add_argument("--schedule", choices=("auto", *SCHEDULES), default="auto", help="each method's own (auto)")
     parser.add_argument("--spread", type=float, default=1.0, help="how far apart the workers' solutions are (1)")
     parser.add_argument("--loss", type=float, default=0.0, help="share of messages that are lost (0)")
-    parser.add_argument(
-        "--loss-of", choices=("messages", "pairs"), default="messages", help="what is lost together (messages)"
-    )
+    parser.add_argument("--loss-of", choices=("messages", "pairs"), default="messages", help="lost together (messages)")
     parser.add_argument(
         "--participation", type=float, default=1.0, help="share of workers that take part in a step (1)"
     )
@@ -197,9 +197,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Topology]]:
     if unknown:
         parser.error(f"unknown method {unknown[0]!r}; known: {', '.join(rules.ALL)}")
     try:
-        Schemes(
-            options.n, options.loss, options.loss_of, options.participation, options.delay, options.noise, options.seed
-        )
+        Schemes(options.n, **schemes_of(options))
         for rule in map(rules.get, options.methods):
             if rule.average == "neighbors":
                 rule.under(options.schedule)

@@ -157,8 +157,8 @@ def estimate(
     direction that grows fastest.
     """
     path, local = math.ceil(max(EXCHANGES, 64 * memory)), identity(n)
-    size = len(equations(0)[0])
-    V = start = _normalized(np.random.RandomState(np.random.Philox(key=n)).standard_normal((size, n)))[0]
+    values = len(equations(0)[0])
+    V = start = _normalized(np.random.RandomState(np.random.Philox(key=n)).standard_normal((values, n)))[0]
     sizes: list[float] = []  # of V after each step, 0 where it vanished and was started anew
     exchanges = 0
     while exchanges < path and len(sizes) < LOCAL * path:

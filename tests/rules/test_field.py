@@ -207,7 +207,9 @@ def test_a_rule_without_rounds_is_told_of_none():
     """`exchanges` is no field of h, and reaches `derive` only where the rule asks for it."""
     assert "exchanges" not in rules.led.H._fields and "exchanges" not in rules.dmsgd.H._fields
     memory = {}
-    lengths = [rules.k_gt.scalars(1.0, 0.0, 0.0, memory=memory, exchanges=k in (2, 3, 7)).inverse_round for k in range(9)]
+    lengths = [
+        rules.k_gt.scalars(1.0, 0.0, 0.0, memory=memory, exchanges=k in (2, 3, 7)).inverse_round for k in range(9)
+    ]
     assert [1 / v for v in lengths] == pytest.approx([1, 1, 3, 1, 1, 1, 1, 4, 4])
 
 

@@ -1,5 +1,5 @@
-"""The schemes of simulations by plain loops over steps, workers and messages, float64. Nothing here is the package's but
-the random numbers: `generator(seed, step, stream)` with streams 2 (loss), 3 (participation), 4 (noise).
+"""The schemes of simulations by plain loops over steps, workers and messages, float64. Nothing here is the package's
+but the random numbers: `generator(seed, step, stream)` with streams 2 (loss), 3 (participation), 4 (noise).
 
 DmSGD, exact diffusion and gradient tracking stand for methods with one message, with a correction, and with two.
 """

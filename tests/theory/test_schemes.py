@@ -84,7 +84,9 @@ def test_a_simulation_in_torch(scheme):
         assert x.dtype == dtype and abs(x.double().numpy() - want[-1]).max() < tolerance * abs(want).max()
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if "noise" not in SCHEMES[s] and "participation" not in SCHEMES[s]])
+@pytest.mark.parametrize(
+    "scheme", [s for s in SCHEMES if "noise" not in SCHEMES[s] and "participation" not in SCHEMES[s]]
+)
 def test_equal_workers_stay_bit_equal(scheme):
     for name in ("ring", "star", "one-peer-exponential"):
         for method in ("mi-dmsgd", "exact-diffusion", "gradient-tracking", "k-gt", "da-dmsgd"):
@@ -100,6 +102,15 @@ def test_where_the_mean_moves(scheme):
     moved = abs(x.mean(axis=1) - x0.mean(axis=0)).max()
     keeps = scheme in ("none", "pairs", "participation", "in turn", "delay")
     assert moved < 1e-14 if keeps else moved > 1e-3
+
+
+def test_delays_alike_both_ways_keep_the_mean():
+    x0 = np.random.default_rng(0).standard_normal((8, 3))
+    of_pair = lambda source, destination: source * destination % 4  # noqa: E731
+    for graph, keeps in ((topology.torus(8), True), (topology.base_k(8), True), (topology.exponential(8), False)):
+        x = simulate("dsgd", graph.lazy(), lambda k, x: 0.0 * x, x0, 20, LR, delay=of_pair)
+        moved = abs(x.mean(axis=1) - x0.mean(axis=0)).max() / abs(x).max()
+        assert moved < 1e-14 if keeps else moved > 1e-3
 
 
 def test_absent_workers_stay():
@@ -175,5 +186,7 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=said):
             simulate("dsgd", "ring", lambda k, x: x, x, 1, 0.1, **wrong)
     for options in ({"loss": 0.1}, {"participation": 0.5}, {"delay": 1}, {"noise": 0.1}):
-        with pytest.raises(ValueError, match="'pmsgd' averages gradients by all-reduce, which loses and delays nothing"):
+        with pytest.raises(
+            ValueError, match="'pmsgd' averages gradients by all-reduce, which loses and delays nothing"
+        ):
             Simulation("pmsgd", "ring", x, **options)

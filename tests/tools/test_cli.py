@@ -140,13 +140,14 @@ def test_the_demo_draws_every_method(tmp_path, monkeypatch):
 
 # -- the topology command ----------------------------------------------------------------------------------------------
 
+D2, HALVES = {"d2-dmsgd", "led"}, {"exact-diffusion", "nids", "extra", "proxskip"}  # one map without gradients each
 GRAPHS = [
-    ("one-peer-exponential", 8, 0.9, {"decentlam", "d2-dmsgd"}),
-    ("exponential", 16, 0.9, {"decentlam", "d2-dmsgd", "exact-diffusion"}),
+    ("one-peer-exponential", 8, 0.9, {"decentlam", *D2}),
+    ("exponential", 16, 0.9, {"decentlam", *D2, *HALVES}),
     ("symmetric-exponential", 8, 0.9, set()),
-    ("one-peer-exponential", 8, 0.5, {"d2-dmsgd"}),
-    ("torus", 12, 0.95, {"d2-dmsgd"}),
-    ("base-k", 8, 0.9, {"decentlam", "d2-dmsgd"}),
+    ("one-peer-exponential", 8, 0.5, D2),
+    ("torus", 12, 0.95, D2),
+    ("base-k", 8, 0.9, {"decentlam", *D2}),
 ]
 
 

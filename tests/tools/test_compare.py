@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_cli import assert_png, call, cells
 
-from fused_dlam import rules, simulate, topology
+from fused_dlam import rules, simulate, topology, verdict
 from fused_dlam.theory.regression import Regression, limiting_bias
 from fused_dlam.tools.cli import main
 
@@ -99,6 +99,25 @@ def test_every_method_is_compared(tmp_path):
         assert row[0] == ("all-reduce" if name == "pmsgd" else "ring") and len(row) >= 8, rule
 
 
+def test_what_goes_wrong_is_compared(tmp_path):
+    """The error is that of a simulation with the same chances, and the growth is the verdict's."""
+    settings = ("--topology", "ring", "-n", 5, "--steps", 300, "--out", tmp_path / "out.png")
+    schemes = {"loss": 0.2, "loss_of": "pairs", "participation": 0.8, "noise": 0.01}
+    given = [word for name, value in schemes.items() for word in (f"--{name.replace('_', '-')}", value)]
+    text = call("compare", "dsgd", "exact-diffusion", *settings, *given)
+    assert "has 20 % of the pairs lost, 20 % of the workers absent, noise 0.01 on messages." in text
+    problem, graph = Regression(5), topology.ring(5)
+    x = simulate("dsgd", graph, lambda k, x: problem.grad(x), np.zeros((5, 10)), 300, 2e-3, 0.9, seed=3, **schemes)
+    quiet = {name: value for name, value in schemes.items() if name != "noise"}
+    growth, error = verdict("dsgd", graph, 0.9, seed=3, **quiet)
+    row = cells(text, "dsgd")
+    assert row[1] == f"{growth:.3f} ± {error:.3f}" and row[7] == f"{problem.error(x[1:])[-64:].mean():.1e}"
+    assert cells(text, "pmsgd")[1] == "0.000"
+    late = call("compare", "dsgd", *settings, "--delay", 2)
+    assert "has messages 2 steps late." in late
+    assert cells(late, "dsgd")[1] == f"{verdict('dsgd', graph, 0.9, delay=2).growth:.3f}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -106,6 +125,8 @@ def test_every_method_is_compared(tmp_path):
         (["--topology", "circle"], "unknown topology 'circle'"),
         (["--lr", "-1"], "--lr must be a positive number"),
         (["--momentum", "1"], "--momentum must be from 0 to below 1"),
+        (["--loss", "1.5"], "loss must be a probability, from 0 to 1, not 1.5"),
+        (["--delay", "-1"], "delay must be an integer >= 0"),
         (["da-dmsgd", "--schedule", "awc"], "'awc' needs a method with one message"),
     ],
 )
