@@ -8,6 +8,7 @@ import torch.distributed as dist
 import workers
 
 from fused_dlam import ExchangeError, PairGossip, PushSum
+from fused_dlam.comm.store import default_store
 
 KINDS = {"PushSum": PushSum, "PairGossip": PairGossip}
 
@@ -93,7 +94,9 @@ def only_mixing(rank, kind, dtype, steps=80):
     optimizer = KINDS[kind](torch.optim.SGD([p], lr=0.1), timeout=60.0)
     with torch.no_grad():
         p.mul_(rank + 1)
-    for _ in range(steps):
+    store, step = default_store(f"mixing {kind} {dtype}"), 0
+    while store.add("through", int(step == steps)) < dist.get_world_size():  # until all have taken their steps
+        step += 1
         time.sleep(0.001)
         optimizer.step()
     with optimizer.averaged():
