@@ -98,6 +98,8 @@ MODES = {
     "atc, torch passes": (gossip_sgd(fused=False), {}),
     "atc, zero_grad(set_to_none=False)": (gossip_sgd(), dict(to_none=False)),
     "atc, bf16 messages": (gossip_sgd(comm_dtype=BF16), {}),
+    "atc, 8-bit messages": (gossip_sgd(compress="int8"), {}),
+    "awc, 4-bit messages": (gossip_sgd(schedule="awc", compress="int4"), {}),
     "atc, bf16 parameters": (gossip_sgd(), dict(dtype=BF16)),
     "atc, missing gradients": (gossip_sgd(), dict(absent=(2, 5))),
     "atc, other gradients missing in every step": (gossip_sgd(), dict(each=other_gradients_missing)),

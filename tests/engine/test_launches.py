@@ -1,6 +1,7 @@
 """Promise: how many kernels a step launches, for each launch costs the host 5 to 30 us and a small one costs the GPU 2.
 
     ATC             two per bucket (pack, combine), AWC one, also with messages or parameters of another type
+    8-bit messages  two more per bucket
     one worker      one per bucket, and one bucket per group, type and device, on no stream of its own
     gradients       one more per bucket where autograd made them anew, none after zero_grad(set_to_none=False)
     transport       one operation of NCCL per bucket
@@ -73,6 +74,8 @@ MODES = {
     "atc, overlap=False": (gossip_sgd(overlap=False), {}, 2),
     "atc, overlap=True": (gossip_sgd(overlap=True), {}, 2),
     "atc, bf16 messages": (gossip_sgd(comm_dtype=BF16), {}, 2),
+    "atc, 8-bit messages": (gossip_sgd(compress="int8"), {}, 4),
+    "awc, 8-bit messages, bf16 parameters": (gossip_sgd(schedule="awc", compress="int8"), dict(dtype=BF16), 3),
     "atc, bf16 parameters": (gossip_sgd(), dict(dtype=BF16), 2),
     "atc, bf16 parameters and messages": (gossip_sgd(comm_dtype=BF16), dict(dtype=BF16), 2),
     "atc, nesterov, weight decay": (gossip_sgd(method="nesterov-dmsgd", weight_decay=0.1), {}, 2),
@@ -88,7 +91,7 @@ MODES = {
 
 
 KINDS = ("atc", "atc, bf16 parameters and messages", "atc, two messages", "atc, exponential graph", "midpoint", "awc",
-         "awc, bf16 messages")  # fmt: skip
+         "awc, bf16 messages", "atc, 8-bit messages")  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", everyday(MODES, KINDS))

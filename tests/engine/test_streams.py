@@ -90,6 +90,10 @@ MODES = {
         ranks=4, machine_ranks=2, hierarchical=True, comm_dtype=BF16, max_grad_norm=1.0
     ),
     "machines, Gossip": dict(make=gossip, ranks=4, machine_ranks=2, hierarchical=True),
+    "atc, 8-bit messages": dict(compress="int8", overlap=True),
+    "awc, 4-bit messages": dict(compress="int4", schedule="awc"),
+    "machines, 4-bit messages": dict(compress="int4", ranks=4, machine_ranks=2, hierarchical=True),
+    "Gossip, awc, largest changes": dict(make=gossip, schedule="awc", compress="topk"),
     "two devices": dict(devices=("cuda:0", "cuda:1"), threads=True),
     "two devices, overlap=True": dict(devices=("cuda:0", "cuda:1"), threads=True, overlap=True),
     "two devices, awc": dict(devices=("cuda:0", "cuda:1"), threads=True, schedule="awc"),
@@ -104,6 +108,8 @@ MODES = {
 MACHINES = dict(ranks=4, machine_ranks=2, hierarchical=True)
 GLOO = {
     "atc": {},
+    "atc, 8-bit messages": dict(compress="int8", overlap=True),
+    "awc, 4-bit messages": dict(compress="int4", schedule="awc"),
     "atc, overlap=True": dict(overlap=True),
     "atc, bf16 messages": dict(comm_dtype=BF16),
     "awc": dict(schedule="awc"),
@@ -122,6 +128,8 @@ RECALLED = {
     "gradients changed": dict(meddle=clipped),
     "gradients changed, overlap=True": dict(meddle=clipped, overlap=True),
     "gradients changed, bf16 messages": dict(meddle=clipped, comm_dtype=BF16, overlap=True),
+    "gradients changed, 8-bit messages": dict(meddle=clipped, compress="int8", overlap=True),
+    "gradients changed, 4-bit messages": dict(meddle=clipped, compress="int4", overlap=True),
     "gradients changed, two messages": dict(meddle=clipped, method="da-dmsgd", overlap=True),
     "gradients changed, bf16 parameters": dict(meddle=clipped, dtype=BF16, overlap=True),
     "gradients changed, spikes": dict(meddle=clipped, method="mi-dmsgd", clip="spikes", overlap=True),

@@ -207,7 +207,8 @@ class Machine(Allocators):
     def __enter__(self) -> Machine:
         install_guard()
         pytest.importorskip("triton")
-        importlib.import_module("fused_dlam.kernels.triton_passes")  # the package does so later, unpatched
+        for name in ("triton_passes", "triton_compression"):  # the package does so later, unpatched
+            importlib.import_module(f"fused_dlam.kernels.{name}")
         self._stack = contextlib.ExitStack()
         patch, device = self._patch, fake_tensor.FakeTensor.device
         self._device = device.fget
