@@ -90,5 +90,6 @@ class Problem:
         weights = torch.tensor(s.weights, dtype=torch.float32).double().view(-1, 1, 1)
         pull = (weights * (self.received.double() - own.double())).sum(0)
         new_x, new_s = rule.update.fn(x, g, state, tuple(pull), h)
-        size = max(1.0, *(float(t.abs().max()) for t in (x, g, *state, new_x, *new_s)))
-        return rule.send.fn(x, g, state, h), [new_x, *new_s], size
+        sent = rule.send.fn(x, g, state, h)
+        size = max(1.0, *(float(t.abs().max()) for t in (x, g, *state, *sent, new_x, *new_s)))
+        return sent, [new_x, *new_s], size
