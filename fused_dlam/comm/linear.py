@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..topology import Topology
-from .lines import Line, connect, named
 from .links import Links
 from .packing import alike, device_of, shapes, types
+from .party import Party, connect, named
 from .place import Layout
 from .rounds import Handle, Round
 
@@ -25,7 +25,7 @@ class Exchange:
 
     Args:
         call: the user's function, by which its caller names errors and spans (`named`).
-        step, pair: see `Line.tag`.
+        step, pair: see `Party.tag`.
     """
 
     call: str
@@ -35,20 +35,20 @@ class Exchange:
     step: int | None = None
     pair: int | None = None
 
-    def line(self, tensors: Sequence[torch.Tensor]) -> Line:
+    def party(self, tensors: Sequence[torch.Tensor]) -> Party:
         return connect(self.found, device_of(tensors), self.timeout)
 
     def start(self, tensors: Sequence[torch.Tensor], kept: bool = False) -> Round:
-        line = self.line(tensors)
-        with line.workers.placed():
-            tag = line.tag(self.call, f"{self.step} {shapes(tensors)} {types(tensors)}", self.pair)
-            return Round(line, tensors, self.links, self.step, tag, kept)
+        party = self.party(tensors)
+        with party.workers.placed():
+            tag = party.tag(self.call, f"{self.step} {shapes(tensors)} {types(tensors)}", self.pair)
+            return Round(party, tensors, self.links, self.step, tag, kept)
 
     def now(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """y, without gradient."""
         with torch.no_grad():
             under_way = self.start(tensors)
-            with under_way.line.workers.placed():
+            with under_way.party.workers.placed():
                 return under_way.finish()
 
     def backward(self) -> Exchange:
@@ -61,7 +61,7 @@ def exchanged(x: Any, tensors: list[torch.Tensor], exchange: Exchange, async_op:
     if async_op:
         with torch.no_grad():
             under_way = exchange.start(tensors, kept=True)
-            return Handle(exchange.call, under_way.line, under_way, lambda found: alike(x, found))
+            return Handle(exchange.call, under_way.party, under_way, lambda found: alike(x, found))
     return alike(x, mixed(exchange, tensors))
 
 
@@ -73,7 +73,7 @@ def mixed(exchange: Exchange, tensors: list[torch.Tensor]) -> list[torch.Tensor]
 
 
 def passed(tensors: Sequence[torch.Tensor], graph: Topology) -> dict[str, str]:
-    """What must be equal on all ranks, for `Line.compare`."""
+    """What must be equal on all ranks, for `Party.compare`."""
     facts = {"shape": shapes(tensors), "type": types(tensors), "gradient": gradients(tensors)}
     return facts | {"topology": f"{graph.name} over {graph.n}, weights {graph.fingerprint}"}
 

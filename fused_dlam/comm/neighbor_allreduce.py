@@ -9,9 +9,9 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .linear import Exchange, exchanged, passed, refuse_gradient
-from .lines import connect, named
 from .links import of_topology
 from .packing import averaged, device_of
+from .party import connect, named
 from .place import layout
 
 NAME = "neighbor_allreduce"
@@ -61,7 +61,7 @@ def neighbor_allreduce(
     found = layout(group, hierarchical)
     graph = topologies.get(topology, found.size)
     with named(NAME, step):
-        line = connect(found, device_of(tensors), timeout)
-        line.compare(NAME, passed(tensors, graph))
-        links = of_topology(graph, line.workers.rank, step)
+        party = connect(found, device_of(tensors), timeout)
+        party.compare(NAME, passed(tensors, graph))
+        links = of_topology(graph, party.workers.rank, step)
         return exchanged(tensor, tensors, Exchange(NAME, found, timeout, links, step), async_op)

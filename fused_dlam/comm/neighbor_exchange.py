@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from .linear import Exchange, exchanged, gradients, refuse_gradient
-from .lines import Line, connect, named
 from .links import Links
 from .packing import averaged, device_of, shapes, types
+from .party import Party, connect, named
 from .place import layout
 
 NAME = "neighbor_exchange"
@@ -65,11 +65,11 @@ def neighbor_exchange(
         if not check or found.size == 1:
             raise ValueError(f"neighbor_exchange(): {problem}") from None
     with named(NAME):
-        line = connect(found, device_of(tensors), timeout)
+        party = connect(found, device_of(tensors), timeout)
         if check and found.size > 1:
             into = () if links is None else tuple(j for j, _ in links.sources)
             out = () if links is None else tuple(i for i, _ in links.destinations)
-            _compare(line, _Says(me, problem, into, out, shapes(tensors), types(tensors), gradients(tensors)))
+            _compare(party, _Says(me, problem, into, out, shapes(tensors), types(tensors), gradients(tensors)))
         assert links is not None
         return exchanged(x, tensors, Exchange(NAME, found, timeout, links), async_op)
 
@@ -130,9 +130,9 @@ class _Says(NamedTuple):
     gradients: str
 
 
-def _compare(line: Line, mine: _Says) -> None:
+def _compare(party: Party, mine: _Says) -> None:
     """Raises the same ValueError on all ranks where what they say does not fit together."""
-    said = line.gathered(tuple(mine), "comparing who exchanges with whom")
+    said = party.gathered(tuple(mine), "comparing who exchanges with whom")
     ranks = sorted(_Says(*words) for words in said.values())
     wrong = [f"rank {r.rank}: {r.problem}" for r in ranks if r.problem]
     if not wrong:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .collectives import refuse_difference
-from .lines import connect, named
 from .packing import as_bytes, flat, listed
+from .party import connect, named
 from .place import layout
 from .transfer import Transfer
 
@@ -49,20 +49,20 @@ def neighbor_gather(
     if found.size == 1:
         return {}
     with named(NAME, step):
-        ranks = (line := connect(found, own.device, timeout)).workers
+        ranks = (party := connect(found, own.device, timeout)).workers
         facts = {
             "which function is called": f"{NAME}()",
             f"the type given to {NAME}()": str(own.dtype),
             f"the shape, but for its first dimension, given to {NAME}()": _rest(own),
             f"the topology given to {NAME}()": f"{graph.name} over {graph.n}, weights {graph.fingerprint}",
         }
-        said: dict[int, Any] = line.gathered((facts, len(own) if own.dim() else 1), "comparing what the ranks pass")
+        said: dict[int, Any] = party.gathered((facts, len(own) if own.dim() else 1), "comparing what the ranks pass")
         refuse_difference({rank: words for rank, (words, _) in said.items()}, "Pass the same on every rank.")
         peers = graph.peers(ranks.rank, step)
         counts = [said[ranks.ranks[j]][1] for j in peers.sources]
         with ranks.placed():
             out = [own.new_empty((n, *own.shape[1:]) if own.dim() else ()) for n in counts]
-            tag = line.tag(NAME, f"{step} {own.dtype} {_rest(own)}")
+            tag = party.tag(NAME, f"{step} {own.dtype} {_rest(own)}")
             transfer = Transfer(ranks, [as_bytes([flat([t])]) for t in out], peers, step, tag)
             transfer.send(as_bytes([flat([own.detach()])]))
             transfer.wait_received()

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from ..topology import Peers
 from .linear import Exchange, gradients, mixed
-from .lines import Line, connect, named
 from .links import Links
 from .packing import alike, averaged, device_of, shapes, types
+from .party import Party, connect, named
 from .place import layout
 from .transfer import Transfer
 
@@ -48,12 +48,12 @@ def pair_average(
     if partner is not None:
         partner = _checked(partner, found.size, me)
     with named(NAME):
-        line = connect(found, device_of(tensors), timeout)
+        party = connect(found, device_of(tensors), timeout)
         if partner is None:
             return alike(tensor, [t.clone() for t in tensors])
         facts = f"{shapes(tensors)} of {types(tensors)}, gradients {gradients(tensors)}"
-        with line.workers.placed():
-            _compare(line, partner, facts)
+        with party.workers.placed():
+            _compare(party, partner, facts)
         # Halves, not differences: x/2 + y/2 has the same bits on both ranks, and those of x where the two are equal.
         links = Links(0.5, ((partner, 0.5),), ((partner, 1.0),))
         return alike(tensor, mixed(Exchange(NAME, found, timeout, links, pair=partner), tensors))
@@ -70,14 +70,14 @@ def _checked(partner: Any, size: int, me: int) -> int:
     return j
 
 
-def _compare(line: Line, partner: int, facts: str) -> None:
+def _compare(party: Party, partner: int, facts: str) -> None:
     """Raises ValueError on both ranks if they bring different things: before anything of it is sent."""
-    ranks = line.workers
+    ranks = party.workers
     mine = hashlib.sha256(facts.encode()).digest() + facts.encode()
     header = torch.frombuffer(bytearray(mine[:HEADER].ljust(HEADER, b"\0")), dtype=torch.uint8)
     header = header.to(ranks.device if ranks.backend == "nccl" else "cpu")
     other = torch.empty_like(header)
-    transfer = Transfer(ranks, [other], Peers((partner,), (0.5,), (partner,)), None, line.tag(NAME, "", partner))
+    transfer = Transfer(ranks, [other], Peers((partner,), (0.5,), (partner,)), None, party.tag(NAME, "", partner))
     transfer.send(header)
     transfer.wait_received()
     transfer.wait_sent()

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .linear import Exchange, mixed, passed
-from .lines import connect, named
 from .links import of_topology
 from .packing import alike, averaged, device_of
+from .party import connect, named
 from .place import layout
 
 NAME = "push_sum"
@@ -60,9 +60,9 @@ def push_sum(
             ' not. Build it with Topology(A, sums="columns")'
         )
     with named(NAME, step):
-        line = connect(found, device, timeout)
-        line.compare(NAME, passed(tensors, graph))
-        links = of_topology(graph, line.workers.rank, step)
+        party = connect(found, device, timeout)
+        party.compare(NAME, passed(tensors, graph))
+        links = of_topology(graph, party.workers.rank, step)
         *out, weight = mixed(Exchange(NAME, found, timeout, links, step), [*tensors, weight])
         weight = weight.detach()
         back = weight.to(mass.device) if isinstance(mass, torch.Tensor) else weight.item()

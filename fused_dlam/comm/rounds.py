@@ -17,9 +17,9 @@ import torch
 
 from .errors import ExchangeError
 from .late import Orphan
-from .lines import Line, named
 from .links import Links, combined, times
 from .packing import Bundle, as_bytes, from_bytes, wide
+from .party import Party, named
 from .transfer import Mean, Transfer
 from .watch import log
 
@@ -33,10 +33,16 @@ class Round:
     """
 
     def __init__(
-        self, line: Line, tensors: Sequence[torch.Tensor], links: Links, step: int | None, tag: int, kept: bool = False
+        self,
+        party: Party,
+        tensors: Sequence[torch.Tensor],
+        links: Links,
+        step: int | None,
+        tag: int,
+        kept: bool = False,
     ):
-        self.line, self.links, self.step = line, links, step
-        self._bundle, place = Bundle(tensors), line.place
+        self.party, self.links, self.step = party, links, step
+        self._bundle, place = Bundle(tensors), party.place
         self._whole = [self._inside(flat) for flat in self._bundle.flats] if place.parts > 1 else []
         self._flats = [place.part(flat) for flat in self._whole] or self._bundle.flats
         self._means: list[tuple[torch.Tensor, Mean]] = []
@@ -45,7 +51,7 @@ class Round:
         if links.mean:
             for flat in self._flats:
                 mean = flat.to(wide(flat.dtype), copy=True)
-                self._means.append((mean, Mean(line.workers, mean, step, line.workers.control)))
+                self._means.append((mean, Mean(party.workers, mean, step, party.workers.control)))
             return
         if kept and not self._whole:
             self._flats = [flat.clone() for flat in self._flats]
@@ -54,7 +60,7 @@ class Round:
 
     def _inside(self, flat: torch.Tensor) -> torch.Tensor:
         """The mean over the machine's ranks, with zeros at its end so that it has a part for each of them."""
-        inside = self.line.place.inside
+        inside = self.party.place.inside
         whole = flat.new_zeros(-(-flat.numel() // inside.size) * inside.size, dtype=wide(flat.dtype))
         whole[: flat.numel()] = flat
         if flat.numel():
@@ -64,7 +70,7 @@ class Round:
     def _send(self, tag: int) -> None:
         message, links = as_bytes(self._flats), self.links
         self._rows = [torch.empty_like(message) for _ in links.sources]
-        self._transfer = Transfer(self.line.workers, self._rows, links.peers, self.step, tag)
+        self._transfer = Transfer(self.party.workers, self._rows, links.peers, self.step, tag)
         scaled = {c: as_bytes([times(flat, c) for flat in self._flats]) for _, c in links.destinations if c != 1}
         self._transfer.send([scaled.get(c, message) for _, c in links.destinations])
 
@@ -84,7 +90,7 @@ class Round:
     def finish(self) -> list[torch.Tensor]:
         """y = W x, each tensor with memory of its own."""
         self.arrive()
-        place = self.line.place
+        place = self.party.place
         if self.links.mean:
             for _, mean in self._means:
                 mean.wait_received()
@@ -116,14 +122,14 @@ class Handle:
     and later calls are not concerned. Where that fails a warning says so, and the next call connects anew.
     """
 
-    def __init__(self, call: str, line: Line, round: Round, give: Callable[[list[torch.Tensor]], Any]):
-        self._call, self._line, self._round, self._give = call, line, round, give
+    def __init__(self, call: str, party: Party, round: Round, give: Callable[[list[torch.Tensor]], Any]):
+        self._call, self._party, self._round, self._give = call, party, round, give
         self._waiting: Orphan | None = None
         self._result: Any = None
         self._error: ExchangeError | None = None
         self._over = False
-        if line.workers.size > 1:
-            line.waiter  # noqa: B018 -- its thread starts now: in a collection none can be started
+        if party.workers.size > 1:
+            party.waiter  # noqa: B018 -- its thread starts now: in a collection none can be started
 
     def __repr__(self) -> str:
         return f"<{self._call}(), {'waited for' if self._over else 'under way'}>"
@@ -157,7 +163,7 @@ class Handle:
         return self._result
 
     def _finished(self) -> list[torch.Tensor]:
-        workers = self._line.workers
+        workers = self._party.workers
         with named(self._call, self._round.step), workers.placed():
             if self._waiting is not None:
                 with workers.watched("waiting for the neighbors' messages", self._round.step, counts=False):
@@ -168,13 +174,13 @@ class Handle:
     def _hand_over(self, asked: bool) -> None:
         """Lets another thread wait."""
         if self._waiting is None:
-            holdings = self._line.workers.holdings
+            holdings = self._party.workers.holdings
             work = _Background(self._call, self._round, asked)
-            self._waiting = self._line.waiter.take([work], posted=None if holdings is None else holdings.posted)
+            self._waiting = self._party.waiter.take([work], posted=None if holdings is None else holdings.posted)
 
     def __del__(self) -> None:
         over = getattr(self, "_over", True)  # built in part, if there was an error
-        if not over and self._line.workers.backend == "gloo" and not sys.is_finalizing():
+        if not over and self._party.workers.backend == "gloo" and not sys.is_finalizing():
             self._hand_over(asked=False)
 
 

@@ -24,7 +24,7 @@ from fused_dlam import (
     pair_average,
     push_sum,
 )  # fmt: skip
-from fused_dlam.comm import lines
+from fused_dlam.comm import party as parties
 
 N, CULPRIT = 3, 1
 TIMEOUT = 2.5
@@ -174,18 +174,18 @@ def let_go(rank):
     """Handles that nobody waits for, to which the culprit sends nothing: the next calls connect anew."""
     x, signals = torch.full((3,), float(rank)), Signals("let go")
     assert exchange(rank, x) is not None
-    line = next(iter(lines._lines[dist.group.WORLD].values()))
+    party = next(iter(parties._parties[dist.group.WORLD].values()))
     if rank != CULPRIT:
         exchange(rank, x, async_op=True, check=False)
         gc.collect()
         end = time.monotonic() + PATIENT
-        while not line.broken and time.monotonic() < end:
+        while not party.broken and time.monotonic() < end:
             time.sleep(0.02)
         signals.give(f"gave up {rank}")
     else:
         signals.wait(*(f"gave up {r}" for r in range(N) if r != rank))
     dist.barrier()
-    return line.broken, until_it_works(lambda: exchange(rank, x))
+    return party.broken, until_it_works(lambda: exchange(rank, x))
 
 
 # -- deaths ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fused_dlam import (
     pair_average,
     push_sum,
 )  # fmt: skip
-from fused_dlam.comm import lines
+from fused_dlam.comm import party as parties
 
 
 def directed(n, axis):
@@ -78,8 +78,8 @@ def lists(rank, graphs, steps):
 
 
 def workers_of():
-    (line,) = lines._lines[dist.group.WORLD].values()
-    return line.workers
+    (party,) = parties._parties[dist.group.WORLD].values()
+    return party.workers
 
 
 def equal_ranks(rank, n):
@@ -156,10 +156,10 @@ def machines(rank, size, use_mesh, W):
     graph = Topology(W)
     with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(size)):
         out = neighbor_allreduce(x, graph, hierarchical=hierarchical)
-        line = next(line for key, line in lines._lines[dist.group.WORLD].items() if len(key) > 1)
-        sent = line.workers.bytes_sent
+        party = next(party for key, party in parties._parties[dist.group.WORLD].items() if len(key) > 1)
+        sent = party.workers.bytes_sent
         neighbor_allreduce(x, graph, hierarchical=hierarchical)
-        sent = line.workers.bytes_sent - sent
+        sent = party.workers.bytes_sent - sent
         leaf = own(rank, 3).requires_grad_()
         neighbor_allreduce(leaf, graph, hierarchical=hierarchical).backward(own(rank + 50, 3))
         try:

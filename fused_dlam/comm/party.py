@@ -1,4 +1,4 @@
-"""The connections of the functions that a user's own loop calls: one line per process group, built at the first call.
+"""Who takes part in the functions that a user's own loop calls: one party per process group, met at the first call.
 
 All these functions share it. What is sent over it has a tag that is made of the function, its running number, and the
 shapes and types of what is sent: messages of different calls never take each other's place, though a call was left out,
@@ -30,10 +30,10 @@ from .process_group import transport
 
 # One name for all functions: a rank may connect anew in another call than its neighbors, which wait in theirs.
 WHAT = "group of neighbor_allreduce() and its kin"
-_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Line]] = weakref.WeakKeyDictionary()
+_parties: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Party]] = weakref.WeakKeyDictionary()
 
 
-class Line:
+class Party:
     """One rank's end of it."""
 
     def __init__(self, place: Place):
@@ -85,25 +85,25 @@ class Line:
             self._compared.add(key)
 
 
-def connect(found: Layout, device: torch.device, timeout: float) -> Line:
-    """The line over these ranks for tensors on `device`. All of them must call this where there is none, or it broke.
+def connect(found: Layout, device: torch.device, timeout: float) -> Party:
+    """The party over these ranks for tensors on `device`. All of them must call this where there is none, or it broke.
 
     Raises what `Layout.connect` raises.
     """
     if not timeout > 0:
         raise ValueError(f"timeout must be positive seconds, not {timeout}")
     if found.size == 1 and not found.machines:
-        return Line(alone(device))
+        return Party(alone(device))
     backend = transport(found.process_group, device)
     # One for gloo, whatever the device: ranks may use devices in orders of their own.
     key = (device if backend == "nccl" else backend, *map(tuple, found.machines))
-    lines = _lines.setdefault(found.process_group or dist.group.WORLD, {})  # type: ignore[arg-type]
-    if key in lines and lines[key].broken:
-        lines.pop(key).place.close()
-    if key not in lines:
+    parties = _parties.setdefault(found.process_group or dist.group.WORLD, {})  # type: ignore[arg-type]
+    if key in parties and parties[key].broken:
+        parties.pop(key).place.close()
+    if key not in parties:
         probe = [torch.empty(0, device=device)]
-        lines[key] = Line(found.connect(probe, timeout, warn=False, what=WHAT))
-    return lines[key]
+        parties[key] = Party(found.connect(probe, timeout, warn=False, what=WHAT))
+    return parties[key]
 
 
 @contextmanager
