@@ -128,7 +128,7 @@ def test_a_network_learns(kind, three):
         squared = sum(float((o - m).double().square().sum()) for s in results
                       for o, m in zip(s["own"], s["mean"], strict=True)) / 3  # fmt: skip
         assert r["distance"] == pytest.approx(squared**0.5, rel=1e-3)
-    assert sum(r["last"] for r in results) < 0.8 * sum(r["first"] for r in results)
+    assert sum(r["last"] for r in results) < 0.9 * sum(r["first"] for r in results)
     names = list(results[0]["start"])
     unused = results[0]["mean"][names.index("unused")] - results[0]["start"]["unused"]
     expected = 1.0 if kind == "PairGossip" else None  # by mass a write counts as much as the mass at that time
