@@ -135,9 +135,10 @@ def _cause(kind: str, peer: int | None, ranks: Sequence[int], timeout: float, ca
         if kind == "closed":
             return f"rank {peer} closed its connection: it ended or raised. Look at its log first."
         if kind == "late":
+            alike = "" if call in STEPS else ", with the same arguments"
             return (
                 f"nothing came of it in {timeout:g} s (timeout=): rank {peer} is stuck or stopped, or does not call"
-                f" {call} as often as this rank. Look at its log first."
+                f" {call} as often as this rank{alike}. Look at its log first."
             )
         return f"rank {peer}, or one that it waits for, died, was cut off, or calls something else. Look at its log."
     who = listed(ranks)

@@ -36,7 +36,7 @@ class Exchange:
     pair: int | None = None
 
     def line(self, tensors: Sequence[torch.Tensor]) -> Line:
-        return connect(self.found, device_of(tensors), self.timeout, self.call)
+        return connect(self.found, device_of(tensors), self.timeout)
 
     def start(self, tensors: Sequence[torch.Tensor], kept: bool = False) -> Round:
         line = self.line(tensors)

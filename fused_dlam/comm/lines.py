@@ -28,6 +28,8 @@ from .late import Waiter
 from .place import Layout, Place, alone
 from .process_group import transport
 
+# One name for all functions: a rank may connect anew in another call than its neighbors, which wait in theirs.
+WHAT = "group of neighbor_allreduce() and its kin"
 _lines: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Line]] = weakref.WeakKeyDictionary()
 
 
@@ -83,7 +85,7 @@ class Line:
             self._compared.add(key)
 
 
-def connect(found: Layout, device: torch.device, timeout: float, call: str) -> Line:
+def connect(found: Layout, device: torch.device, timeout: float) -> Line:
     """The line over these ranks for tensors on `device`. All of them must call this where there is none, or it broke.
 
     Raises what `Layout.connect` raises.
@@ -100,7 +102,7 @@ def connect(found: Layout, device: torch.device, timeout: float, call: str) -> L
         lines.pop(key).place.close()
     if key not in lines:
         probe = [torch.empty(0, device=device)]
-        lines[key] = Line(found.connect(probe, timeout, warn=False, what=f"group of {call}()"))
+        lines[key] = Line(found.connect(probe, timeout, warn=False, what=WHAT))
     return lines[key]
 
 

@@ -61,7 +61,7 @@ def neighbor_allreduce(
     found = layout(group, hierarchical)
     graph = topologies.get(topology, found.size)
     with named(NAME, step):
-        line = connect(found, device_of(tensors), timeout, NAME)
+        line = connect(found, device_of(tensors), timeout)
         line.compare(NAME, passed(tensors, graph))
         links = of_topology(graph, line.workers.rank, step)
         return exchanged(tensor, tensors, Exchange(NAME, found, timeout, links, step), async_op)

@@ -65,7 +65,7 @@ def neighbor_exchange(
         if not check or found.size == 1:
             raise ValueError(f"neighbor_exchange(): {problem}") from None
     with named(NAME):
-        line = connect(found, device_of(tensors), timeout, NAME)
+        line = connect(found, device_of(tensors), timeout)
         if check and found.size > 1:
             into = () if links is None else tuple(j for j, _ in links.sources)
             out = () if links is None else tuple(i for i, _ in links.destinations)

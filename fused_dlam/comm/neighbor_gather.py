@@ -11,7 +11,7 @@ from .. import topology as topologies
 from ..topology import Topology
 from .collectives import refuse_difference
 from .lines import connect, named
-from .packing import listed
+from .packing import as_bytes, flat, listed
 from .place import layout
 from .transfer import Transfer
 
@@ -49,7 +49,7 @@ def neighbor_gather(
     if found.size == 1:
         return {}
     with named(NAME, step):
-        ranks = (line := connect(found, own.device, timeout, NAME)).workers
+        ranks = (line := connect(found, own.device, timeout)).workers
         facts = {
             "which function is called": f"{NAME}()",
             f"the type given to {NAME}()": str(own.dtype),
@@ -63,8 +63,8 @@ def neighbor_gather(
         with ranks.placed():
             out = [own.new_empty((n, *own.shape[1:]) if own.dim() else ()) for n in counts]
             tag = line.tag(NAME, f"{step} {own.dtype} {_rest(own)}")
-            transfer = Transfer(ranks, [_bytes(t) for t in out], peers, step, tag)
-            transfer.send(_bytes(own.detach().resolve_conj().resolve_neg().contiguous()))
+            transfer = Transfer(ranks, [as_bytes([flat([t])]) for t in out], peers, step, tag)
+            transfer.send(as_bytes([flat([own.detach()])]))
             transfer.wait_received()
             transfer.wait_sent()
         return dict(zip(peers.sources, out, strict=True))
@@ -72,8 +72,3 @@ def neighbor_gather(
 
 def _rest(t: torch.Tensor) -> str:
     return f"{t.dim()} dimensions, {tuple(t.shape[1:])}" if t.dim() else "a single number"
-
-
-def _bytes(t: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory."""
-    return t.view(-1).view(torch.uint8)

@@ -82,21 +82,23 @@ class Bundle:
             self._members.setdefault(t.dtype, []).append(k)
         size = {dtype: tensors[where[0]].element_size() for dtype, where in self._members.items()}
         self._members = dict(sorted(self._members.items(), key=lambda item: (-size[item[0]], str(item[0]))))
-        self.flats = [_flat([tensors[k].detach() for k in where]) for where in self._members.values()]
+        self.flats = [flat([tensors[k].detach() for k in where]) for where in self._members.values()]
 
     def opened(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Buffers of this form as a list of tensors, each with memory of its own."""
         out: list[Any] = [None] * len(self._shapes)
-        for flat, where in zip(flats, self._members.values(), strict=True):
-            parts = flat.split([self._shapes[k].numel() for k in where])
+        for whole, where in zip(flats, self._members.values(), strict=True):
+            parts = whole.split([self._shapes[k].numel() for k in where])
             for k, part in zip(where, parts, strict=True):
                 out[k] = (part.clone() if len(where) > 1 else part).view(self._shapes[k])
         return out
 
 
-def _flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def flat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one type side by side in memory without holes: of a single contiguous one its own memory."""
     flats = [t.resolve_conj().resolve_neg().reshape(-1) for t in tensors]
-    return flats[0].contiguous() if len(flats) == 1 else torch.cat(flats)
+    # A tensor of one element counts as contiguous whatever its stride is, and is then not to be viewed as bytes.
+    return flats[0] if len(flats) == 1 and flats[0].stride(0) == 1 else torch.cat(flats)
 
 
 def as_bytes(flats: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -48,11 +48,12 @@ def pair_average(
     if partner is not None:
         partner = _checked(partner, found.size, me)
     with named(NAME):
-        line = connect(found, device_of(tensors), timeout, NAME)
+        line = connect(found, device_of(tensors), timeout)
         if partner is None:
             return alike(tensor, [t.clone() for t in tensors])
-        with line.workers.placed(), torch.no_grad():
-            _compare(line, partner, f"{shapes(tensors)} of {types(tensors)}, gradients {gradients(tensors)}")
+        facts = f"{shapes(tensors)} of {types(tensors)}, gradients {gradients(tensors)}"
+        with line.workers.placed():
+            _compare(line, partner, facts)
         # Halves, not differences: x/2 + y/2 has the same bits on both ranks, and those of x where the two are equal.
         links = Links(0.5, ((partner, 0.5),), ((partner, 1.0),))
         return alike(tensor, mixed(Exchange(NAME, found, timeout, links, pair=partner), tensors))

@@ -60,7 +60,7 @@ def push_sum(
             ' not. Build it with Topology(A, sums="columns")'
         )
     with named(NAME, step):
-        line = connect(found, device, timeout, NAME)
+        line = connect(found, device, timeout)
         line.compare(NAME, passed(tensors, graph))
         links = of_topology(graph, line.workers.rank, step)
         *out, weight = mixed(Exchange(NAME, found, timeout, links, step), [*tensors, weight])

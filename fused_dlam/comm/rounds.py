@@ -46,9 +46,10 @@ class Round:
             for flat in self._flats:
                 mean = flat.to(wide(flat.dtype), copy=True)
                 self._means.append((mean, Mean(line.workers, mean, step, line.workers.control)))
-        elif links.sources or links.destinations:
-            if kept and not self._whole:
-                self._flats = [flat.clone() for flat in self._flats]
+            return
+        if kept and not self._whole:
+            self._flats = [flat.clone() for flat in self._flats]
+        if links.sources or links.destinations:  # one without neighbors sends nothing, but has its own share to come
             self._send(tag)
 
     def _inside(self, flat: torch.Tensor) -> torch.Tensor:
