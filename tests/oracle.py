@@ -25,6 +25,9 @@ written with pulls, so they cannot check each other; this file can check all of 
     exact-diffusion     the same with (W + I)/2 for W
     gradient-tracking   y = W y_prev + g - g_prev, at first g;  m = beta m + y;  x = W (x - lr m)
     momentum-tracking   m = beta m + g;  x = W x - lr (m - c);  c = W (c - m) + m, at first 0
+    push-sum    m  = beta m + g;  x = A (x - lr m);  w = A w;  the model computes with z = x / w, and g is there
+    push-diging the same with m = beta m + y,  y = A y_prev + g - g_prev
+    push-pull   m  = beta m + y, y as before;  z = R (z - lr m),  R = diag(1/w') A diag(w)
     adam        g = g + lambda x;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
                 x = combine(lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
     adamw       the same with lambda x beside the fraction in place of in g
@@ -46,16 +49,19 @@ that is missing counts as zero; among workers that have joined (`optimizer.join`
 import numpy as np
 
 SCHEDULES = ("atc", "midpoint", "awc")
-ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking")
+PUSHED = ("push-sum", "push-diging", "push-pull")
+ONLY_ATC = ("psgd", "pmsgd", "nesterov-pmsgd", "da-dmsgd", "gradient-tracking", "momentum-tracking", *PUSHED)
 
 
 def run(
     method, Ws, grad, x0, lrs, momentum, weight_decay, *,
-    steps, schedule="auto", lars=None, spikes=None, slowmo=None, skips=(), without=None, joined=False, **hyper,
+    steps, schedule="auto", lars=None, spikes=None, slowmo=None, skips=(), without=None, joined=False, mass=None,
+    **hyper,
 ):  # fmt: skip
     """Every worker's parameters before and after each of `steps` steps, [steps + 1, n, d].
 
-    Ws(step) is the mixing matrix, lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
+    Ws(step) is the mixing matrix, of the push- methods A, whose columns sum to one (mass: w before the first step, by
+    default ones), lrs(step) the learning rate, grad(step, x) the gradients [n, d] without weight decay.
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     without(step) has the workers that have no gradient; joined: see above.
     hyper: `mu` (default momentum) of qg-dmsgd; `correction_rate` (a number) and `correction_gain` of pc- and mi-dmsgd;
@@ -74,12 +80,17 @@ def run(
     lr_max, lr_mean, undo = 0.0, None, None
     theta = {"atc": 1.0, "midpoint": 0.5, "awc": 0.0}[schedule]
     W_prev = lr_prev = last_inverse = before_pull = mixed = None
+    w = np.ones((n, 1)) if mass is None else np.array(mass, dtype=np.float64).reshape(n, 1)
     t, usual = np.zeros((n, 1)), {}
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
+        before, w = w, W @ w if method in PUSHED else w
         if k in skips:
-            x = x if method in ("psgd", "pmsgd") else W @ x
+            if method in PUSHED:
+                x = W @ (before * x) / w
+            else:
+                x = x if method in ("psgd", "pmsgd") else W @ x
             trajectory.append(x)
             continue
         lr_max = max(lr_max, lr)
@@ -185,6 +196,15 @@ def run(
         elif method == "momentum-tracking":
             m = beta * m + g
             x, c = W @ x - here * lr * (m - c), W @ (c - m) + m
+        elif method in PUSHED:
+            if method != "push-sum":
+                y, g_prev = W_prev @ y + g - g_prev if k else g, g
+            m = beta * m + (g if method == "push-sum" else y)
+            if method == "push-pull":
+                R = np.diag(1 / w[:, 0]) @ W @ np.diag(before[:, 0])
+                x = R @ (x - here * lr * m)
+            else:
+                x = W @ (before * x - here * lr * m) / w  # z of the next step
         elif method in ("adam", "adamw", "mi-adamw"):
             b2, eps = hyper.get("beta2", 0.999), hyper.get("eps", 1e-8)
             t = t + here  # each worker's own

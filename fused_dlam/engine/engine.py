@@ -41,6 +41,7 @@ class Engine:
     """Flat buffers, passes and flights of all parameter groups.
 
     Args:
+        topology: as it is, or with columns that sum to one: what is averaged then is x / w, with rows that do.
         place: whom this rank gossips with, and with whom it is one worker.
         message: what is sent. For `STEPPED` and `COPY` x is stepped by an inner optimizer and only averaged here.
         layers: what runs around the rule.
@@ -64,7 +65,7 @@ class Engine:
         clips: bool = False,
         elastic: bool = False,
     ):
-        self.rule, self.topology, self.place, self.message = rule, topology, place, message
+        self.rule, self.topology, self.place, self.message = rule, topology.as_rows, place, message
         self.message_dtype, self.bucket_mb, self.elastic = message_dtype, bucket_mb, elastic
         self.averager = averager(message, place)
         # How buckets are laid out, for good: also of parameters that come while this worker is alone.
@@ -325,6 +326,16 @@ class Engine:
             return NOBODY
         exactly = self.topology.n > 2 and self.topology.averages_exactly(step)
         return EVERYBODY if exactly else self.topology.peers(self.place.workers.rank, step)
+
+    def masses(self, step: int, exchanges: bool = True) -> tuple[float, float] | None:
+        """This worker's mass before and after a step, for a rule that reads them; None: one each.
+
+        exchanges: False for a local step, in which masses stay.
+        """
+        rank, graph = self.place.workers.rank, self.topology
+        if not self.rule.mass or graph.is_doubly_stochastic or graph.n != self.place.workers.size:
+            return None
+        return float(graph.mass(step)[rank]), float(graph.mass(step + exchanges)[rank])
 
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""

@@ -63,15 +63,15 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     """From the next step on this is the place, and the graph."""
     # In the order in which they were built: a newcomer knows no other, and a loss may come while one is agreed on.
     engine.buckets.sort(key=lambda b: b.index)
-    engine.flights, engine.topology = {}, graph
+    engine.flights, engine.topology = {}, graph.as_rows
     if place is not engine.place:  # a newcomer's first
         _replace(engine, place)
     engine.averager = averager(engine.message, place)
-    degree = graph.most_messages if engine.gossips else 0
+    degree = engine.topology.most_messages if engine.gossips else 0
     for device in engine.lanes:
         engine.lanes[device] = Lane(device)
         if degree:
-            connect(place.workers, graph, device)
+            connect(place.workers, engine.topology, device)
     for b in engine.buckets:
         rows = 0 if engine.sends_as_it_lies(b) else engine.rule.messages
         b.make_room(engine.rule.messages, degree, rows, engine.message_dtype)

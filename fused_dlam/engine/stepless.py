@@ -21,7 +21,8 @@ def average(engine: Engine, flight: Flight, span: slice) -> None:
 
     The rule's own update tells how: at x = 0 without gradient and state, x' is what the pull makes of x (exact
     diffusion takes half of it); with the centered buffers, the new ones are the old ones and their part of the pull. A
-    correction that leaks does so on all workers, in steps without an exchange too.
+    correction that leaks does so on all workers, in steps without an exchange too. Where masses change, what was sent
+    of the weight decay of x counts: it is taken at x itself.
     """
     b, rule = flight.b, engine.rule
     x, wide = b.x[span], b.x.dtype
@@ -36,10 +37,11 @@ def average(engine: Engine, flight: Flight, span: slice) -> None:
     kept = [name in rule.centered for name in rule.state]
     old = [t[span] if keep else zero for t, keep in zip(b.state, kept, strict=True)]
     h = engine.local.scalars_of(b).h
+    at = x.clone() if rule.mass else zero
     x += rule.update.fn(zero, zero, rule.State(*(zero for _ in old)), tuple(pull), h)[0]
     if engine.skipped or not any(kept):  # skipped on all workers: nobody's buffers take it
         return
-    _, new = rule.update.fn(zero, zero, rule.State(*old), tuple(pull), h)
+    _, new = rule.update.fn(at, zero, rule.State(*old), tuple(pull), h)
     for t, value, keep in zip(b.state, new, kept, strict=True):
         if keep:
             t[span].copy_(value)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..comm.watch import log
 from ..rules.rule import Rule
-from ..theory.stability import REFUSED, growth, remedies
+from ..theory.stability import REFUSED, growth, remedies, rows_for
 from ..topology.topology import Topology
 
 LARGEST_MAP = 3000  # rows of the largest dense map a certificate is computed from: about half a minute
@@ -16,9 +16,13 @@ GRID = 200  # a momentum that changes is certified rounded up to 1/200: a cycle 
 
 
 class Certificate:
-    """Refuses parameter groups that are unstable with a rule on a topology, unless `allow_unstable`."""
+    """Refuses parameter groups that are unstable with a rule on a topology, unless `allow_unstable`.
+
+    Raises ValueError, whatever is allowed, for a rule that knows no masses on a topology that needs them.
+    """
 
     def __init__(self, rule: Rule, graph: Topology, allow_unstable: bool):
+        rows_for(rule, graph)
         self.rule, self.graph, self.allowed = rule, graph, allow_unstable
         self.needed = graph.n > 1 and not allow_unstable
         self.told = False
@@ -70,7 +74,10 @@ class Certificate:
         self.accepted.add(key)
 
     def _fits(self, rows: int) -> bool:
-        return (1 + len(self.rule.state)) * self.graph.n <= rows or self.graph.modes is not None
+        if (1 + len(self.rule.state)) * self.graph.n <= rows:
+            return True
+        differ = self.rule.mass and not self.graph.is_doubly_stochastic  # each worker has a map of its own
+        return not differ and self.graph.modes is not None
 
     def _growth(self, group: dict[str, Any], momentum: float) -> tuple[float, float]:
         return growth(self.rule, self.graph, float(momentum), **self._hyper(group))

@@ -19,6 +19,7 @@ from ..engine.message import Message
 from ..engine.step_allowed import check_step_allowed
 from ..rules.averaging import mix, mix_ahead, mix_halfway
 from ..rules.scalars import Scalars
+from ..theory.stability import rows_for
 from ..topology import Topology, TopologyLike
 from . import mixed_precision, options
 from .frozen import Frozen
@@ -97,6 +98,7 @@ class Gossip(InnerCopies, GossipOptimizer):
         where = layout(group, hierarchical)
         graphs = None if membership is None else Succession(topology, None)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
+        rows_for(rule, graph)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 

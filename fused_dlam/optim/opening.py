@@ -90,18 +90,18 @@ class Opening:
         names = ("lr", "momentum", "weight_decay", "maximize", *self.options.settings, *self.engine.rule.hyper)
         return [options.snapshot(group, names) for group in self.optimizer.param_groups]
 
-    def _scalars(self, group: dict[str, Any], memory: dict[str, Any]) -> Any:
+    def _scalars(self, group: dict[str, Any], memory: dict[str, Any], exchanges: bool = True) -> Any:
         """The rule's scalars for a group; `memory` becomes what it is after this step."""
-        return self.engine.rule.scalars(memory=memory, **self._arguments(group))
+        return self.engine.rule.scalars(memory=memory, **self._arguments(group, exchanges))
 
-    def _arguments(self, group: dict[str, Any]) -> Arguments:
+    def _arguments(self, group: dict[str, Any], exchanges: bool = True) -> Arguments:
         """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
         hyper = {name: group[name] for name in self.engine.rule.hyper}
         weight_decay = 0.0 if finishing(self.options.layers, group) else float(group["weight_decay"])
         rho, static = contraction(self.engine.topology, self.options.skip_late)
         return dict(
             lr=scalar(group["lr"]), momentum=float(group["momentum"]), weight_decay=weight_decay, rho=rho,
-            static=static, hyper=hyper,
+            static=static, hyper=hyper, mass=self.engine.masses(self.optimizer._step, exchanges),
         )  # fmt: skip
 
     def commit(self) -> None:
@@ -121,7 +121,7 @@ class Opening:
     def local_scalars(self, weighed: Callable[[Any], Any]) -> list[Scalars]:
         """Those of a local step, which the groups' memories do not remember. weighed: what it makes of the rule's."""
         groups = self._checked_groups()
-        h = [weighed(self._scalars(group, dict(group["memory"]))) for group in groups]
+        h = [weighed(self._scalars(group, dict(group["memory"]), exchanges=False)) for group in groups]
         scale = local_gradient_scale(self.engine, self.options.max_grad_norm)
         return [Scalars(own, (), -scale if group["maximize"] else scale) for own, group in zip(h, groups, strict=True)]
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from .. import topology as topologies
 from ..comm.watch import log
+from ..rules.averaging import mix
 from ..rules.rule import Rule
+from ..theory.stability import rows_for
 from ..topology import Topology, TopologyLike
 from .certificate import Certificate
 
@@ -69,6 +71,7 @@ class Succession:
             return None
         try:
             if self.rule is None:
+                rows_for(mix, graph)
                 return graph if graph.n == 1 or graph.rho < 1 - 1e-9 else None
             certificate = Certificate(self.rule, graph, self.allow_unstable)
             for group in self.groups():

@@ -1,8 +1,8 @@
 """Every method by name. A method is a `Rule` in one of the files below, and one entry in the list here.
 
 momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion and the
-tracking methods, nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write
-one.
+tracking methods, pushed.py those for directed graphs, nesterov.py Nesterov's forms, adaptive.py Adam. README.md has the
+table of methods, and how to write one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .mi_dmsgd import auto_displacement_rate, mi_adamw, mi_dmsgd, nesterov_mi_dm
 from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
 from .pc_dmsgd import auto_correction_rate, pc_dmsgd
+from .pushed import push_diging, push_pull, push_sum
 from .rule import Rule
 
 __all__ = ["ALL", "Hyper", "Rule", "auto_correction_rate", "auto_displacement_rate", "get", "inverse_lr"]
@@ -23,6 +24,7 @@ ALL = {
     for rule in (
         psgd, pmsgd, dsgd, dmsgd, da_dmsgd, awc_dmsgd, qg_dmsgd, decentlam, pc_dmsgd, mi_dmsgd,
         d2_dmsgd, exact_diffusion, gradient_tracking, momentum_tracking,
+        push_sum, push_diging, push_pull,
         nesterov_pmsgd, nesterov_dmsgd, nesterov_awc_dmsgd, nesterov_qg_dmsgd, nesterov_pc_dmsgd,
         nesterov_mi_dmsgd, adam, adamw, mi_adamw,
     )

@@ -21,8 +21,9 @@ from .scalars import Scalar, among
 SCHEDULES = ("atc", "midpoint", "awc")
 
 COMMON = ("lr", "momentum", "weight_decay")
+MASSES = ("mass", "next_mass", "inverse_mass", "inverse_next_mass")
 # An optimizer keeps hyper-parameters in its parameter groups, beside these entries.
-RESERVED = (*COMMON, "params", "method", "topology", "schedule", "step", "memory", "maximize", "layers")
+RESERVED = (*COMMON, *MASSES, "params", "method", "topology", "schedule", "step", "memory", "maximize", "layers")
 
 
 @jit
@@ -73,6 +74,10 @@ class Rule:
             checkpoint for another number of workers starts them from zero.
         counts: the entry of `memory` in which `derive` counts steps, if it does. A parameter whose gradients came
             later than its group's then has bias corrections of its own: see `scalars_at`.
+        mass: which of the worker's masses the method reads (topology/mass.py): "mass", w before the step, "next_mass",
+            after it, "inverse_mass", 1/w, "inverse_next_mass". They are fields of h, and there for `derive`; one each
+            where the graph is doubly stochastic. Only such methods run where columns alone sum to one. What they
+            average is x / w, with rows that sum to one, and their schedule is "atc".
         schedule: the method's own, which an optimizer takes with schedule="auto": see `under`. "auto": "atc", or "awc"
             where the message is x itself. `send` is the message of "atc" in any case.
 
@@ -93,6 +98,7 @@ class Rule:
         centered: tuple[str, ...] = (),
         counts: str | None = None,
         schedule: str = "auto",
+        mass: Iterable[str] = (),
     ):
         for what, function in (("send", send), ("update", update)):
             if not callable(getattr(function, "fn", None)):
@@ -105,6 +111,9 @@ class Rule:
         self.centered = tuple(centered)
         if not set(self.centered) <= set(self.state):
             raise ValueError(f"rule {name!r}: centered names {self.centered}, but its state is {self.state}")
+        self.mass = tuple(mass)
+        if not set(self.mass) <= set(MASSES):
+            raise ValueError(f"rule {name!r}: mass names {self.mass}, but there are {MASSES}")
         taken = [key for key in hyper or () if key in RESERVED]
         if taken:
             raise ValueError(f"rule {name!r}: no hyper-parameter may be called {taken[0]!r}; the optimizer uses that")
@@ -155,8 +164,12 @@ class Rule:
     def __deepcopy__(self, memo: dict) -> Rule:
         return self
 
-    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False) -> dict[str, Any]:
+    def _values(self, lr, momentum, weight_decay, rho, hyper, memory, static=False, mass=None) -> dict[str, Any]:
         values: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        if self.mass:
+            w, after = (1.0, 1.0) if mass is None else mass
+            known = dict(zip(MASSES, (w, after, 1.0 / w, 1.0 / after), strict=True))
+            values.update({name: known[name] for name in self.mass})
         for name, value in self.defaults(hyper).items():
             values[name] = self.hyper[name].auto(momentum, rho, static) if value == "auto" else float(value)
         if self.derive is not None:
@@ -174,10 +187,15 @@ class Rule:
         hyper=None,
         memory=None,
         static: bool = False,
+        mass: tuple[Any, Any] | None = None,
     ) -> Any:
-        """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`."""
+        """h for one step. `memory` is updated in place: call this once per step. rho, static: see `Default`.
+
+        mass: the worker's before and after the step (or arrays of all workers' masses); None: one each. It counts where
+        the rule reads masses.
+        """
         memory = {} if memory is None else memory
-        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static))
+        return self.H(**self._values(lr, momentum, weight_decay, rho, hyper or {}, memory, static, mass))
 
     def scalars_at(
         self,
@@ -189,6 +207,7 @@ class Rule:
         hyper=None,
         memory=None,
         static: bool = False,
+        mass: tuple[Any, Any] | None = None,
     ) -> Any:
         """h for a parameter that has taken `count` steps before this one; `memory` is left as it is.
 
@@ -196,7 +215,8 @@ class Rule:
         """
         if self.counts is None:
             raise ValueError(f"rule {self.name!r} counts no steps")
-        return self.scalars(lr, momentum, weight_decay, rho, hyper, {**(memory or {}), self.counts: count}, static)
+        memory = {**(memory or {}), self.counts: count}
+        return self.scalars(lr, momentum, weight_decay, rho, hyper, memory, static, mass)
 
     def defaults(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of a parameter group: a value for every hyper-parameter, a number or "auto"."""
@@ -240,10 +260,10 @@ class Rule:
 
     def _follow(self, schedule: str) -> None:
         check_schedule(schedule)
-        if self.average != "neighbors" or self.messages != 1 or not self._sends_parameters:
+        if self.average != "neighbors" or self.messages != 1 or not self._sends_parameters or self.mass:
             raise ValueError(
-                f"schedule={schedule!r} needs a method with one message in the place of the parameters; {self.name!r}"
-                " is not one. Use schedule='atc'."
+                f"schedule={schedule!r} needs a method with one message in the place of the parameters, and without"
+                f" masses, which are others once x is sent; {self.name!r} is not one. Use schedule='atc'."
             )
         if self._send is send_parameter:
             raise ValueError(f"method {self.name!r} sends x itself: its schedule is 'awc', not {schedule!r}")

@@ -5,7 +5,8 @@ depends on the learning rate through lr * h alone. Its growth per step is follow
 first that is above one. The first certificate, in stability.py, is this map at rate 0, without the workers' mean.
 
 With equal curvature the mean takes steps in which nobody pulls, so all-reduce's limit counts for every method. With
-unlike curvature disagreement moves the mean, and the map is taken whole. Either way a buffer whose mean over the
+unlike curvature disagreement moves the mean, and the map is taken whole; so it is where workers have masses, for a step
+is divided by the worker's own: its curvature counts as h_i / w_i. Either way a buffer whose mean over the
 workers is zero, such as an integral of pulls, has no mean in the map: it would be a growth of exactly one.
 """
 
@@ -23,7 +24,7 @@ from ..rules.scalars import number
 from ..topology.matrix import identity
 from ..topology.spectrum import EXACT, EXCHANGES, LOCAL, PARTS
 from ..topology.topology import Topology
-from .stability import Equations, Growth, Map, asked, equations, half_of_modes, of_each_mode, of_modes, pulls
+from .stability import Equations, Growth, Map, Steps, asked, equations, half_of_modes, of_each_mode, of_modes, pulls
 
 GROWS = 1 + 1e-9  # more than the rounding of an eigenvalue; what grows by less takes 1e8 steps for a tenth
 PRECISION = 2e-4  # of a limit, relative
@@ -66,7 +67,8 @@ def rate_limit(
 
     Raises TypeError or ValueError for bad input, and ValueError for a rule that is not linear, such as Adam.
     """
-    rule, scalars = asked("rate_limit", method, topology, momentum, hyper)
+    rule, steps = asked("rate_limit", method, topology, momentum, hyper)
+    topology, scalars = steps.topology, steps.h()
     step = equations(rule, scalars)
     _check_linear(rule, scalars, step)
     n, h = topology.n, _curvatures(curvature, topology.n)
@@ -75,10 +77,12 @@ def rate_limit(
     if rule.average == "gradient" or n == 1:
         return mean / float(h.mean()) if h.any() else math.inf
 
-    modes, memory = half_of_modes(topology), 1 / (1 - momentum)
-    all_values = [True] * len(step.A)
+    memory = 1 / (1 - momentum)
+    if steps.differ:
+        return _limit_with_masses(steps, h, mean, memory)
+    modes, all_values = half_of_modes(topology), [True] * len(step.A)
     apart: Growth = (  # of disagreement, for curvature 1
-        _whole(step, topology, np.ones(n), all_values, memory) if modes is None else partial(of_modes, step, modes)
+        _whole(steps, topology, np.ones(n), all_values, memory) if modes is None else partial(of_modes, step, modes)
     )
     if 0 < h.min() == h.max():
         limit = _first(apart, _grid(mean, apart), mean) if modes is None else _limit_of_modes(step, modes, mean)
@@ -90,7 +94,21 @@ def rate_limit(
     centered = [name in rule.centered and topology.is_doubly_stochastic for name in ("x", *rule.state)]
     unit = (mean if 0 < mean < math.inf else 1.0) / float(h.mean())
     low, high = 1e-3 * unit * float(h.mean() / h.max()), 100 * unit
-    growth = _whole(step, topology, h, centered, memory)
+    growth = _whole(steps, topology, h, centered, memory)
+    return _first(growth, np.geomspace(low, high, math.ceil(math.log(high / low) / _spacing(growth))), math.inf)
+
+
+def _limit_with_masses(steps: Steps, h: np.ndarray, mean: float, memory: float) -> float:
+    """Where workers have masses. What a rule centers sums to zero all the same: A keeps sums."""
+    topology, centered = steps.topology, [name in steps.rule.centered for name in steps.rule.state]
+    if _whole(steps, topology, h, [True, *centered], memory)(np.zeros(1))[0] > GROWS:
+        return 0.0
+    if not h.any():
+        return math.inf
+    growth = _whole(steps, topology, h, [False, *centered], memory)
+    smallest = min(float(topology.mass(t).min()) for t in range(len(topology.phases)))
+    unit = mean if 0 < mean < math.inf else 1.0
+    low, high = 1e-3 * unit * min(1.0, smallest) / float(h.max()), 100 * unit / float(h.mean())
     return _first(growth, np.geomspace(low, high, math.ceil(math.log(high / low) / _spacing(growth))), math.inf)
 
 
@@ -205,13 +223,13 @@ def _limit_of_modes(step: Equations, modes: np.ndarray, end: float) -> float:
             return limit
 
 
-def _whole(step: Equations, topology: Topology, h: np.ndarray, zero_mean: list[bool], memory: float) -> Growth:
+def _whole(steps: Steps, topology: Topology, h: np.ndarray, zero_mean: list[bool], memory: float) -> Growth:
     """The growth of all workers' values. zero_mean: the values whose mean over the workers is left out."""
     rows = len(zero_mean) * topology.n - sum(zero_mean)
     return (
-        Followed(step, topology, h, zero_mean, memory)
+        Followed(steps, topology, h, zero_mean, memory)
         if topology.period is None or rows > LARGEST_MAP
-        else Map(step, topology, h, zero_mean)
+        else Map(steps, topology, h, zero_mean)
     )
 
 
@@ -224,8 +242,8 @@ class Followed:
     at_once = 128  # a whole grid: the steps take nearly the same time for few rates and for many
     precision = 1e-3
 
-    def __init__(self, step: Equations, topology: Topology, h: np.ndarray, zero_mean: list[bool], memory: float):
-        self.step, self.topology, self.h, self.zero_mean = step, topology, h, np.array(zero_mean)
+    def __init__(self, steps: Steps, topology: Topology, h: np.ndarray, zero_mean: list[bool], memory: float):
+        self.steps, self.topology, self.h, self.zero_mean = steps, topology, h, np.array(zero_mean)
         self.path = math.ceil(max(EXCHANGES, 64 * memory))
         start = np.random.RandomState(np.random.Philox(key=topology.n)).standard_normal((len(zero_mean), topology.n, 1))
         self.start = self._normalized(start)[0]
@@ -238,7 +256,7 @@ class Followed:
         while exchanges < self.path and len(sizes) < LOCAL * self.path:
             phase = self.topology.phase(len(sizes))
             alone = phase == local
-            V = self.step.step(V, curvature, np.zeros_like if alone else partial(pulls, phase))
+            V = self.steps.at(len(sizes)).step(V, curvature, np.zeros_like if alone else partial(pulls, phase))
             V, size = self._normalized(V)
             exchanges += not alone
             if size.min() < EXACT:

@@ -18,6 +18,7 @@ from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology.topology import Topology
+from .stability import rows_for
 
 LONGEST = 10**9  # steps
 
@@ -27,7 +28,7 @@ class Simulation:
 
     Args:
         method: a name or a `Rule`.
-        topology: a `Topology` for n workers, or a name.
+        topology: a `Topology` for n workers, or a name. Where its columns sum to one, x is what push-sum calls z.
         x: the start, [n, d]: a numpy array (taken in float64), or a torch tensor (its type and device are kept).
         momentum, weight_decay: beta and lambda; may be set between steps.
         schedule: "atc", "midpoint" or "awc", see `Rule.under`; "auto" is the method's own.
@@ -59,6 +60,7 @@ class Simulation:
         if self.x.ndim != 2 or (isinstance(x, torch.Tensor) and not x.is_floating_point()):
             raise ValueError(f"x must be real numbers [n, d], not {self.x.dtype} of shape {tuple(self.x.shape)}")
         self.topology = topologies.get(topology, len(x))
+        self._rows = rows_for(self.rule, self.topology)
         if not 0 <= number("momentum", momentum) < 1:
             raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
         if not 0 <= number("weight_decay", weight_decay) < math.inf:
@@ -93,9 +95,10 @@ class Simulation:
         for layer in self.layers:
             if layer.finishes(self.settings):
                 g, decay = layer.gradient(self.x, g, decay), 0.0
-        rho, static = self.topology.slowest_rho, self.topology.is_static
-        h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static)
-        messages, phase = self.rule.send.fn(self.x, g, self.state, h), self.topology.phase(self.steps)
+        rows = self._rows
+        rho, static = rows.slowest_rho, rows.is_static
+        h = self.rule.scalars(lr, self.momentum, decay, rho, self.hyper, self.memory, static, self._masses())
+        messages, phase = self.rule.send.fn(self.x, g, self.state, h), rows.phase(self.steps)
         pull = tuple(y.mean(0) - y if averaged else phase.pull(y) for y in messages)
         x, state = self.rule.update.fn(self.x, g, self.state, pull, h)
         self.x, self.state = x, self.rule.State(*state)
@@ -103,6 +106,13 @@ class Simulation:
             self.x, self.extra[k] = layer.outer(self.x, self.extra[k], self.steps, lr, self.memory)
         self.steps += 1
         return self.x
+
+    def _masses(self) -> tuple[Any, Any] | None:
+        """The workers' masses before and after this step, [n, 1] each, for a rule that reads them."""
+        if not self.rule.mass or self._rows.is_doubly_stochastic:
+            return None
+        w, after = (self._rows.mass(self.steps + k)[:, None] for k in (0, 1))
+        return (self.x.new_tensor(w), self.x.new_tensor(after)) if isinstance(self.x, torch.Tensor) else (w, after)
 
     def _shortened(self, g: Any) -> Any:
         norms = (g**2).sum(-1) ** 0.5

@@ -4,6 +4,8 @@ With zero gradient a rule's equations are a linear map of all workers' (x, state
 what all workers share. Its growth per step is the map's spectral radius over one period of the topology; where the
 graph is drawn anew at every step it is an estimate of exp(largest Lyapunov exponent). Below one, workers forget the
 disagreement that data and rounding stir up. Above one it overflows, whatever the learning rate.
+
+Where workers have masses (topology/mass.py) the map is that of x / w, and each worker has scalars of its own in it.
 """
 
 from __future__ import annotations
@@ -51,28 +53,46 @@ def growth(method: str | Rule, topology: Topology, momentum: float = 0.9, **hype
     On a random graph it is exp(largest Lyapunov exponent), measured along the first 2,048 exchanges or more. These are
     the exchanges that training makes, so the estimate is the same on every rank up to rounding.
     """
-    rule, h = asked("consensus_growth", method, topology, momentum, hyper)
+    rule, steps = asked("consensus_growth", method, topology, momentum, hyper)
     if rule.average == "gradient" or topology.n == 1:
         return 0.0, 0.0
-    step = equations(rule, h)
+    topology = steps.topology
     if topology.period is None:
-        A, B, C = step.A, step.B, step.C
-        return spectrum.estimate(topology.phase, topology.n, A, B, C, 1 / (1 - momentum))[:2]
-    modes, alike, apart = half_of_modes(topology), np.ones(topology.n), [True] * len(step.A)
-    ours: Growth = Map(step, topology, alike, apart) if modes is None else partial(of_modes, step, modes)
+        # With masses too, as if they were one. Of the methods here that is exact: without gradients m and y do not hear
+        # x, so the exponents are those of R on x, of A on y, and beta. A = diag(w') R diag(1/w) is R in other
+        # coordinates, and w stays between bounds.
+        step = equations(rule, steps.h())
+        return spectrum.estimate(topology.phase, topology.n, step.A, step.B, step.C, 1 / (1 - momentum))[:2]
+    modes, alike = None if steps.differ else half_of_modes(topology), np.ones(topology.n)
+    # Equal buffers with unlike masses do not stay equal. x does, and what sums to zero keeps its sum.
+    apart = [k == 0 or not steps.differ or name in rule.centered for k, name in enumerate(("x", *rule.state))]
+    ours: Growth = Map(steps, topology, alike, apart) if modes is None else partial(of_modes, steps.at(0), modes)
     return float(ours(np.zeros(1))[0]), 0.0
 
 
 def asked(caller: str, method: str | Rule, topology: Topology, momentum: float, hyper: dict[str, Any]) -> tuple:
-    """(the rule, the scalars of its steps at rate 1), after a check of everything that a user gave."""
+    """(the rule, its steps at rate 1), after a check of everything that a user gave."""
     if not isinstance(topology, Topology):
         raise TypeError(f"{caller} needs a Topology, e.g. fused_dlam.topology.ring(8), not a name")
     rule = rules.get(method).under(hyper.pop("schedule", "auto"))
     rule.check_hyper(hyper, ("schedule", "topology"))
     if not 0 <= number("momentum", momentum) < 1:
         raise ValueError(f"Invalid momentum value: {momentum}, must be in [0, 1)")
-    rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
-    return rule, rule.scalars(1.0, momentum, 0.0, rho, hyper, static=topology.is_static)
+    return rule, Steps(rule, rows_for(rule, topology), momentum, hyper)
+
+
+def rows_for(rule: Rule, topology: Topology) -> Topology:
+    """The topology on which a rule averages: rows that sum to one.
+
+    Raises ValueError for one whose columns alone sum to one, if the rule knows no masses.
+    """
+    if topology.sums == "columns" and not (rule.mass or topology.is_doubly_stochastic or rule.average == "gradient"):
+        raise ValueError(
+            f"the columns of topology {topology.name!r} sum to one and its rows do not, and method {rule.name!r} would"
+            " lose what a worker sends. 'push-sum' divides by the masses; 'push-diging' and 'push-pull' do, and track"
+            " the mean gradient"
+        )
+    return topology.as_rows
 
 
 class Equations(NamedTuple):
@@ -94,10 +114,54 @@ class Equations(NamedTuple):
         return np.tensordot(self.A, V, 1) + np.multiply.outer(self.G, g) + np.tensordot(self.B, pull(y), 1)
 
 
-def equations(rule: Rule, h: Any) -> Equations:
-    """What a rule's equations do, read off unit vectors. Of a rule that is not linear this is nothing but that."""
+class OfEach(Equations):
+    """The same of n workers with scalars of their own: [k, k, n], [k, n], [k, m, n], [m, k, n] and [m, n]."""
+
+    def step(self, V: np.ndarray, curvature: Any, pull: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The same, for V of shape [k, n, ...]."""
+        g = (curvature * V[0])[None]
+        y = _of_each(self.C, V) + _of_each(self.S[:, None], g)
+        return _of_each(self.A, V) + _of_each(self.G[:, None], g) + _of_each(self.B, pull(y))
+
+
+def _of_each(matrices: np.ndarray, V: np.ndarray) -> np.ndarray:
+    return np.einsum("ijn,jn...->in...", matrices, V)
+
+
+class Steps:
+    """A rule's equations in every step, at rate 1 and without weight decay.
+
+    topology: rows sum to one. Where its columns do not, and the rule reads masses, each worker and step has its own.
+    """
+
+    def __init__(self, rule: Rule, topology: Topology, momentum: float, hyper: dict[str, Any]):
+        self.rule, self.topology = rule, topology
+        self.differ = bool(rule.mass) and not topology.is_doubly_stochastic  # the workers
+        rho = topology.slowest_rho if rule.average == "neighbors" else 0.0
+        self.h = partial(rule.scalars, 1.0, momentum, 0.0, rho, hyper, static=topology.is_static)
+        self._known: dict[int, Equations] = {}
+
+    def at(self, k: int) -> Equations:
+        k = (k % self.topology.period if self.topology.period else k) if self.differ else 0
+        if k not in self._known:
+            if self.topology.period is None:
+                self._known.clear()
+            if self.differ:
+                h = self.h(mass=(self.topology.mass(k), self.topology.mass(k + 1)))
+                self._known[k] = OfEach(*equations(self.rule, h, (self.topology.n,)))
+            else:
+                self._known[k] = equations(self.rule, self.h())
+        return self._known[k]
+
+
+def equations(rule: Rule, h: Any, workers: tuple[int, ...] = ()) -> Equations:
+    """What a rule's equations do, read off unit vectors. Of a rule that is not linear this is nothing but that.
+
+    workers: (n,) if h has arrays [n]. Results then have that as a last axis, see `OfEach`.
+    """
     k, m = 1 + len(rule.state), rule.messages
-    units = np.eye(k + 1 + m).view(Array)  # V, g and the pulls; every column is a unit vector
+    units = np.eye(k + 1 + m)  # V, g and the pulls; every column is a unit vector
+    units = np.broadcast_to(units[(...,) + (None,) * len(workers)], units.shape + workers).view(Array)
     x, *state = units[:k]
     g, pull = units[k], tuple(units[k + 1 :])
     x_new, state_new = rule.update.fn(x, g, rule.State(*state), pull, h)
@@ -120,7 +184,11 @@ def remedies(rule: Rule, topology: Topology, momentum: float, factor: float, err
     found = []
     schedule = "awc" if rule.schedule == "awc" else "auto"
     for ours in (rules.mi_dmsgd, rules.pc_dmsgd):
-        if rule.name != ours.name and is_stable(ours, topology, momentum, schedule=schedule):
+        if (
+            topology.sums == "rows"
+            and rule.name != ours.name
+            and is_stable(ours, topology, momentum, schedule=schedule)
+        ):
             found.append(f"method={ours.name!r}, which is stable here")
             break
     symmetric = topology.symmetrize() if topology.is_doubly_stochastic and not topology.is_symmetric else None
@@ -181,8 +249,8 @@ class Map:
     zero_mean: the values of V whose mean over the workers is left out. With equal curvature these may be all.
     """
 
-    def __init__(self, step: Equations, topology: Topology, h: np.ndarray, zero_mean: list[bool]):
-        self.step, self.phases, self.h, n = step, topology.phases, h[:, None, None], topology.n
+    def __init__(self, steps: Steps, topology: Topology, h: np.ndarray, zero_mean: list[bool]):
+        self.steps, self.phases, self.h, n = steps, topology.phases, h[:, None, None], topology.n
         # Q is an orthonormal basis of the vectors that sum to zero. Rows of W sum to one, so values that are equal on
         # all workers stay equal, and the map of the rest is that of what differs, whatever the columns sum to.
         Q = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, : n - 1]]))[0][:, 1:]
@@ -197,8 +265,8 @@ class Map:
             value[:, column : column + basis.shape[1]] = basis[..., None]
             column += basis.shape[1]
         log_scale = np.zeros(len(a))
-        for phase in self.phases:
-            V = self.step.step(V, self.h * a, partial(pulls, phase))
+        for t, phase in enumerate(self.phases):
+            V = self.steps.at(t).step(V, self.h * a, partial(pulls, phase))
             # Rounding brings the mean back. It does not shrink as the rest does, which it would swamp in 1,000 steps.
             V[self.zero_mean] -= V[self.zero_mean].mean(axis=1, keepdims=True)
             V, log_scale = _scaled(V, log_scale)

@@ -10,7 +10,7 @@ from .. import rules
 from .. import topology as topologies
 from ..rules.rule import Rule
 from ..theory.limits import rate_limit
-from ..theory.stability import REFUSED, growth
+from ..theory.stability import REFUSED, growth, rows_for
 from ..topology import Circulant, Topology
 from .cli import Parser, count, need, picture
 from .plain import table
@@ -63,7 +63,8 @@ def describe(topology: Topology, momentum: float) -> str:
         "degree": (f"{low}" if low == high else f"{low} to {high}") + ": whom a worker hears from in one step",
         "rho": _contraction(topology),
         "symmetric": "yes" if topology.is_symmetric else "no",
-        "doubly stochastic": "yes" if topology.is_doubly_stochastic else "no",
+        "doubly stochastic": "yes" if topology.is_doubly_stochastic else f"no, {topology.sums} sum to one",
+        **_masses(topology),
         "messages": "none, by all-reduce" if messages == 0 < volume else f"{messages:g} per worker and step",
         "bytes sent": f"{volume:.4g} M per worker and step (M: all parameters); ring all-reduce {all_reduce(n):.4g} M",
         "correction rate": f"{ours:.4g} for mi-dmsgd, {rate:.4g} for pc-dmsgd: what 'auto' takes",
@@ -74,6 +75,14 @@ def describe(topology: Topology, momentum: float) -> str:
               "bytes sent\nper step")  # fmt: skip
     rows = [verdict(rule, topology, momentum, volume) for rule in rules.ALL.values()]
     return "\n".join([*lines, "", table(header, rows)])
+
+
+def _masses(topology: Topology) -> dict[str, str]:
+    """Of the first steps, if the graph never repeats."""
+    if topology.is_doubly_stochastic:
+        return {}
+    w = [topology.mass(t) for t in range(len(topology.phases))]
+    return {"masses": f"{min(v.min() for v in w):.4g} to {max(v.max() for v in w):.4g}, one on average"}
 
 
 def _contraction(topology: Topology) -> str:
@@ -88,12 +97,16 @@ def _contraction(topology: Topology) -> str:
 
 def verdict(rule: Rule, topology: Topology, momentum: float, volume: float) -> tuple[str, ...]:
     """One method's row of the table."""
+    try:
+        rows_for(rule, topology)
+    except ValueError:
+        return rule.name, "knows no masses", "", "refused", "", ""
     limit = largest_rate(rule, topology, momentum)
     if rule.average == "gradient":
         return rule.name, "exact", "", "", limit, f"{all_reduce(topology.n):.4g} M"
     cost = f"{rule.messages * volume:.4g} M"
     random = topology.period is None
-    if not random and topology.n > LARGEST_MAP and topology.modes is None:
+    if not random and topology.n > LARGEST_MAP and not _has_modes(rule, topology):
         return rule.name, "too large to tell", "", "", limit, cost
     factor, error = growth(rule, topology, momentum)
     figure = _near_one(factor) + (f" ± {error:.4f}" if random else "")
@@ -116,9 +129,14 @@ def largest_rate(rule: Rule, topology: Topology, momentum: float) -> str:
         return ""
     if topology.period is None:
         return "see rate_limit"  # which takes seconds for each method
-    if topology.n > LARGEST_LIMIT[topology.modes is None]:
+    if topology.n > LARGEST_LIMIT[not _has_modes(rule, topology)]:
         return "too large to tell"
     return f"{rate_limit(rule, topology, momentum):.2f}"
+
+
+def _has_modes(rule: Rule, topology: Topology) -> bool:
+    """Whether a method acts on the workers' common eigenvectors one by one: not where each has a mass of its own."""
+    return topology.modes is not None and (topology.is_doubly_stochastic or not rule.mass)
 
 
 def _near_one(value: float) -> str:

@@ -48,15 +48,16 @@ class Case(NamedTuple):
         return floor._replace(scalars=floor.scalars + (self.pass_ == "skips"))
 
     def ceiling(self, architecture: str) -> int:
-        """Registers allowed for each thread: 64, 80 or 96, with which an SM's 65,536 last for 1024, 768 or 640 threads.
+        """Registers allowed for each thread, 64, 80 or 96: an SM's 65,536 then last for 1024, 768 or 640 threads.
 
         ptxas took at most 60 with up to 3 received messages and 66 with more, on sm_100 72 and 78. With a division it
         took 71 (AdamW at d = 3 on sm_80), and with ten scalars or more, which lie in registers too, 72 (MI-DmSGD). With
-        a third state buffer it took 86, and 110 with 6 received messages (MI-AdamW on sm_100).
+        a third state buffer it took 86, and 110 with 6 received messages (MI-AdamW on sm_100). With 13 scalars, and
+        two messages from each of 6 neighbors, it takes 116 to keep the rows in flight (Push-DIGing).
         """
         more = 16 * (len(self.rule.state) > 2)
         if self.d * self.rule.messages > 3:
-            return 96 + more
+            return 96 + more + 20 * (self.d * self.rule.messages > 6 and self.floor.scalars > 12)
         return more + (80 if architecture == "sm_100" or self.floor.divisions or self.floor.scalars > 9 else 64)
 
 

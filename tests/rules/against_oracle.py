@@ -52,8 +52,34 @@ def row_stochastic(n, period, seed=0):
         return Topology(W / W.sum(axis=2, keepdims=True), "random row stochastic")
 
 
+def column_stochastic(n, period, seed=0):
+    """Random, directed, time-varying, sparse; the rows do not sum to one."""
+    phases = [row_stochastic(n, 1, seed + k).weights().T for k in range(period)]
+    return Topology(phases, "random column stochastic", sums="columns")
+
+
 def matrices(top):
     return functools.cache(top.weights)
+
+
+def pushed(top):
+    """(A, w): matrices whose columns sum to one, and the masses before the first step. Where rows sum to one these are
+    A = diag(w') W diag(1/w), with the w of all steps for which w' W = w. Found here by eigenvectors."""
+    matrix, period = matrices(top), top.period
+    if period is None:
+        return matrix, np.ones(top.n)
+
+    def perron(steps):
+        product = np.linalg.multi_dot([np.eye(top.n), *(matrix(k) for k in reversed(steps)), np.eye(top.n)])
+        values, vectors = np.linalg.eig(product if top.sums == "columns" else product.T)
+        w = vectors[:, abs(values - 1).argmin()].real
+        return w * top.n / w.sum()
+
+    if top.sums == "columns" or np.allclose(sum(matrix(k).sum(0) for k in range(period)), period):
+        return matrix, perron(range(period))
+    w = [perron(range(k, k + period)) for k in range(period)]
+    rows = [np.diag(w[(k + 1) % period]) @ matrix(k) @ np.diag(1 / w[k]) for k in range(period)]
+    return lambda k: rows[k % period], w[0]
 
 
 def growing_scale(trajectory):
@@ -71,8 +97,9 @@ def disagreement_with_oracle(method, schedule, top, lr, steps=STEPS, momentum=0.
     ours = simulate(method, top, grad, start, steps, lr, momentum, 0.01, schedule, **hyper)
     if "correction_rate" in rules.ALL[method].hyper:
         hyper.setdefault("correction_rate", oracle.auto_rate(method, top, momentum))
+    A, mass = pushed(top) if method in oracle.PUSHED else (matrices(top), None)
     theirs = oracle.run(
-        method, Ws or matrices(top), grad, x0, lr, momentum, 0.01, steps=steps, schedule=schedule, **hyper
+        method, Ws or A, grad, x0, lr, momentum, 0.01, steps=steps, schedule=schedule, mass=mass, **hyper
     )
     assert np.isfinite(theirs).all()
     return (abs(ours - theirs).max(axis=(1, 2)) / growing_scale(theirs)).max()
