@@ -1,6 +1,7 @@
 """Decentralized momentum optimizers for PyTorch: data-parallel training by gossip, without all-reduce."""
 
 from . import layers, rules, topology
+from .comm.mailbox import Mailbox
 from .comm.neighbor_allreduce import neighbor_allreduce
 from .comm.neighbor_exchange import neighbor_exchange
 from .comm.neighbor_gather import neighbor_gather
@@ -13,6 +14,8 @@ from .optim.decentlam import DecentLaM
 from .optim.gossip import Gossip
 from .optim.gossip_sgd import GossipSGD
 from .optim.mixed_precision import GradScaler
+from .optim.pair_gossip import PairGossip
+from .optim.push_sum import PushSum
 from .rules.rule import Rule, jit
 from .theory.limits import rate_limit
 from .theory.simulator import Simulation, simulate
@@ -26,6 +29,9 @@ __all__ = [
     "Gossip",
     "GossipSGD",
     "GradScaler",
+    "Mailbox",
+    "PairGossip",
+    "PushSum",
     "Rule",
     "Simulation",
     "SlowMo",
