@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-
 from torch.autograd import profiler
 
 from ..topology import Peers, Topology
