@@ -6,12 +6,14 @@ streams.py tells who waits for whom where the tensors are on a GPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 
 from ..topology import Peers, Topology
 from .lookout import LOOK, Lookout, why
@@ -113,7 +115,8 @@ class Transfer:
             j = self.peers.sources[k]
             work: dist.Work | _Unposted
             try:
-                work = _work(dist.irecv(self._host_rows[k], group.ranks[j], transport, self._tag))
+                with _unrecorded():
+                    work = _work(dist.irecv(self._host_rows[k], group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
             group.expects(work)
@@ -126,7 +129,8 @@ class Transfer:
         for message, j in zip(messages, self.peers.destinations, strict=True):
             work: dist.Work | _Unposted
             try:
-                work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
+                with _unrecorded():
+                    work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
             group.posted(work)
@@ -290,6 +294,23 @@ class _Unposted:
 
     def wait(self) -> None:
         raise self._error
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Keeps gloo's own span of a message out of a profiler's trace, which has this package's (engine/trace.py).
+
+    A message that is on its way when the profiler stops ends its span in memory that is the profiler's no more (torch
+    2.11 to 2.13), and the process dies of it: so would every step whose successor's receives are posted.
+    """
+    if not profiler._is_profiler_enabled:
+        yield
+        return
+    torch._C._autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._enable_record_function(True)
 
 
 def _work(work: dist.Work | None) -> dist.Work:

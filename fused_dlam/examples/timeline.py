@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def summary(title: str, found: Sequence[Span]) -> str:
     )
 
 
-def draw(steps: dict[str, Sequence[Span]]) -> Any:
+def draw(steps: Mapping[str, Sequence[Span]]) -> Any:
     """A panel for each step: a row of what is computed, and a row for each bucket. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -103,11 +103,11 @@ def draw(steps: dict[str, Sequence[Span]]) -> Any:
     computing = dict(zip(COMPUTING, ("#595959", "#ababab", "#cfcfcf"), strict=True))
     parts = dict(zip(PARTS, ("#ff800e", "#c85200", "#5f9ed1", "#006ba4"), strict=True))
     colors = {**computing, "exchange": "#a2c8ec", **parts}
-    figure = Figure(figsize=(9, 3.4 * len(steps)), dpi=80, layout="constrained")
+    figure = Figure(figsize=(9, 3.4 * len(steps)), dpi=110, layout="constrained")
     last = max(s.end for found in steps.values() for s in found)
     for axes, (title, found) in zip(figure.subplots(len(steps), 1, squeeze=False)[:, 0], steps.items(), strict=True):
         buckets = sorted({s.bucket for s in found if s.bucket is not None})
-        rows = {None: 0, **{bucket: 1 + i for i, bucket in enumerate(buckets)}}
+        rows: dict[int | None, int] = {None: 0, **{bucket: 1 + i for i, bucket in enumerate(buckets)}}
         for s in sorted(found, key=lambda s: s.what in PARTS):  # parts on top of the exchange they belong to
             height = 0.4 if s.what in PARTS else 0.8
             axes.barh(rows[s.bucket], s.end - s.start, left=s.start, height=height, color=colors[s.what])

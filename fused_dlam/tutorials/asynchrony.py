@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_dlam import Mailbox, neighbor_allreduce, topology
-from fused_dlam.tutorials.worker import TIMEOUT, mean, say
+from fused_dlam import Mailbox, PushSum, neighbor_allreduce, topology
+from fused_dlam.tutorials.least_squares import LeastSquares
+from fused_dlam.tutorials.picture import panels
+from fused_dlam.tutorials.worker import TIMEOUT, main, mean, say
 
 WORKERS = 4
 PAUSE, SLOWER = 0.01, 5  # seconds that a step takes, by sleeping; how many times as long worker 0 sleeps
@@ -42,7 +44,7 @@ def pause() -> None:
 # %%
 def asynchronous(x: torch.Tensor, target: torch.Tensor, seconds: float) -> dict[str, Any]:
     p, step, log = 1.0, 0, []
-    box = Mailbox(x, topology.exponential(dist.get_world_size()), timeout=TIMEOUT)
+    box: Any = Mailbox(x, topology.exponential(dist.get_world_size()), timeout=TIMEOUT)
     dist.barrier()
     start = time.monotonic()
     while (now := time.monotonic() - start) < seconds:
@@ -99,3 +101,73 @@ def consensus(seconds: float = 2.5) -> dict[str, Any]:
 
 # %% [notebook]
 # %px found = consensus()
+
+# %% [markdown]
+# ## Training, each at its own pace
+#
+# `PushSum` wraps any torch optimizer in this manner: in a step it adds what came, takes the inner optimizer's step d,
+# pushes a half, and computes with z = x / p. A fast worker takes more steps, so its data would count for more. Mass
+# gathers where a worker is slow, and a step that is multiplied by the worker's mass gives all data their share again:
+# that is what `PushSum` does by default. With weigh="steps" it does not.
+
+
+# %%
+def train(weigh: str, f: LeastSquares, seconds: float) -> dict[str, Any]:
+    x = torch.nn.Parameter(torch.zeros_like(f.solution))
+    optimizer = PushSum(torch.optim.SGD([x], lr=0.05), "exponential", timeout=TIMEOUT, weigh=weigh)
+    dist.barrier()
+    start, steps = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        pause()
+        optimizer.zero_grad()
+        f.loss(x).backward()
+        optimizer.step()
+        steps += 1
+    with optimizer.averaged():
+        error = ((x - f.solution).norm() / f.solution.norm()).item()
+    optimizer.close()
+    return {"steps": steps, "error": error}
+
+
+def training(seconds: float = 3.0) -> dict[str, Any]:
+    f = LeastSquares()
+    found = {weigh: train(weigh, f, seconds) for weigh in ("mass", "steps")}
+    say(f"\n{seconds:g} seconds of least squares with PushSum, distance of the workers' mean to the minimum:")
+    say(f"  steps multiplied by the worker's mass  {found['mass']['error']:.1e}")
+    say(f"  steps as they are                      {found['steps']['error']:.1e}")
+    say("In the second the data of fast workers count for more, so that the minimum is another one.")
+    return found
+
+
+# %% [notebook]
+# %px trained = training()
+
+# %% [markdown]
+# ## Picture
+#
+# Each worker's own error over time: left at its own pace, right in steps together, which are as slow as worker 0.
+
+
+# %%
+def draw(found: dict[str, Any]) -> Any:
+    figure, (left, right) = panels(["Nobody waits", "Everybody waits for the slowest"], width=4.6)
+    for axes, logs in ((left, found["logs"]), (right, found["together"])):
+        for rank, log in enumerate(logs):
+            axes.semilogy([t for t, _ in log], [max(error, 1e-16) for _, error in log], label=f"worker {rank}")
+        axes.set(xlabel="seconds", ylabel="relative error", ylim=(3e-17, 10))
+        axes.legend()
+    return figure
+
+
+# %% [notebook]
+# draw(team.pull("found"))
+
+
+# %% [script]
+def run() -> dict[str, Any]:
+    """The tutorial, on every worker."""
+    return {**consensus(), "training": training()}
+
+
+if __name__ == "__main__":
+    main(__name__)

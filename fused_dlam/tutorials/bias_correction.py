@@ -93,7 +93,7 @@ def train(f: LeastSquares, W: Topology, steps: int, method: str, **options: Any)
     return path
 
 
-def by_method(steps: int = 400, methods: Iterable[str] = (*METHODS,)) -> dict[str, list[float]]:
+def by_method(steps: int = 400, methods: Iterable[str] = METHODS) -> dict[str, list[float]]:
     f, W = LeastSquares(), lazy_ring()
     found = {}
     say(f"\nGossipSGD(method=..., momentum=0) after {steps} steps:")
@@ -117,7 +117,7 @@ def draw(found: dict[str, list[float]]) -> Any:
     figure, (axes,) = panels(["Distance to the minimum"], height=4.0, width=8.5)
     for i, (name, errors) in enumerate(found.items()):
         by_hand = "by hand" in name  # the lines of most methods lie on one another: later ones are thinner
-        style = {"linestyle": ":", "color": "black", "zorder": 3} if by_hand else {"linewidth": 7.5 - i}
+        style = {"linestyle": ":", "color": "black", "zorder": 3} if by_hand else {"linewidth": 5.5 - 0.7 * i}
         axes.semilogy(errors, label=name, **style)
     axes.set(xlabel="step", ylabel="relative error")
     figure.legend(loc="outside right upper")

@@ -122,7 +122,8 @@ def exact() -> dict[str, dict[str, Any]]:
         found[graph.name] = {"errors": errors, "steps": steps}
         say(f"{graph.name}: error {errors[-1]:.1e} after {steps} step{'s' * (steps > 1)}")
     if n & (n - 1) == 0:
-        say(f"One peer per step: {found['one-peer-exponential']['steps']} step(s) average {n} workers exactly.")
+        steps = found["one-peer-exponential"]["steps"]
+        say(f"With one peer per step {n} workers have the exact mean after {steps} step{'s' * (steps > 1)}.")
     else:
         say(f"{n} workers are no power of two: one peer per step averages them as the exponential graph does.")
     return found

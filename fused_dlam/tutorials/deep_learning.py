@@ -95,7 +95,7 @@ def train(build: Build, epochs: int) -> dict[str, Any]:
     return found
 
 
-def compare(epochs: int = 12, names: Iterable[str] = (*OPTIMIZERS,)) -> dict[str, dict[str, Any]]:
+def compare(epochs: int = 12, names: Iterable[str] = OPTIMIZERS) -> dict[str, dict[str, Any]]:
     found = {}
     say(f"{'':24}{'accuracy':>10}{'MB sent':>10}{'workers apart, epoch 1':>25}")
     for name in names:
@@ -104,10 +104,9 @@ def compare(epochs: int = 12, names: Iterable[str] = (*OPTIMIZERS,)) -> dict[str
     say(f"Accuracy of the workers' mean on {TEST_IMAGES} images after {epochs} epochs; MB sent by worker 0.")
     accuracies, sent = ([one[what] for one in found.values()] for what in ("accuracy", "MB"))
     ends = [accuracy[-1] for accuracy in accuracies]
-    say(
-        f"Their accuracies are within {max(ends) - min(ends):.1f} points (one image is {100 / TEST_IMAGES:g}), and one peer"
-        f" per step sends {min(sent) / found['all-reduce']['MB']:.2f} of what all-reduce sends."
-    )
+    apart, share = max(ends) - min(ends), min(sent) / found["all-reduce"]["MB"]
+    say(f"Their accuracies are within {apart:.1f} points, and one image is {100 / TEST_IMAGES:g} points.")
+    say(f"One peer per step sends {share:.2f} of what all-reduce sends.")
     return found
 
 

@@ -14,7 +14,7 @@ def panels(titles: Sequence[str], height: float = 3.6, width: float = 4.6) -> tu
     from matplotlib.figure import Figure
 
     with style.context(STYLE):  # an axes takes its colors when it is made
-        figure = Figure(figsize=(width * len(titles), height), dpi=80, layout="constrained")
+        figure = Figure(figsize=(width * len(titles), height), dpi=110, layout="constrained")
         axes = figure.subplots(1, len(titles), squeeze=False)[0]
     for each, title in zip(axes, titles, strict=True):
         each.set_title(title)

@@ -27,16 +27,17 @@ def output(number: int, picture: Path) -> str:
         raise RuntimeError(f"tutorial {number} failed:\n{done.stderr}")
     first, *lines, last = done.stdout.strip().splitlines()
     assert first.startswith("Tutorial") and last.startswith("Picture:")
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip("\n")
 
 
 def block(page: str, number: int) -> tuple[str, str, str]:
     """A page in three: up to the block, what it shows, and the rest."""
-    before, mark, rest = page.partition(f"{FENCE}text\n$ fused-dlam tutorial {number}\n")
-    if not mark:
+    mark = f"{FENCE}text\n$ fused-dlam tutorial {number}"
+    before, found, rest = page.partition(mark)
+    shown, fence, after = rest.partition(f"\n{FENCE}")
+    if not found or not fence:
         raise ValueError(f"the page of tutorial {number} has no block that begins with $ fused-dlam tutorial {number}")
-    shown, fence, rest = rest.partition(f"\n{FENCE}")
-    return before + mark, shown, fence + rest
+    return before + mark + "\n", shown.removeprefix("\n"), fence + after
 
 
 def main() -> None:

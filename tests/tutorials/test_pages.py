@@ -45,6 +45,16 @@ def test_every_tutorial_has_its_page_and_picture(number):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_what_is_around_the_block_of_a_page_stays():
+    for lines in ("", "\n  a\nb"):
+        page = f"# 2. T\n\n```text\n$ fused-dlam tutorial 2{lines}\n```\n\ntext\n\n```python\n```\n"
+        before, text, after = block(page, 2)
+        assert text == lines.removeprefix("\n") and after == "\n```\n\ntext\n\n```python\n```\n"
+        assert block(before + "new" + after, 2) == (before, "new", after)
+    with pytest.raises(ValueError, match="no block"):
+        block(page, 3)
+
+
 def test_figures_that_differ_are_found():
     text = "  a: error 1.0e-16 after 3 steps\nrate 0.8047, 5e-04"
     assert differences(text, text.replace("1.0e-16", "2.3e-16").replace("a:", " a:")) == []

@@ -4,6 +4,7 @@
 - DGD's bias halves with gamma (1.9 to 2.1), its stable range is that of the eigenvalues, and GossipSGD has its digits;
 - exact diffusion comes to the minimum, to 1e-12, by hand and as a method, and DSGD does not;
 - on a directed graph a pull is off by more than 0.3 and push-sum exact to 1e-12; push-DIGing has the minimum to 1e-12;
+- without waiting workers agree to 1e-12, and of the sum of masses, as of that of x, less than 1e-12 is lost;
 - worker 0 alone speaks, and every tutorial draws what it found.
 """
 
@@ -98,7 +99,18 @@ def test_directed_graphs(six):
     assert found["push-sum"][-1] < 1e-12 and found["push-sum by hand"][-1] < 1e-12
     assert sum(found["masses"]) == pytest.approx(6, abs=1e-12) and max(found["masses"]) > 2 * min(found["masses"])
     assert "seem to be 6.000 workers" in text
-    assert six[0]["push-DIGing"] < 1e-12
+    assert six[0]["push-DIGing"] < 1e-12 and six[0]["optimizer"][0]["push-diging"] < 1e-12
+
+
+def test_asynchrony():
+    ranks = run_workers(workers.asynchronous, 4, deadline=200)
+    for rank in ranks:
+        assert rank["worst"] < 1e-12 and max(rank["lost"]) < 1e-12
+        (_, first), *_ = rank["log"]
+        assert first > 0.1 and rank["together"] == ranks[0]["together"]
+        assert all(one["error"] < 1 for one in rank["training"][0].values())
+    assert len({rank["steps"] for rank in ranks}) > 1  # each at its own pace
+    assert not any(rank["training"][1] for rank in ranks[1:]) and ranks[0]["training"][1]
 
 
 def test_the_list_of_tutorials():

@@ -4,9 +4,20 @@ import contextlib
 import importlib
 import io
 
-from fused_dlam.tutorials import bias_correction, consensus, deep_learning, directed, gradient_descent, hello
+import torch
+import torch.distributed as dist
+
+from fused_dlam.tutorials import (
+    asynchrony,
+    bias_correction,
+    consensus,
+    deep_learning,
+    directed,
+    gradient_descent,
+    hello,
+)
 from fused_dlam.tutorials.least_squares import LeastSquares
-from fused_dlam.tutorials.worker import relative_errors
+from fused_dlam.tutorials.worker import mean, relative_errors
 
 
 def told(fn, *args, **options):
@@ -36,10 +47,28 @@ def four(rank):
     }
 
 
+def asynchronous(rank):
+    """Tutorial 6, for longer where a busy machine lets workers take few steps only."""
+    n = dist.get_world_size()
+    x = torch.full((3,), float(rank), dtype=torch.float64)
+    target = mean(x)
+    asynchrony.PAUSE = 0.002
+    for seconds in (1.5, 6.0, 24.0):
+        one = asynchrony.asynchronous(x, target, seconds)
+        worst = relative_errors([one["x"] / one["p"]], target)[0]
+        if worst < 1e-12:
+            break
+    lost = (mean(one["x"]) - target).abs().max().item(), abs(n * mean(torch.tensor(one["p"]).double()).item() - n)
+    together = asynchrony.synchronous(x, target, 0.2)
+    return {"steps": one["steps"], "worst": worst, "lost": lost, "together": together["steps"], "log": one["log"],
+            "training": told(asynchrony.training, 0.5)}  # fmt: skip
+
+
 def six(rank):
     """Tutorial 5."""
     f = LeastSquares()
     return {
         "consensus": told(directed.consensus, 90),
+        "optimizer": told(directed.as_optimizer, 420, ("push-diging",)),
         "push-DIGing": relative_errors(directed.push_diging(f, directed.mesh(), 0.1, 420), f.solution)[-1],
     }
