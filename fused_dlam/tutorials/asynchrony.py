@@ -114,7 +114,7 @@ def consensus(seconds: float = 2.5) -> dict[str, Any]:
 # %%
 def train(weigh: str, f: LeastSquares, seconds: float) -> dict[str, Any]:
     x = torch.nn.Parameter(torch.zeros_like(f.solution))
-    optimizer = PushSum(torch.optim.SGD([x], lr=0.05), "exponential", timeout=TIMEOUT, weigh=weigh)
+    optimizer = PushSum(torch.optim.SGD([x], lr=0.02), "exponential", timeout=TIMEOUT, weigh=weigh)
     dist.barrier()
     start, steps = time.monotonic(), 0
     while time.monotonic() - start < seconds:
@@ -129,8 +129,8 @@ def train(weigh: str, f: LeastSquares, seconds: float) -> dict[str, Any]:
     return {"steps": steps, "error": error}
 
 
-def training(seconds: float = 3.0) -> dict[str, Any]:
-    f = LeastSquares()
+def training(seconds: float = 6.0) -> dict[str, Any]:
+    f = LeastSquares(unlike=4.0)
     found = {weigh: train(weigh, f, seconds) for weigh in ("mass", "steps")}
     say(f"\n{seconds:g} seconds of least squares with PushSum, distance of the workers' mean to the minimum:")
     say(f"  steps multiplied by the worker's mass  {found['mass']['error']:.1e}")
