@@ -74,7 +74,7 @@ def mixed(exchange: Exchange, tensors: list[torch.Tensor]) -> list[torch.Tensor]
 
 def passed(tensors: Sequence[torch.Tensor], graph: Topology) -> dict[str, str]:
     """What must be equal on all ranks, for `Party.compare`."""
-    facts = {"shape": shapes(tensors), "type": types(tensors), "gradient": gradients(tensors)}
+    facts = {"shape": shapes(tensors), "type": types(tensors), "requires_grad": gradients(tensors)}
     return facts | {"topology": f"{graph.name} over {graph.n}, weights {graph.fingerprint}"}
 
 

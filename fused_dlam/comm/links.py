@@ -35,6 +35,12 @@ class Links(NamedTuple):
         return Links(own, self.destinations, self.sources, self.mean)
 
 
+def check_step(step: object) -> None:
+    """Raises TypeError for what counts no steps."""
+    if isinstance(step, bool) or not hasattr(type(step), "__index__"):
+        raise TypeError(f"step must be an integer, which phase of the topology, not {step!r}")
+
+
 def of_topology(graph: Topology, rank: int, step: int) -> Links:
     """A rank's row of the step's matrix."""
     peers = graph.peers(rank, step)

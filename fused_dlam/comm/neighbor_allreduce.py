@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .linear import Exchange, exchanged, passed, refuse_gradient
-from .links import of_topology
+from .links import check_step, of_topology
 from .packing import averaged, device_of
 from .party import connect, named
 from .place import layout
@@ -54,6 +54,7 @@ def neighbor_allreduce(
     Without a process group the result is a copy.
     """
     tensors = averaged(tensor, NAME)
+    check_step(step)
     if async_op:
         refuse_gradient(tensors, NAME)
         if hierarchical:

@@ -132,7 +132,7 @@ class _Says(NamedTuple):
 
 def _compare(party: Party, mine: _Says) -> None:
     """Raises the same ValueError on all ranks where what they say does not fit together."""
-    said = party.gathered(tuple(mine), "comparing who exchanges with whom")
+    said = party.gathered(NAME, tuple(mine), "comparing who exchanges with whom")
     ranks = sorted(_Says(*words) for words in said.values())
     wrong = [f"rank {r.rank}: {r.problem}" for r in ranks if r.problem]
     if not wrong:

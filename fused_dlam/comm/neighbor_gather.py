@@ -10,8 +10,9 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .collectives import refuse_difference
+from .links import check_step
 from .packing import as_bytes, flat, listed
-from .party import connect, named
+from .party import CURE, connect, named
 from .place import layout
 from .transfer import Transfer
 
@@ -44,6 +45,7 @@ def neighbor_gather(
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{NAME}() takes a torch.Tensor, not a {type(tensor).__name__}")
     (own,) = listed(tensor, NAME)
+    check_step(step)
     found = layout(group, False)
     graph = topologies.get(topology, found.size)
     if found.size == 1:
@@ -51,13 +53,13 @@ def neighbor_gather(
     with named(NAME, step):
         ranks = (party := connect(found, own.device, timeout)).workers
         facts = {
-            "which function is called": f"{NAME}()",
             f"the type given to {NAME}()": str(own.dtype),
             f"the shape, but for its first dimension, given to {NAME}()": _rest(own),
             f"the topology given to {NAME}()": f"{graph.name} over {graph.n}, weights {graph.fingerprint}",
         }
-        said: dict[int, Any] = party.gathered((facts, len(own) if own.dim() else 1), "comparing what the ranks pass")
-        refuse_difference({rank: words for rank, (words, _) in said.items()}, "Pass the same on every rank.")
+        mine = facts, len(own) if own.dim() else 1
+        said: dict[int, Any] = party.gathered(NAME, mine, "comparing what the ranks pass")
+        refuse_difference({rank: words for rank, (words, _) in said.items()}, CURE)
         peers = graph.peers(ranks.rank, step)
         counts = [said[ranks.ranks[j]][1] for j in peers.sources]
         with ranks.placed():

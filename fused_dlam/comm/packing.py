@@ -90,7 +90,7 @@ class Bundle:
         for whole, where in zip(flats, self._members.values(), strict=True):
             parts = whole.split([self._shapes[k].numel() for k in where])
             for k, part in zip(where, parts, strict=True):
-                out[k] = (part.clone() if len(where) > 1 else part).view(self._shapes[k])
+                out[k] = (part.clone() if len(where) > 1 else part).view(self._shapes[k]).detach()
         return out
 
 

@@ -30,6 +30,7 @@ from .process_group import transport
 
 # One name for all functions: a rank may connect anew in another call than its neighbors, which wait in theirs.
 WHAT = "group of neighbor_allreduce() and its kin"
+CURE = "Pass the same on every rank."
 _parties: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Party]] = weakref.WeakKeyDictionary()
 
 
@@ -67,21 +68,25 @@ class Party:
         kind = "all" if pair is None else "pair"
         return zlib.crc32(f"{kind} {number} {call} {facts}".encode()) >> 1  # gloo takes no more than 31 bits
 
-    def gathered(self, value: Any, what: str) -> dict[int, Any]:
-        """Every rank's value, by global rank. All ranks of all workers must call it."""
+    def gathered(self, call: str, value: Any, what: str) -> dict[int, Any]:
+        """Every rank's value, by global rank. All ranks of all workers must call it.
+
+        Raises the same ValueError on all ranks if they are in different calls.
+        """
         workers = self.workers
-        values = {workers.ranks[workers.rank]: value}
+        values = {workers.ranks[workers.rank]: (call, value)}
         for group in (self.place.inside, workers):
             values = {rank: v for part in group.gathered(values, what) for rank, v in part.items()}
-        return dict(sorted(values.items()))
+        calls = {rank: {"which function is called": f"{name}()"} for rank, (name, _) in sorted(values.items())}
+        refuse_difference(calls, CURE)
+        return {rank: values[rank][1] for rank in calls}
 
     def compare(self, call: str, facts: Mapping[str, str]) -> None:
         """Raises the same ValueError on all ranks if they pass different things to a call. Asks once for each."""
         key = (call, *facts.values())
         if key not in self._compared:
-            named = {"which function is called": f"{call}()"}
-            named |= {f"the {name} given to {call}()": fact for name, fact in facts.items()}
-            refuse_difference(self.gathered(named, "comparing what the ranks pass"), "Pass the same on every rank.")
+            named = {f"the {name} given to {call}()": fact for name, fact in facts.items()}
+            refuse_difference(self.gathered(call, named, "comparing what the ranks pass"), CURE)
             self._compared.add(key)
 
 
@@ -98,9 +103,10 @@ def connect(found: Layout, device: torch.device, timeout: float) -> Party:
     # One for gloo, whatever the device: ranks may use devices in orders of their own.
     key = (device if backend == "nccl" else backend, *map(tuple, found.machines))
     parties = _parties.setdefault(found.process_group or dist.group.WORLD, {})  # type: ignore[arg-type]
-    if key in parties and parties[key].broken:
-        parties.pop(key).place.close()
-    if key not in parties:
+    if key not in parties or parties[key].broken:
+        if key in parties:
+            timeout = parties[key].workers.timeout  # the first call's, in the calls after an error too
+            parties[key].place.close()
         probe = [torch.empty(0, device=device)]
         parties[key] = Party(found.connect(probe, timeout, warn=False, what=WHAT))
     return parties[key]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .. import topology as topologies
 from ..topology import Topology
 from .linear import Exchange, mixed, passed
-from .links import of_topology
+from .links import check_step, of_topology
 from .packing import alike, averaged, device_of
 from .party import connect, named
 from .place import layout
@@ -50,6 +50,7 @@ def push_sum(
     peer does not answer, after which the next call connects anew.
     """
     tensors = averaged(x, NAME)
+    check_step(step)
     device = device_of(tensors)
     weight = _mass(mass, device)
     found = layout(group, False)

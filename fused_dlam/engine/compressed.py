@@ -14,6 +14,7 @@ the machine are bytes. So all of them remember the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..layers.compression import Codec, Int8
 from ..topology import Topology
 from .header import SIZE
 
+MEMORY = re.compile(r"(gossip_)?(compression_error(_\d+)?|reference_\d+_\d+_\d+)")  # what `_named` makes
 ALIGN = 16  # bytes: the least that a view in another type needs, and a vector load
 MOST = 32  # matrices that messages are remembered for
 
@@ -35,7 +37,7 @@ def places(codec: Codec | None, topology: Topology) -> list[int | None]:
 
     Raises ValueError where a codec's references would have no end, or hardly one.
     """
-    if codec is None or not codec.references:
+    if codec is None or not codec.references or topology.n == 1:
         return [0]
     if topology.period is None:
         raise ValueError(
@@ -218,4 +220,4 @@ def _named(what: str, m: int, *numbers: int) -> str:
 
 def is_memory(name: str) -> bool:
     """Whether an entry of an optimizer's state is what a codec remembers: it has no mean, and no use elsewhere."""
-    return name.removeprefix("gossip_").startswith(("compression_error", "reference_"))
+    return MEMORY.fullmatch(name) is not None

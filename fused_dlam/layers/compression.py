@@ -41,7 +41,7 @@ SMALLEST = 1.1754943508222875e-38  # a scale below would lose digits: such a blo
 class Codec:
     """How N numbers become bytes. Subclass it, and pass an instance as `compress=`.
 
-    Sender and receivers must have one codec, with the same values: ranks compare its `repr`, and so do checkpoints.
+    Sender and receivers must have one codec, with the same values: ranks compare its `repr`.
     `decode` must give the same numbers wherever it runs.
     """
 

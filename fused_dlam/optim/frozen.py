@@ -64,7 +64,10 @@ class Frozen:
             what=f"agreeing on parameters that became trainable here (of shapes {shapes}; all ranks alike)",
         )
         self.of_groups[group] = [p for p in self.of_groups[group] if id(p) not in now]
-        return engine.enter(params, group)
+        new = engine.enter(params, group)
+        for b in new:
+            b.remember_nothing(engine.place.workers)
+        return new
 
 
 def writable(p: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ class Gossip(InnerCopies, GossipOptimizer):
         rule, message = AVERAGING_RULES[schedule]
         membership, self._comes = enter(survival, timeout, group, hierarchical, rule, fused)
         where = layout(group, hierarchical)
-        graphs = None if membership is None else Succession(topology, None)
+        suits = partial(self._options.check_compression, rule)
+        graphs = None if membership is None else Succession(topology, None, suits=suits)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         rows_for(rule, graph)
         if graph.n > 1 and graph.rho >= 1 - 1e-9:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,7 +164,10 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         defaults.update(rule.defaults(hyper), **chosen.settings, step=0, memory={})
         graphs = None
         if membership is not None:
-            graphs = Succession(topology, own, allow_unstable, lambda: vars(self).get("param_groups") or [defaults])
+            graphs = Succession(
+                topology, own, allow_unstable, lambda: vars(self).get("param_groups") or [defaults],
+                partial(chosen.check_compression, rule),
+            )  # fmt: skip
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         self._choose(rule, graph, chosen, allow_unstable)
         chosen.check_compression(rule, graph)

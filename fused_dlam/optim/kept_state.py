@@ -43,6 +43,8 @@ def reclaim(state: MutableMapping[torch.Tensor, Any], engine: Engine) -> bool:
             else:
                 continue
             for name, buffer in engine.buffers(b).items():
+                if is_memory(name):  # its neighbors have the same: what a script clears is not to set them apart
+                    continue
                 put_back(engine, slot, name, slot.view(buffer), entries.get(name))
             show(state, engine, b, slot)
             found = True

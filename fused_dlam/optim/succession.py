@@ -25,6 +25,7 @@ class Succession:
     family: what the user chose, for any number of workers.
     rule: the method, which must be stable unless allow_unstable; None: whatever brings the workers together will do.
     groups: the parameter groups, as they are now.
+    suits: raises ValueError for a graph that something else does not go with, as a codec.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Succession:
         rule: Rule | None,
         allow_unstable: bool = False,
         groups: Callable[[], list[dict[str, Any]]] = list,
+        suits: Callable[[Topology], object] = bool,
     ):
         if isinstance(family, Topology):
             raise ValueError(
@@ -40,6 +42,7 @@ class Succession:
                 " changes. Pass a name, or a function of the number of workers"
             )
         self.family, self.rule, self.allow_unstable, self.groups = family, rule, allow_unstable, groups
+        self.suits = suits
         self._failed: set[int] = set()  # numbers of workers for which the user's function failed, which was said
 
     def look_ahead(self, n: int) -> None:
@@ -70,6 +73,7 @@ class Succession:
                 )  # fmt: skip
             return None
         try:
+            self.suits(graph)
             if self.rule is None:
                 rows_for(mix, graph)
                 return graph if graph.n == 1 or graph.rho < 1 - 1e-9 else None

@@ -54,7 +54,8 @@ class Simulation:
             chances above beside it.
         hyper: the method's own: `correction_rate="auto"`, `correction_gain=10.0`, `mu`, `beta2`, `eps`.
 
-    schemes.py says how the schemes go together. `SlowMo` and other layers average exactly whatever the schemes are.
+    schemes.py says how the schemes go together. Methods that know masses take them on doubly stochastic graphs alone.
+    `SlowMo` and other layers average exactly whatever the schemes are.
 
     Raises ValueError or TypeError for bad input; ValueError for schemes around a method that averages gradients by
     all-reduce, which sends no messages. No certificate is asked for: unstable choices run, and overflow (`verdict`

@@ -67,13 +67,13 @@ def verdict(
     )  # fmt: skip
     if rule.average == "gradient" or topology.n == 1:
         return Verdict(0.0, 0.0)
-    schemes, memory = workers.schemes, 1 / (1 - momentum)
+    schemes, memory, rows = workers.schemes, 1 / (1 - momentum), steps.topology
     if not schemes.everybody or schemes.delays.size > 1:
         return Verdict(*_followed(workers, memory)[:2])
     late = Delayed(steps, schemes.longest) if schemes.late else steps
     if not schemes.random:
-        return Verdict(*growth_of(late, topology, momentum))
-    return Verdict(*spectrum.estimate(Lossy(topology, schemes), topology.n, late.without_gradient, memory)[:2])
+        return Verdict(*growth_of(late, rows, momentum))
+    return Verdict(*spectrum.estimate(Lossy(rows, schemes), rows.n, late.without_gradient, memory)[:2])
 
 
 class Delayed(Steps):

@@ -103,6 +103,8 @@ def refusals(rank, n):
         "allreduce gradient": lambda: neighbor_allreduce(torch.zeros(6, requires_grad=odd), graph),
         "allreduce weights": lambda: neighbor_allreduce(x, graph.lazy() if odd else other),
         "two functions": lambda: push_sum(x[:1], 1.0, graph) if odd else neighbor_allreduce(x[:1], graph),
+        "a gathering": lambda: neighbor_gather(x[:1], graph) if odd else neighbor_allreduce(x[:1], other),
+        "exchange and gathering": lambda: exchange() if odd else neighbor_gather(x[:1], graph),
         "exchange source": lambda: exchange(sources=() if odd else (left,)),
         "exchange destination": lambda: exchange(destinations=() if odd else (right,)),
         "exchange shape": lambda: exchange(wrong if odd else x),

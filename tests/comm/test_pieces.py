@@ -254,3 +254,19 @@ def test_far_apart_in_sixteen_bits(dtype):
     inf = torch.tensor([float("inf")] * 2).to(dtype)
     assert combined(x, [inf], links._replace(sources=((1, 0.0),))).tolist() == x.tolist()
     assert combined(inf, [x], links._replace(own=0.0)).tolist() == [30000, 0.5]
+
+
+def test_results_may_be_changed_in_place():
+    """As any tensor's, with autograd and without; a single worker takes the same way."""
+    x = torch.ones(3, requires_grad=True)
+    y = neighbor_allreduce(x, topology.full(1))
+    y.add_(1).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3))
+    neighbor_allreduce([x.detach(), x.detach()], topology.full(1))[0].add_(x)
+
+
+@pytest.mark.parametrize("step", [1.5, None, True])
+def test_steps_are_counted(step):
+    for call in (neighbor_allreduce, neighbor_gather, lambda x, graph, step: push_sum(x, 1.0, graph, step)):
+        with pytest.raises(TypeError, match="step must be an integer"):
+            call(torch.ones(2), topology.full(1), step)

@@ -219,3 +219,25 @@ def left_out(rank, compress):
     skipped = optimizer.skipped
     kept = {name: t.clone() for b in optimizer._engine.buckets for name, t in b.compressed.kept.items()}
     return problem.x, skipped, kept, torch.cat([t.reshape(-1) for t in problem.c]), torch.cat(problem.t)
+
+
+def thawed(rank, compress):
+    """At rate 0, where pulls alone act: the largest change of a layer that thaws, that of any when one rank has cleared
+    the optimizer's state, and how far the workers are apart some steps later."""
+    problem = Quadratic(rank, torch.float32, SEVERAL)
+    frozen = problem.params[4]
+    frozen.requires_grad_(False)
+    optimizer = build(problem, "sgd", {"compress": compress}, lr=0.0)
+    run(problem, optimizer, 2)
+    with torch.no_grad():
+        frozen.add_(torch.rand(frozen.shape, generator=torch.Generator().manual_seed(rank)), alpha=0.005)
+    frozen.requires_grad_(True)
+    moved = []
+    for step in range(2):
+        before = problem.x
+        if step == 1 and rank == 1:
+            optimizer.state.clear()
+        run(problem, optimizer, 1 + 2 * step)
+        moved.append(float((problem.x - before).abs().max()))
+    run(problem, optimizer, 20)
+    return (*moved, optimizer.consensus_distance())

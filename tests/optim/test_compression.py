@@ -12,6 +12,8 @@
 - ranks with unlike codecs are told, and what cannot be is refused before anything is sent.
 """
 
+from functools import partial
+
 import compression_workers
 import numpy as np
 import pytest
@@ -22,8 +24,10 @@ from workers import run_together
 
 import fused_dlam
 from fused_dlam import Simulation, topology
-from fused_dlam.engine.compressed import places
+from fused_dlam.engine.compressed import is_memory, places
 from fused_dlam.layers import Int8, TopK
+from fused_dlam.optim.options import Options
+from fused_dlam.optim.succession import Succession
 
 ONE = ((D,),)
 KINDS = {
@@ -249,3 +253,29 @@ def test_refusals():
     x.grad = torch.ones(3)
     alone.step()
     assert np.allclose(x.detach(), -0.1) and "compression_error" not in alone.state[x]
+
+
+def test_names_of_what_is_remembered():
+    """A rule's own buffers may begin alike, and are saved and loaded as all are."""
+    for name in ("compression_error", "gossip_compression_error_1", "reference_0_1_2", "gossip_reference_1_0_0"):
+        assert is_memory(name)
+    for name in ("reference_point", "compression_errors", "reference_0", "my_reference_0_1_2"):
+        assert not is_memory(name)
+
+
+def test_graphs_after_a_loss():
+    """With references a graph of too many matrices is no successor; a single worker needs none."""
+    assert places(fused_dlam.layers.Int4(), topology.random_match(1)) == [0]
+    chosen = Options("auto", False, None, (), None, None, None, compress="int4")
+    suits = partial(chosen.check_compression, fused_dlam.rules.get("mi-dmsgd"))
+    after = Succession("one-peer-ring", None, suits=suits)
+    assert (after(34).name, after(33).name) == ("one-peer-ring", "one-peer-exponential")
+
+
+@pytest.mark.parametrize("compress", ["int4", "topk"])
+def test_thawed_and_cleared(compress):
+    """A layer that thaws is not pulled by more than what workers differ by; a state that is cleared on one rank keeps
+    what the neighbors remember too."""
+    found = run_together(3, {"it": (compression_workers.thawed, compress)})["it"]
+    for pulled, cleared, apart in found:
+        assert pulled < 0.02 and cleared < 0.02 and apart < 0.02, found

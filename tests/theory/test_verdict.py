@@ -10,6 +10,7 @@
 """
 
 import lossy_loops as loops
+import networkx as nx
 import numpy as np
 import oracle
 import pytest
@@ -150,3 +151,13 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="no hyper-parameter 'los'"):
         verdict("dsgd", ring, los=0.1)
     assert Verdict(0.9, 0.02).is_stable and not Verdict(0.99, 0.01).is_stable
+
+
+@pytest.mark.parametrize("make", [topology.push, topology.one_peer])
+@pytest.mark.parametrize("method", ["push-sum", "push-diging", "push-pull"])
+def test_masses(method, make):
+    """Without schemes it is `consensus_growth`, also where columns alone sum to one: without momentum that is rho."""
+    graph = make(nx.DiGraph([(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), (0, 2), (1, 4)]))
+    assert verdict(method, graph, 0.0) == (pytest.approx(consensus_growth(method, graph, 0.0), abs=1e-12), 0.0)
+    with pytest.raises(ValueError, match="takes mass with it"):
+        verdict(method, graph, 0.0, loss=0.1)
