@@ -18,6 +18,7 @@ import unsynchronized_workers as workers_here
 from workers import Tied, data, run_together
 
 from fused_dlam import PairGossip, PushSum
+from fused_dlam.optim.push_sum import LEAST
 from fused_dlam.topology import one_peer_exponential, ring
 
 KINDS = ("PushSum", "PairGossip")
@@ -41,7 +42,11 @@ def three():
         calls[f"bfloat16 {kind}"] = (workers_here.only_mixing, kind, torch.bfloat16)
         calls[f"saved {kind}"] = (workers_here.saved_and_loaded, kind)
         calls[f"nan {kind}"] = (workers_here.not_finite, kind)
-    calls |= {"refusals": (workers_here.refusals,), "left": (workers_here.left_alone,)}
+    calls |= {
+        "starved": (workers_here.starved,),
+        "refusals": (workers_here.refusals,),
+        "left": (workers_here.left_alone,),
+    }
     return run_together(3, calls, deadline=200.0)
 
 
@@ -158,6 +163,13 @@ def test_saved_and_loaded(kind, three):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_spreads_to_nobody(kind, three):
     assert three[f"nan {kind}"] == [True] * 3
+
+
+def test_a_worker_that_hears_of_nobody_keeps_some_mass(three):
+    """Without a bound 200 halvings would leave none that float32 can hold."""
+    for mass, right, total in three["starved"]:
+        assert mass >= LEAST / 2 and right and abs(total - 3) < 1e-12
+    assert three["starved"][0][0] <= LEAST
 
 
 def test_refusals(three):
