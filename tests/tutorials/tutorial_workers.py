@@ -58,7 +58,10 @@ def asynchronous(rank):
         worst = relative_errors([one["x"] / one["p"]], target)[0]
         if worst < 1e-12:
             break
-    lost = (mean(one["x"]) - target).abs().max().item(), abs(n * mean(torch.tensor(one["p"]).double()).item() - n)
+    lost = (
+        (mean(one["x"]) - target).abs().max().item(),
+        abs(n * mean(torch.tensor(one["p"], dtype=torch.float64)).item() - n),
+    )
     together = asynchrony.synchronous(x, target, 0.2)
     return {"steps": one["steps"], "worst": worst, "lost": lost, "together": together["steps"], "log": one["log"],
             "training": told(asynchrony.training, 0.5)}  # fmt: skip
