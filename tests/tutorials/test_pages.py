@@ -68,26 +68,26 @@ def run(*command, timeout=120, **options):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout, **options)
 
 
-def test_the_page_of_the_first_tutorial_shows_what_the_command_prints(tmp_path):
-    check(1, tmp_path)
+def test_the_command_runs_a_tutorial(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["tutorial", "1", "--workers", "2", "--out", str(tmp_path / "out.png")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Tutorial 1. Workers: 2 worker processes") and str(tmp_path / "out.png") in out
+    assert (tmp_path / "out.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", NUMBERS[1:])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_pages_show_what_the_commands_print(number, tmp_path):
-    check(number, tmp_path)
-
-
-def check(number, folder):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
-    done = run("-m", "fused_dlam", "tutorial", str(number), "--out", str(folder / "out.png"))
+    done = run("-m", "fused_dlam", "tutorial", str(number), "--out", str(tmp_path / "out.png"))
     assert done.returncode == 0, done.stderr
     first, *lines, last = done.stdout.strip().splitlines()
     name = tutorials.ALL[number - 1]
-    assert first.startswith(f"Tutorial {number}. ") and last == f"Picture: {folder / 'out.png'}"
+    assert first.startswith(f"Tutorial {number}. ") and last == f"Picture: {tmp_path / 'out.png'}"
     assert differences(shown(number), "\n".join(lines), **TOLERANCES.get(name, {})) == []
-    assert (folder / "out.png").stat().st_size > 5_000
+    assert (tmp_path / "out.png").stat().st_size > 5_000
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 - the measured rate of consensus is `Topology.rho` to three digits, and one-peer exponential is exact in log2 n steps;
 - DGD's bias halves with gamma (1.9 to 2.1), its stable range is that of the eigenvalues, and GossipSGD has its digits;
-- exact diffusion comes to the minimum, to 1e-12, by hand and as a method, and DSGD does not;
+- exact diffusion comes to the minimum, to 1e-12, by hand and as a method; D2 and gradient tracking too, DSGD does not;
 - on a directed graph a pull is off by more than 0.3 and push-sum exact to 1e-12; push-DIGing has the minimum to 1e-12;
 - without waiting workers agree to 1e-12, and of the sum of masses, as of that of x, less than 1e-12 is lost;
 - worker 0 alone speaks, and every tutorial draws what it found.
@@ -78,7 +78,6 @@ def test_bias_correction(four):
     by_hand, by_method = four[0]["by hand"][0], four[0]["by method"][0]
     assert by_hand[-1] < 1e-12 and by_method["exact-diffusion"][-1] < 1e-12
     assert by_hand[:60] == pytest.approx(by_method["exact-diffusion"][:60], rel=1e-6)
-    assert by_method["dsgd"][-1] > 0.01
 
 
 def test_deep_learning(four):
@@ -99,7 +98,7 @@ def test_directed_graphs(six):
     assert found["push-sum"][-1] < 1e-12 and found["push-sum by hand"][-1] < 1e-12
     assert sum(found["masses"]) == pytest.approx(6, abs=1e-12) and max(found["masses"]) > 2 * min(found["masses"])
     assert "seem to be 6.000 workers" in text
-    assert six[0]["push-DIGing"] < 1e-12 and six[0]["optimizer"][0]["push-diging"] < 1e-12
+    assert six[0]["push-DIGing"] < 1e-12
 
 
 def test_asynchrony():
@@ -111,6 +110,23 @@ def test_asynchrony():
         assert all(one["error"] < 1 for one in rank["training"][0].values())
     assert len({rank["steps"] for rank in ranks}) > 1  # each at its own pace
     assert not any(rank["training"][1] for rank in ranks[1:]) and ranks[0]["training"][1]
+
+
+@pytest.mark.slow
+def test_the_whole_of_three_tutorials():
+    """Of the others the pages show the figures (test_pages.py)."""
+    found = run_workers(workers.whole, 8, "consensus", deadline=200)[0]
+    for name, one in found.items():
+        assert one["rate"] == pytest.approx(one["rho"], abs=5e-4) if "rho" in one else one["errors"][-1] < 1e-15, name
+    assert found["one-peer-exponential"]["steps"] == 3
+    found = run_workers(workers.whole, 4, "bias_correction", deadline=200)[0]
+    stays = {name for name, errors in found.items() if not errors[-1] < 1e-12}
+    assert stays == {"dsgd", "mi-dmsgd"} and found["dsgd"][-1] > 100 * found["mi-dmsgd"][-1]
+    found = run_workers(workers.whole, 6, "directed", deadline=200)[0]
+    assert found["push-DIGing, 0.1"][-1] < 1e-12 and found["optimizer"]["push-diging"] < 1e-12
+    assert found["optimizer"]["push-sum"] == pytest.approx(found["descent by push-sum, 0.1"][-1], rel=0.01)
+    assert 3 * found["descent by push-sum, 0.025"][-1] < found["descent by push-sum, 0.1"][-1]
+    assert found["descent by pull, 0.025"][-1] > 0.02
 
 
 def test_the_list_of_tutorials():

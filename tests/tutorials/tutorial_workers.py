@@ -28,8 +28,9 @@ def told(fn, *args, **options):
     return found, out.getvalue()
 
 
-def whole(rank, module):
-    return told(importlib.import_module(module).run)
+def whole(rank, name):
+    """All of a tutorial."""
+    return told(importlib.import_module(f"fused_dlam.tutorials.{name}").run)[0]
 
 
 def four(rank):
@@ -42,7 +43,7 @@ def four(rank):
         "stable": told(gradient_descent.stable_range, 40),
         "optimizer": told(gradient_descent.as_optimizer, steps=20),
         "by hand": told(bias_correction.by_hand, 300),
-        "by method": told(bias_correction.by_method, 300, ("dsgd", "exact-diffusion")),
+        "by method": told(bias_correction.by_method, 300, ("exact-diffusion",)),
         "learning": told(deep_learning.compare, 2, ("all-reduce", "ATC, one peer", "MI-DmSGD, the default")),
     }
 
@@ -58,7 +59,10 @@ def asynchronous(rank):
         worst = relative_errors([one["x"] / one["p"]], target)[0]
         if worst < 1e-12:
             break
-    lost = (mean(one["x"]) - target).abs().max().item(), abs(n * mean(torch.tensor(one["p"]).double()).item() - n)
+    lost = (
+        (mean(one["x"]) - target).abs().max().item(),
+        abs(n * mean(torch.tensor(one["p"], dtype=torch.float64)).item() - n),
+    )
     together = asynchrony.synchronous(x, target, 0.2)
     return {"steps": one["steps"], "worst": worst, "lost": lost, "together": together["steps"], "log": one["log"],
             "training": told(asynchrony.training, 0.5)}  # fmt: skip
@@ -69,6 +73,5 @@ def six(rank):
     f = LeastSquares()
     return {
         "consensus": told(directed.consensus, 90),
-        "optimizer": told(directed.as_optimizer, 420, ("push-diging",)),
         "push-DIGing": relative_errors(directed.push_diging(f, directed.mesh(), 0.1, 420), f.solution)[-1],
     }
