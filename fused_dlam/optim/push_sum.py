@@ -70,7 +70,7 @@ class PushSum(Unsynchronized):
 
     @property
     def mass(self) -> float:
-        """What this worker holds of the total, n: after a step a half of what it held when it took the step."""
+        """What this worker holds of the total, n: after a step that sent, half of what it held when it took it."""
         return self._mass
 
     @property
@@ -80,15 +80,17 @@ class PushSum(Unsynchronized):
 
     def _collect(self) -> None:
         dx, mass = self._box.collect()
-        if mass:
-            assert isinstance(dx, torch.Tensor)
-            self._x.add_(dx)
-            self._mass += mass
+        assert isinstance(dx, torch.Tensor)
+        self._x.add_(dx)
+        self._mass += mass
 
     def _mix(self, d: torch.Tensor) -> torch.Tensor:
         self._collect()
         self._mixed_in(d)
-        if self._box.push(self._x, self._mass, 0.5, self._step):
+        # Where nothing comes in, every push halves the mass, until x / mass is nothing but rounding, or NaN. Not to
+        # push is right at any time: what is kept is not lost. By steps z moves by d / mass, which must stay moderate.
+        least = 2.0**-16 if self._by_mass else 2.0**-6
+        if self._mass > least and self._box.push(self._x, self._mass, 0.5, self._step):
             self._x.mul_(0.5)
             self._mass *= 0.5
         return self._x / self._mass
