@@ -38,6 +38,7 @@ class Asynchronous:
             raise ValueError(f"on_loss must be 'continue' or 'raise', not {on_loss!r}")
         check_seconds("timeout", timeout)
         self._letter, self._raises, self._told, self._closed = Letter(like), on_loss == "raise", 0, False
+        self._quiet = False
         needs_process_group(group)
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this rank is not in the given process group")
@@ -84,12 +85,18 @@ class Asynchronous:
         finds those that have not full.
 
         Raises ExchangeError, which names who, if a neighbor that runs does not enter it within `timeout`: then this
-        rank is not in it either, and may try again.
+        rank is not in it either. Others may be, so it cannot be tried again (RuntimeError): messages go on, and the
+        next that all do together is `close()`.
         """
-        self._check()
-        if self._post.inside:
-            raise RuntimeError("drained() within drained()")
         with calling(f"{type(self).__name__}.drained()"):
+            self._check()
+            if self._post.inside:
+                raise RuntimeError("drained() within drained()")
+            if self._post.gave_up:
+                raise RuntimeError(
+                    f"this rank gave up a drained(), in which others may have been: of this {self.what} only close() is"
+                    " left to do together. Build a new one on all ranks"
+                )
             self._post.meet(self._post.timeout, self._busy)
         try:
             yield
@@ -116,6 +123,20 @@ class Asynchronous:
             self._post.leave()
             self._post.finish()
 
+    @contextmanager
+    def at_once(self, check: bool = True) -> Iterator[None]:
+        """Calls that belong together: a loss does not raise between them, where the first has changed something.
+
+        It raises before them, if `check`, or in the next call after them.
+        """
+        if check:
+            self._check()
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
     def _check(self, closed: bool = False) -> None:
         """Raises what keeps a call from going on. closed: it may be."""
         post = self._post
@@ -123,7 +144,7 @@ class Asynchronous:
             raise RuntimeError(f"this {self.what} belongs to the process that built it, of which this one is a fork")
         if self._closed and not closed:
             raise ClosedError(f"this {self.what} was closed: build a new one on all ranks")
-        if self._raises and not self._closed and self._told < len(post.losses):
+        if self._raises and not (self._closed or self._quiet) and self._told < len(post.losses):
             line = post.lines[post.losses[self._told]]
             self._told += 1
             raise post.error(

@@ -28,11 +28,16 @@ class Inbox:
         self.total: torch.Tensor | None = None  # None: nothing
         self.mass = 0.0
         self.last: dict[int, tuple[Head, torch.Tensor]] = {}
+        self._kept: set[int] = set()  # of which ranks that is a copy
 
     def came(self, line: Line, head: Head, values: torch.Tensor) -> None:
-        if not line.silent:
-            with self.lock:
+        with self.lock:
+            if not line.silent:
                 self.last[line.peer] = head, values
+            elif line.peer in self.last and line.peer not in self._kept:  # its place is the next message's
+                self._kept.add(line.peer)
+                of_last, its_values = self.last[line.peer]
+                self.last[line.peer] = of_last, its_values.clone()
 
     def read(self, line: Line, head: Head, values: torch.Tensor) -> None:
         if line.silent:

@@ -177,7 +177,7 @@ class Line:
         """After what the head announces is done: who sees its step, or its round, sees the messages before it."""
         with self.post.changed:
             self.heard, self.asked = time.monotonic(), None
-            if head.kind == MESSAGE:
+            if head.kind == MESSAGE and not self.silent:  # else nobody has got it
                 self.step, self.arrived = int(head.step), self.heard
             elif head.kind == STATE:
                 self.round, self.inside, self.closing = int(head.number), bool(head.step), bool(head.which)

@@ -9,6 +9,9 @@ have taken a step. Nobody holds a lock over the network, so nothing can deadlock
 (Lian, Zhang, Zhang and Liu, "Asynchronous decentralized parallel stochastic gradient descent", 2018) both come to the
 same value at one moment, which takes a bipartite graph, or locks; here they come to it up to what the asking rank did
 between question and answer.
+
+Where both ask each other at once, both would move, and then take back the other's move: they would swap their values.
+So one question counts, that of the higher number: it answers the other one by d = 0.
 """
 
 from __future__ import annotations
@@ -55,10 +58,13 @@ class Shared:
             return
         d = answer.values.numpy()
         with self.lock, np.errstate(all="ignore"):
-            np.subtract(theirs, x, out=d)
-            np.multiply(d, 0.5, out=d)
-            np.add(x, d, out=x)
-        line.put(answer)
+            if line.peer in self.asked and line.post.rank > line.peer:  # the questions have crossed
+                d.fill(0)
+            else:
+                np.subtract(theirs, x, out=d)
+                np.multiply(d, 0.5, out=d)
+                np.add(x, d, out=x)
+            line.put(answer)  # before a question that knows of it
 
 
 class Pairs(Asynchronous):
@@ -119,8 +125,8 @@ class Pairs(Asynchronous):
         with self._shared.lock:
             slot.values.copy_(self._shared.x)
             self._shared.asked.add(partner)
-        slot.step = step
-        self._post.lines[partner].put(slot)
+            slot.step = step
+            self._post.lines[partner].put(slot)
         return True
 
     @calling("Pairs.add()")

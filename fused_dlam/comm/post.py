@@ -78,6 +78,7 @@ class Post:
         self.timeout, self.what, self.reader, self.process = timeout, what, reader, os.getpid()
         self.changed = threading.Condition()  # of whatever is told of lines and of this
         self.round, self.inside, self.closing, self.leaving = 0, False, False, False
+        self.gave_up = 0  # the last round that this rank has withdrawn from, in which others may be
         self.losses: list[int] = []  # in their order
         self._over = threading.Event()
         here = dist.is_available() and dist.is_initialized()
@@ -157,12 +158,13 @@ class Post:
             for line in self.lines.values():
                 if line.gone or self.leaving:
                     continue
+                asked = line.asked  # the thread that listens sets it to None at any time
                 if now - line.heard < self.timeout / 4:
                     line.asked = None
-                elif line.asked is None or stopped:
+                elif asked is None or stopped:
                     line.asked = now
                     line.say(ASK)
-                elif now - line.asked > self.timeout:
+                elif now - asked > self.timeout:
                     self.lose(line, f"has been silent for {now - line.heard:.3g} s although asked (timeout=)")
 
     # -- what all do together --------------------------------------------------------------------------------------
@@ -174,8 +176,8 @@ class Post:
                 line.tell(state)
 
     def held(self, line: Line) -> bool:
-        """Whether a neighbor is within a round that this rank has left."""
-        return line.inside and line.round <= self.round
+        """Whether a neighbor is within a round that this rank has left, or withdrawn from."""
+        return line.inside and line.round <= max(self.round, self.gave_up)
 
     def meet(self, deadline: float, busy: Callable[[], bool] = lambda: False, closing: bool = False) -> None:
         """Enters the next round, and returns when all neighbors that live have entered it.
@@ -190,12 +192,17 @@ class Post:
         self.tell()
 
         def missing() -> list[Line]:
-            return [line for line in self.lines.values() if not line.gone and line.round < self.round]
+            # After a round that some have withdrawn from and some have not numbers differ: the last one needs none.
+            def there(line: Line) -> bool:
+                return line.closing if closing else line.round >= self.round
+
+            return [line for line in self.lines.values() if not (line.gone or there(line))]
 
         if self.wait(lambda: not missing() and not busy(), deadline, lambda: [line.peer for line in missing()]):
             return
         late = [line for line in missing() if line.came < self.round] or missing()  # others came, and gave up first
         with self.changed:
+            self.gave_up = self.round
             self.round -= 1
             self.inside = self.closing = False
         self.tell()
@@ -251,6 +258,8 @@ class Post:
             self._cut()
         for thread in (*self._alive(), *([self._clock] if self.lines else [])):
             thread.join(PATIENCE)
+        if not self.lines:  # there was no thread to do it
+            self._give_back()
 
     def _alive(self, all_of_them: bool = True) -> list[threading.Thread]:
         lines = [line for line in self.lines.values() if all_of_them or not line.lost]
@@ -274,6 +283,9 @@ class Post:
             self._running -= 1
             if self._running:
                 return
+        self._give_back()
+
+    def _give_back(self) -> None:
         self._over.set()
         group, self.group = self.group, None
         try:

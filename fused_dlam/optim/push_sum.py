@@ -10,10 +10,6 @@ from ..comm.mailbox import Mailbox
 from ..topology import TopologyLike
 from .unsynchronized import Unsynchronized
 
-#: The mass below which a worker sends nothing. One that hears of nobody for long would halve all of it away, until x is
-#: too small a number to be divided by p.
-LEAST = 2.0**-32
-
 
 class PushSum(Unsynchronized):
     """Makes an optimizer decentralized and asynchronous: no worker waits for another in `step()`.
@@ -74,7 +70,7 @@ class PushSum(Unsynchronized):
 
     @property
     def mass(self) -> float:
-        """What this worker holds of the total, n: after a step a half of what it held when it took the step."""
+        """What this worker holds of the total, n: after a step that sent, half of what it held when it took it."""
         return self._mass
 
     @property
@@ -84,15 +80,17 @@ class PushSum(Unsynchronized):
 
     def _collect(self) -> None:
         dx, mass = self._box.collect()
-        if mass:
-            assert isinstance(dx, torch.Tensor)
-            self._x.add_(dx)
-            self._mass += mass
+        assert isinstance(dx, torch.Tensor)
+        self._x.add_(dx)
+        self._mass += mass
 
     def _mix(self, d: torch.Tensor) -> torch.Tensor:
         self._collect()
         self._mixed_in(d)
-        if self._mass > LEAST and self._box.push(self._x, self._mass, 0.5, self._step):
+        # Where nothing comes in, every push halves the mass, until x / mass is nothing but rounding, or NaN. Not to
+        # push is right at any time: what is kept is not lost. By steps z moves by d / mass, which must stay moderate.
+        least = 2.0**-16 if self._by_mass else 2.0**-6
+        if self._mass > least and self._box.push(self._x, self._mass, 0.5, self._step):
             self._x.mul_(0.5)
             self._mass *= 0.5
         return self._x / self._mass

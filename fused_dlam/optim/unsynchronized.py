@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -105,10 +105,14 @@ class Unsynchronized(Optimizer):
         optimizer's state may hold it on: see its documentation.)
 
         Raises RuntimeError after `close()`, within `averaged()`, and for a parameter that was frozen at construction;
-        ExchangeError after a loss where on_loss="raise".
+        ExchangeError after a loss where on_loss="raise". All of them before anything has changed.
         """
         self._check_open("step()")
         self._flat.check(self._everything())
+        with calling("optimizer.step()"), self._box.at_once() if self._group.size > 1 else nullcontext():
+            return self._step_at_once(closure)
+
+    def _step_at_once(self, closure: Callable[[], Any] | None) -> Any:
         loss = self.inner.step() if closure is None else self.inner.step(closure)
         if self._group.size > 1:
             d = self._flat.moved()
@@ -118,8 +122,7 @@ class Unsynchronized(Optimizer):
                 if self._dropped & (self._dropped - 1) == 0:  # the 1st, 2nd, 4th ... time
                     log.warning("rank %d at step %d: the inner optimizer's step is not finite, and left out (no. %d)",
                                 self._group.ranks[self._group.rank], self._step, self._dropped)  # fmt: skip
-            with calling("optimizer.step()"):
-                self._flat.write(self._mix(d))
+            self._flat.write(self._mix(d))
         self._step += 1
         return loss
 
@@ -155,15 +158,18 @@ class Unsynchronized(Optimizer):
         For checkpoints: `state_dict` and the parameters belong together there. See `Mailbox.drained`.
         """
         self._check_open("drained()")
-        with self._box.drained():
-            self._settle()
+        with ExitStack() as stack:
+            with calling("optimizer.drained()"):
+                stack.enter_context(self._box.drained())
+                self._settle()
             yield
 
     @torch.no_grad()
     def _settle(self) -> None:
         if self._group.size > 1:
-            self._mixed_in(self._flat.moved())  # what the script did since the last step
-            self._flat.write(self._gather())
+            with self._box.at_once(check=False):  # others are within it: a loss is told by the next call
+                self._mixed_in(self._flat.moved())  # what the script did since the last step
+                self._flat.write(self._gather())
 
     def _mixed_in(self, d: torch.Tensor) -> None:
         """This worker's d is added, and nothing sent."""
@@ -179,17 +185,14 @@ class Unsynchronized(Optimizer):
         All ranks must enter it. Raises ExchangeError where a worker was lost: those that are left have no group of
         their own; what each has (`optimizer.lost`, its parameters) can be evaluated without.
         """
-        with self.drained():
-            self._averaging = True
-            try:
-                with torch.no_grad(), calling("optimizer.averaged()"), ExitStack() as back:
-                    if self._group.size > 1:
-                        self._put_means(model, back)
-                    back = back.pop_all()
-                with back:
-                    yield
-            finally:
-                self._averaging = False
+        with ExitStack() as back:
+            with torch.no_grad(), calling("optimizer.averaged()"):
+                back.enter_context(self.drained())
+                self._averaging = True
+                back.callback(setattr, self, "_averaging", False)
+                if self._group.size > 1:
+                    self._put_means(model, back)
+            yield
 
     def _put_means(self, model: torch.nn.Module | None, back: ExitStack) -> None:
         mean = self._mean()
@@ -223,7 +226,7 @@ class Unsynchronized(Optimizer):
 
     def consensus_distance(self) -> float:
         """sqrt(1/n sum_i |x_i - mean|^2) over the parameters: how far apart the workers are. All ranks must call it."""
-        with self.drained(), torch.no_grad(), calling("optimizer.consensus_distance()"):
+        with calling("optimizer.consensus_distance()"), self.drained(), torch.no_grad():
             if self._group.size == 1:
                 return 0.0
             apart = torch.linalg.vector_norm(self._mean().sub_(self._flat.read()), dtype=torch.float64).square()
@@ -253,7 +256,8 @@ class Unsynchronized(Optimizer):
         if self._group.size > 1 and not (self._box.inside or self._closed):
             log.warning("rank %d: state_dict() outside of drained(): what is in flight will be missing in it",
                         self._group.ranks[self._group.rank])  # fmt: skip
-        x, mass = self._share()
+        # One worker alone mixes nothing: its parameters are all there is.
+        x, mass = self._share() if self._group.size > 1 else (self._flat.read(), 1.0)
         return {**self.inner.state_dict(), self.key: {"x": x, "mass": mass, "step": self._step}}
 
     @torch.no_grad()
@@ -276,7 +280,8 @@ class Unsynchronized(Optimizer):
         if own is None:
             own = {"x": self._flat.read(), "mass": 1.0, "step": 0}
         self._step = int(own["step"])
-        self._flat.write(self._restore(own["x"].to(self._flat.device, self._flat.dtype), float(own["mass"])))
+        x, mass = own["x"].to(self._flat.device, self._flat.dtype), float(own["mass"])
+        self._flat.write(self._restore(x, mass) if self._group.size > 1 else x / mass)
 
     def _restore(self, x: torch.Tensor, mass: float) -> torch.Tensor:
         """Goes on from a checkpoint's values; returns the parameters'."""

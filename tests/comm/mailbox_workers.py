@@ -4,12 +4,17 @@ import gc
 import os
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from fused_dlam import ExchangeError, Mailbox
+from fused_dlam.comm.inbox import Inbox
+from fused_dlam.comm.letter import Letter
+from fused_dlam.comm.pairs import Pairs
+from fused_dlam.comm.post import Post
 from fused_dlam.comm.store import default_store
 from fused_dlam.topology import Topology
 
@@ -258,7 +263,7 @@ def unequal(rank):
 
 
 def who_does_not_come(rank):
-    """Rank 2 does not enter drained() in time: what the others are told, and that all enter it together later."""
+    """Rank 2 does not enter drained() in time: what the others are told, and that all close it together later."""
     box, told = Mailbox(torch.ones(3), lambda n: Topology(np.full((n, n), 1 / n), "mine"), timeout=60.0), None
     box._post.timeout = 1.0
     if rank != 2:
@@ -268,10 +273,72 @@ def who_does_not_come(rank):
         except ExchangeError as error:
             told = error.peer, error.lost, error.call, str(error)
     dist.barrier()
-    with box.drained():
-        pass
     box.close(deadline=60.0)
     return told, box.lost
+
+
+def some_gave_up(rank):
+    """0-1-2-3: rank 0 is within drained() when 1 and 3 give it up, for 2 does not come. What 1 may push to 0 then, that
+    it cannot try again, and that all close it together, rank 0 last: (pushed, told, masses at the end, lost)."""
+    W = np.eye(4) / 2 + (np.eye(4, k=1) + np.eye(4, k=-1)) / 4 + np.diag([0.25, 0, 0, 0.25])
+    box, store = Mailbox(torch.ones(3), lambda n: Topology(W, "path"), timeout=60.0), default_store("some gave up")
+    p, pushed, told = 1.0, None, None
+    if rank == 0:
+        with box.drained():
+            store.set("inside", "")
+            dist.barrier()
+            dist.barrier()
+            p += box.collect()[1]
+    else:
+        if rank != 2:
+            with mock.patch.object(box._post, "wait", lambda *args: store.get("inside") is None):
+                try:
+                    with box.drained():
+                        pass
+                except ExchangeError:
+                    pass
+        dist.barrier()
+        if rank == 1:
+            pushed = box.push(torch.ones(3), p, to=0)
+        dist.barrier()
+        if rank != 2:
+            try:
+                with box.drained():
+                    pass
+            except RuntimeError as error:
+                told = str(error)
+    dist.barrier()
+    if rank == 0:  # the others close it meanwhile
+        time.sleep(0.2)
+        if box.push(torch.ones(3), p, to=1):
+            p /= 2
+    box.close()
+    return pushed, told, total(torch.ones(3), p + box.collect()[1], torch.ones(3))[1], box.lost
+
+
+def nobody_there(rank):
+    """Ranks without neighbors, as in some steps of random graphs: how many groups are there more, and at the end."""
+    before, letter = len(dist.distributed_c10d._world.pg_map), Letter(torch.ones(3))
+    post = Post(None, 60.0, "mailbox", {}, (), (), Inbox(letter), letter)
+    built = len(dist.distributed_c10d._world.pg_map) - before
+    post.leave()
+    post.finish()
+    return built, len(dist.distributed_c10d._world.pg_map) - before
+
+
+def crossed(rank):
+    """Ranks 0 and 1 ask each other before either reads: what both have then."""
+    x = torch.full((3,), float(rank), dtype=torch.float64)
+    pairs, both = Pairs(x, "full", timeout=60.0), threading.Event()
+    read = pairs._shared.read
+    with mock.patch.object(pairs._shared, "read", lambda *args: (both.wait(60.0), read(*args))):
+        asked = rank > 1 or pairs.ask(1 - rank)
+        dist.barrier()
+        both.set()
+        with pairs.drained():
+            out = pairs.read()
+    pairs.close()
+    return asked, out
 
 
 def page(rank, text):

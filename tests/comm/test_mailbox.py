@@ -9,8 +9,15 @@
 - wrong calls raise what they should before anything is sent, on all ranks where all are concerned, and all works after;
 - mailboxes in a row take no more threads and files than the first; one that is let go of is lost for the others, which
   go on, or raise an error that names it, once;
-- drained() begins when the last rank has come, and holds up nobody when it ends; a rank that does not come is named.
+- drained() begins when the last rank has come, and holds up nobody when it ends; a rank that does not come is named;
+- in a drained() that others gave up nothing comes; they cannot try again, and all close;
+- a rank without neighbors gives back its process group;
+- two ranks of `Pairs` that ask each other at once come to their mean;
+- the last message of a source that was lost by silence stays what it was, whatever comes of it.
 """
+
+import threading
+from types import SimpleNamespace
 
 import mailbox_workers
 import numpy as np
@@ -19,14 +26,17 @@ import torch
 from workers import run_together
 
 from fused_dlam import Mailbox
-from fused_dlam.comm.letter import add
+from fused_dlam.comm.inbox import Inbox
+from fused_dlam.comm.letter import Letter, add
+from fused_dlam.comm.line import MESSAGE, Head, Line
 
 N = 4
 
 
 @pytest.fixture(scope="module")
 def four():
-    names = ("consensus", "full_slot", "puts", "wrong", "in_turn", "left_alone", "unequal", "who_does_not_come")
+    names = ("consensus", "full_slot", "puts", "wrong", "in_turn", "left_alone", "unequal", "who_does_not_come",
+             "some_gave_up", "nobody_there", "crossed")  # fmt: skip
     calls = {"schedules": (mailbox_workers.schedules, ["one-peer-exponential", "star"], [0, 1])}
     calls |= {name: (getattr(mailbox_workers, name),) for name in names}
     calls |= {name: (mailbox_workers.bits, name) for name in ("float16", "bfloat16")}
@@ -144,6 +154,38 @@ def test_who_does_not_come_is_named(four):
             peer, gone, call, text = told
             assert (peer, gone, call) == (2, False, "Mailbox.drained()")
             assert "rank 2 did not call it within 1 s, though it runs" in text
+
+
+def test_drained_where_some_gave_up(four):
+    for rank, (pushed, told, masses, lost) in enumerate(four["some_gave_up"]):
+        assert pushed is (False if rank == 1 else None) and masses == 4.0 and lost == set(), rank
+        assert (told is None) if rank in (0, 2) else ("only close() is left" in told)
+
+
+def test_a_rank_without_neighbors_gives_back_its_group(four):
+    assert four["nobody_there"] == [(1, 0)] * N
+
+
+def test_crossed_questions_average(four):
+    for rank, (asked, x) in enumerate(four["crossed"]):
+        assert asked and torch.equal(x, torch.full_like(x, 0.5 if rank < 2 else rank))
+
+
+def test_the_last_message_of_a_silent_source():
+    """Its place is that of the second message that comes after it: the first one of those is dropped, too."""
+    inbox = Inbox(Letter(torch.zeros(2)))
+    post = SimpleNamespace(changed=threading.Condition(), reader=inbox)
+    line, places = Line(post, 1, 1, []), [torch.zeros(2), torch.zeros(2)]
+    for number in range(1, 5):
+        if number == 2:
+            line.lost = "has been silent"
+        place, head = places[number % 2], Head(MESSAGE, number, number, 1.0)
+        place.fill_(float(number))
+        inbox.came(line, head, place)
+        inbox.read(line, head, place)
+        line._note(head)
+    head, values = inbox.last[1]
+    assert head.number == 1 and torch.equal(values, torch.ones(2)) and line.step == 1 and inbox.mass == 1.0
 
 
 def test_one_worker_needs_no_process_group():

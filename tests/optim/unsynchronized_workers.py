@@ -9,7 +9,6 @@ import workers
 
 from fused_dlam import ExchangeError, PairGossip, PushSum
 from fused_dlam.comm.store import default_store
-from fused_dlam.optim.push_sum import LEAST
 
 KINDS = {"PushSum": PushSum, "PairGossip": PairGossip}
 
@@ -170,24 +169,6 @@ def not_finite(rank, kind):
     return fine and bool(p.isfinite().all())
 
 
-def starved(rank):
-    """Rank 0 takes steps while the others take none: its mass, whether its parameters are right, and all masses."""
-    p = torch.nn.Parameter(torch.ones(4))
-    optimizer = PushSum(torch.optim.SGD([p], lr=0.1), timeout=60.0)
-    end = time.monotonic() + 30
-    while rank == 0 and optimizer.mass > LEAST and time.monotonic() < end:
-        optimizer.step()
-    for _ in range(200 if rank == 0 else 0):
-        time.sleep(0.0005)  # slots are free
-        optimizer.step()
-    mass, right = optimizer.mass, bool((p == 1).all())
-    with optimizer.drained():
-        total = torch.tensor([optimizer.mass], dtype=torch.float64)
-        dist.all_reduce(total)
-    optimizer.close()
-    return mass, right, float(total)
-
-
 def refusals(rank):
     """(kind, text) of each."""
     told = []
@@ -214,6 +195,74 @@ def refusals(rank):
     optimizer.close()
     note(optimizer.step)
     return told
+
+
+def nothing_comes(rank, weigh):
+    """The others pause while rank 0 steps on: whether its parameters stay finite, its mass, and all ranks'."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+    optimizer = PushSum(torch.optim.SGD([p], lr=0.1), "full", timeout=60.0, weigh=weigh)
+    fine = True
+    dist.barrier()
+    for _ in range(200 if rank == 0 else 0):
+        p.grad = 0.01 * p.detach()
+        end = time.monotonic() + 30
+        while any(slot.full for slot in optimizer._box._slots.values()) and time.monotonic() < end:
+            time.sleep(0.0001)
+        optimizer.step()
+        fine &= bool(p.isfinite().all())
+    dist.barrier()
+    own = optimizer.mass
+    with optimizer.drained():
+        mass = torch.tensor([optimizer.mass], dtype=torch.float64)
+        dist.all_reduce(mass)
+    optimizer.close()
+    return fine, own, float(mass)
+
+
+def loss_within_a_step(rank):
+    """The last rank leaves between two calls of one step of rank 0, where a loss raises.
+
+    Rank 0: its parameters after that step, in the next call, which raises, and after one more; the call it names.
+    Rank 1: the call named where averaged() is the next one.
+    """
+    p, store = torch.nn.Parameter(torch.ones(4, dtype=torch.float64)), default_store("within a step")
+    optimizer = PushSum(torch.optim.SGD([p], lr=0.1), "full", timeout=60.0, on_loss="raise")
+    dist.barrier()
+    if rank == 2:
+        store.get("within")
+        return None
+    told, path = None, []
+
+    def until_lost():
+        end = time.monotonic() + 30
+        while not optimizer.lost and time.monotonic() < end:
+            time.sleep(0.001)
+
+    if rank == 1:
+        until_lost()
+        try:
+            with optimizer.averaged():
+                pass
+        except ExchangeError as error:
+            told = error.call
+    else:
+        mixed_in = optimizer._mixed_in
+
+        def and_lose(d):
+            mixed_in(d)
+            store.set("within", "")
+            until_lost()
+
+        for k in range(3):
+            p.grad = torch.ones_like(p)
+            try:
+                with mock.patch.object(optimizer, "_mixed_in", mixed_in if k else and_lose):
+                    optimizer.step()
+            except ExchangeError as error:
+                told = k, error.peer, error.call
+            path.append(float(p[0]))
+    optimizer.close()
+    return told, path
 
 
 def left_alone(rank):
