@@ -332,6 +332,7 @@ def crossed(rank):
     pairs, both = Pairs(x, "full", timeout=60.0), threading.Event()
     read = pairs._shared.read
     with mock.patch.object(pairs._shared, "read", lambda *args: (both.wait(60.0), read(*args))):
+        dist.barrier()
         asked = rank > 1 or pairs.ask(1 - rank)
         dist.barrier()
         both.set()
