@@ -6,7 +6,7 @@ or not; with gradients; with handles that are waited for in any order, asked, or
 `TOLERANCE` times the sum of the absolute values that are added: 8 roundings of float64 or float32, one unit in the last
 place of 16 bits.
 
-    EXCHANGE_SEEDS=20 pytest tests/comm/test_random_exchanges.py -m slow -n0 -s
+    EXCHANGES=10000 EXCHANGE_SEEDS=20 pytest tests/comm/test_random_exchanges.py -m slow -n0 -s
 """
 
 import os
@@ -14,6 +14,8 @@ import os
 import pytest
 import random_exchanges
 from workers import run_together
+
+MANY = int(os.environ.get("EXCHANGES", "10000"))
 
 
 def hold(n, seed, count, staged=False):
@@ -30,15 +32,15 @@ def test_a_few_hundred():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 1 + int(os.environ.get("EXCHANGE_SEEDS", "1"))))
 def test_ten_thousand(seed):
-    hold(5, seed, 10_000)
+    hold(5, seed, MANY)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 def test_other_numbers_of_ranks(n):
-    hold(n, 100 + n, 1000)
+    hold(n, 100 + n, MANY // 10)
 
 
 @pytest.mark.slow
 def test_as_cuda_tensors_travel():
-    hold(3, 7, 1000, staged=True)
+    hold(3, 7, MANY // 10, staged=True)
