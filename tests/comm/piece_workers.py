@@ -88,7 +88,7 @@ def equal_ranks(rank, n):
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = own(7, 50, dtype=dtype)
         y = x.clone()
-        for step in range(30):
+        for step in range(10):
             y = neighbor_allreduce(y, "one-peer-exponential", step)
             y = neighbor_allreduce(y, "ring", step)
             y = neighbor_exchange(y, [(rank + 1) % n], [(rank - 1) % n], check=step == 0)
