@@ -54,7 +54,9 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
         momentum: beta, in [0, 1). Unlike torch's, a step with momentum 0 leaves its gradient in the buffer.
         weight_decay: lambda, added to the gradient as lambda x.
         method: a name from `fused_dlam.rules.ALL` or a `fused_dlam.Rule`. "mi-dmsgd" (the default) suits any graph,
-            "decentlam" symmetric ones.
+            "decentlam" symmetric ones. "push-sum", "push-diging" and "push-pull" also suit graphs whose columns alone
+            sum to one (`topology.push`, `topology.one_peer`): each worker's rate is divided by its mass there. They
+            have no bias towards workers on graphs whose rows alone do, either.
         topology: a name from `fused_dlam.topology.FAMILY`, a `Topology` for as many workers as there are, or a function
             of their number: `lambda n: topology.ring(n).every(4)` exchanges in every fourth step only, and
             `.with_global_average(48)` puts an exact average in the place of every 48th exchange (Gossip-PGA).

@@ -23,7 +23,7 @@ from fused_dlam.tools.launch import run_workers
 
 STEPS = 50
 GOSSIP = [name for name, rule in rules.ALL.items() if rule.average == "neighbors"]
-AWC = [name for name in GOSSIP if rules.ALL[name].messages == 1 and "awc" not in name]
+AWC = [name for name in GOSSIP if name not in oracle.ONLY_ATC and "awc" not in name]
 
 
 ONE_PEER = "one-peer-exponential"

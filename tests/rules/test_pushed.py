@@ -26,6 +26,7 @@ from against_oracle import (
     pushed,
     row_stochastic,
 )
+from everyday import everyday
 
 from fused_dlam import Rule, Topology, consensus_growth, jit, rate_limit, rules, simulate, topology
 from fused_dlam.theory.simulator import Simulation
@@ -55,7 +56,7 @@ def test_the_papers_on_every_kind_of_graph(method, n):
         assert disagreement_with_oracle(method, "auto", top, everything, steps=120, momentum=0.8) < 1e-12, top
 
 
-@pytest.mark.parametrize("lr", LRS)
+@pytest.mark.parametrize("lr", everyday(LRS, ["zero in the middle"]))
 @pytest.mark.parametrize("method", oracle.PUSHED)
 def test_every_learning_rate_schedule_and_momentum(method, lr):
     for momentum in (0.0, 0.95):
@@ -112,9 +113,9 @@ def test_the_mass_weighted_mean_moves_as_all_reduce(top):
 def test_tracking_ends_at_the_optimum(top):
     grad = oracle.LeastSquares(top.n)
     for method in ("push-diging", "push-pull"):
-        assert grad.error(simulate(method, top, grad, np.zeros(3), 4000, 0.01, momentum=0.5))[-1] < 1e-24, method
+        assert grad.error(simulate(method, top, grad, np.zeros(3), 1500, 0.03, momentum=0.5))[-1] < 1e-24, method
     biased = row_stochastic(5, 2)
-    ends = [oracle.LeastSquares(5).error(simulate(m, biased, oracle.LeastSquares(5), np.zeros(3), 4000, 0.01, 0.5))[-1]
+    ends = [oracle.LeastSquares(5).error(simulate(m, biased, oracle.LeastSquares(5), np.zeros(3), 1500, 0.03, 0.5))[-1]
             for m in ("gradient-tracking", "push-diging")]  # fmt: skip
     assert ends[1] < 1e-24 < 1e-3 < ends[0]  # the same graph without masses
 
@@ -177,16 +178,21 @@ def test_rates_on_a_static_graph_are_those_of_divided_curvatures():
     assert ours == pytest.approx(rate_limit("dmsgd", top.as_rows, 0.9, h / top.mass()), rel=1e-3)
 
 
-def test_a_changing_graph_has_its_certificates():
+def test_a_changing_graph_has_its_certificate():
+    top, grad = topology.changing(partial(drawn, 4), 4, sums="columns"), oracle.LeastSquares(4)
+    assert consensus_growth("push-diging", top, 0.5) == pytest.approx(max(top.rho, 0.5), abs=0.02)
+    assert grad.error(simulate("push-diging", top, grad, np.zeros(3), 1200, 0.04, 0.5))[-1] < 1e-24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", oracle.PUSHED)
+def test_the_largest_rate_on_a_changing_graph(method):
+    """Half of it ends, twice of it does not."""
     top = topology.changing(partial(drawn, 4), 4, sums="columns")
-    for method in oracle.PUSHED:
-        assert consensus_growth(method, top, 0.5) == pytest.approx(max(top.rho, 0.5), abs=0.02)
-    limit = rate_limit("push-sum", top, 0.5)
-    grad = oracle.LeastSquares(4)
+    limit = rate_limit(method, top, 0.5)
     for share, ends in ((0.5, True), (2.0, False)):
-        path = simulate("push-sum", top, lambda k, x: x, np.ones(2), 1500, share * limit, 0.5)
+        path = simulate(method, top, lambda k, x: x, np.ones(2), 1500, share * limit, 0.5)
         assert (abs(path[-1]).max() < 1e-3) == ends
-    assert grad.error(simulate("push-diging", top, grad, np.zeros(3), 3000, 0.02, 0.5))[-1] < 1e-24
 
 
 @jit

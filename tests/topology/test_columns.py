@@ -18,6 +18,7 @@ import pytest
 from by_hand import DIRECTED, UNEVEN, equal_weights, lattice, quiet
 
 from fused_dlam import Topology, topology
+from fused_dlam.tools.describe import describe
 
 CHAIN = nx.DiGraph([(i, i + 1) for i in range(29)] + [(i, 0) for i in range(1, 30)])  # everybody sends back to 0
 
@@ -309,6 +310,15 @@ def test_changing_masses_follow_from_the_steps():
     assert 0 < top.rho < 1 and top.rho == top.as_rows.rho
     rows = topology.changing(lambda step: topology.circulant(4, (1 + step % 3,)).dense(), 4, degree=1)
     assert rows.as_rows is rows and np.array_equal(rows.mass(9), np.ones(4)) and rows.most_messages == 1
+
+
+def test_what_the_command_says_of_one():
+    """Masses, and of each method whether it is stable or knows none."""
+    text = describe(topology.one_peer(topology.grid(8)), 0.9)
+    assert "no, columns sum to one" in text and "0.3201 to 1.784, one on average" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip() and line[0] != " "}
+    assert rows["mi-dmsgd"] == "knows no masses refused".split() and rows["pmsgd"] == "exact 3.80 1.75 M".split()
+    assert rows["push-sum"][0] == "0.9000" and rows["push-sum"][2] == "stable" and 1 < float(rows["push-sum"][3]) < 1.9
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
