@@ -25,8 +25,8 @@ class Mailbox(Asynchronous):
         for step in range(1000):  # each rank at its own pace
             dx, dp = box.collect()
             x, p = x + dx, p + dp
-            if box.push(x, p, step=step):  # half of x and of p, to the next neighbor
-                x, p = x / 2, p / 2
+            if p > 1e-9 and box.push(x, p, step=step):  # half of x and of p, to the next neighbor
+                x, p = x / 2, p / 2  # who hears of nobody for long would halve away all that it has
         box.close()
         dx, dp = box.collect()
         mean = (x + dx) / (p + dp)  # all ranks' mean of x, up to how far they have mixed

@@ -245,8 +245,8 @@ class Post:
         if self.process != os.getpid():
             return
         end = time.monotonic() + patience
-        while self._alive(all_of_them=False) and time.monotonic() < end:
-            self._alive(all_of_them=False)[0].join(0.1)
+        while (running := self._alive(all_of_them=False)) and time.monotonic() < end:
+            running[0].join(0.1)
         if self._alive():
             self._cut()
         for thread in (*self._alive(), *([self._clock] if self.lines else [])):

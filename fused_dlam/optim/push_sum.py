@@ -10,6 +10,10 @@ from ..comm.mailbox import Mailbox
 from ..topology import TopologyLike
 from .unsynchronized import Unsynchronized
 
+#: The mass below which a worker sends nothing. One that hears of nobody for long would halve all of it away, until x is
+#: too small a number to be divided by p.
+LEAST = 2.0**-32
+
 
 class PushSum(Unsynchronized):
     """Makes an optimizer decentralized and asynchronous: no worker waits for another in `step()`.
@@ -88,7 +92,7 @@ class PushSum(Unsynchronized):
     def _mix(self, d: torch.Tensor) -> torch.Tensor:
         self._collect()
         self._mixed_in(d)
-        if self._box.push(self._x, self._mass, 0.5, self._step):
+        if self._mass > LEAST and self._box.push(self._x, self._mass, 0.5, self._step):
             self._x.mul_(0.5)
             self._mass *= 0.5
         return self._x / self._mass

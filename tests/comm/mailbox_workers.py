@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fused_dlam import ExchangeError, Mailbox
+from fused_dlam.comm.store import default_store
 from fused_dlam.topology import Topology
 
 
@@ -66,8 +67,9 @@ def consensus(rank, steps=200):
     (start, _), p = total(x, 1.0, x), 1.0
     mean = start / n
     box, slower = Mailbox(x, "one-peer-exponential", timeout=60.0), 5 if rank == 0 else 1
-    dist.barrier()
-    for step in range(steps // slower):
+    store, step = default_store("consensus"), 0
+    while store.add("through", int(step == steps // slower)) < n:  # until all have taken their steps
+        step += 1
         time.sleep(0.004 * slower)
         dx, dp = box.collect()
         x, p = x + dx, p + dp
@@ -270,3 +272,29 @@ def who_does_not_come(rank):
         pass
     box.close(deadline=60.0)
     return told, box.lost
+
+
+def page(rank, text):
+    """Runs a page's example: (mean, the number of ranks, what its checkpoint has of x and of p)."""
+    names = {"rank": rank, "time": time}
+    exec(text, names)
+    checkpoint = names["checkpoint"]
+    return names["mean"], dist.get_world_size(), total(checkpoint["x"], checkpoint["p"], checkpoint["x"])
+
+
+def trained_by_the_page(rank, text, folder):
+    """Runs the page's second example, with unequal numbers of batches: whether what it saved is what a worker has."""
+    import fused_dlam
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    x = torch.randn(10 + 10 * rank, 8, 4, generator=torch.Generator().manual_seed(rank))
+    names = {
+        "torch": torch, "PushSum": fused_dlam.PushSum, "model": model, "rank": rank, "folder": folder,
+        "batches": [(batch, batch.sum(1, keepdim=True)) for batch in x], "loss": torch.nn.functional.mse_loss,
+        "evaluate": lambda m: means.append(m.weight.detach().clone()),
+    }  # fmt: skip
+    means = []
+    exec(text, names)
+    weights, state = torch.load(f"{folder}/rank{rank}.pt")
+    return means[0], torch.equal(weights["weight"], model.weight), state["push_sum"]["step"], state["push_sum"]["mass"]

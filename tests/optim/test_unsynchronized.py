@@ -18,6 +18,7 @@ import unsynchronized_workers as workers_here
 from workers import Tied, data, run_together
 
 from fused_dlam import PairGossip, PushSum
+from fused_dlam.optim.push_sum import LEAST
 from fused_dlam.topology import one_peer_exponential, ring
 
 KINDS = ("PushSum", "PairGossip")
@@ -41,7 +42,11 @@ def three():
         calls[f"bfloat16 {kind}"] = (workers_here.only_mixing, kind, torch.bfloat16)
         calls[f"saved {kind}"] = (workers_here.saved_and_loaded, kind)
         calls[f"nan {kind}"] = (workers_here.not_finite, kind)
-    calls |= {"refusals": (workers_here.refusals,), "left": (workers_here.left_alone,)}
+    calls |= {
+        "starved": (workers_here.starved,),
+        "refusals": (workers_here.refusals,),
+        "left": (workers_here.left_alone,),
+    }
     return run_together(3, calls, deadline=200.0)
 
 
@@ -128,7 +133,7 @@ def test_a_network_learns(kind, three):
         squared = sum(float((o - m).double().square().sum()) for s in results
                       for o, m in zip(s["own"], s["mean"], strict=True)) / 3  # fmt: skip
         assert r["distance"] == pytest.approx(squared**0.5, rel=1e-3)
-    assert sum(r["last"] for r in results) < 0.8 * sum(r["first"] for r in results)
+    assert sum(r["last"] for r in results) < 0.9 * sum(r["first"] for r in results)
     names = list(results[0]["start"])
     unused = results[0]["mean"][names.index("unused")] - results[0]["start"]["unused"]
     expected = 1.0 if kind == "PairGossip" else None  # by mass a write counts as much as the mass at that time
@@ -158,6 +163,13 @@ def test_saved_and_loaded(kind, three):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_spreads_to_nobody(kind, three):
     assert three[f"nan {kind}"] == [True] * 3
+
+
+def test_a_worker_that_hears_of_nobody_keeps_some_mass(three):
+    """Without a bound 200 halvings would leave none that float32 can hold."""
+    for mass, right, total in three["starved"]:
+        assert mass >= LEAST / 2 and right and abs(total - 3) < 1e-12
+    assert three["starved"][0][0] <= LEAST
 
 
 def test_refusals(three):

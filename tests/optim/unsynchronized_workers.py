@@ -8,6 +8,8 @@ import torch.distributed as dist
 import workers
 
 from fused_dlam import ExchangeError, PairGossip, PushSum
+from fused_dlam.comm.store import default_store
+from fused_dlam.optim.push_sum import LEAST
 
 KINDS = {"PushSum": PushSum, "PairGossip": PairGossip}
 
@@ -93,7 +95,9 @@ def only_mixing(rank, kind, dtype, steps=80):
     optimizer = KINDS[kind](torch.optim.SGD([p], lr=0.1), timeout=60.0)
     with torch.no_grad():
         p.mul_(rank + 1)
-    for _ in range(steps):
+    store, step = default_store(f"mixing {kind} {dtype}"), 0
+    while store.add("through", int(step == steps)) < dist.get_world_size():  # until all have taken their steps
+        step += 1
         time.sleep(0.001)
         optimizer.step()
     with optimizer.averaged():
@@ -164,6 +168,24 @@ def not_finite(rank, kind):
         fine &= bool(p.isfinite().all())
     optimizer.close()
     return fine and bool(p.isfinite().all())
+
+
+def starved(rank):
+    """Rank 0 takes steps while the others take none: its mass, whether its parameters are right, and all masses."""
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = PushSum(torch.optim.SGD([p], lr=0.1), timeout=60.0)
+    end = time.monotonic() + 30
+    while rank == 0 and optimizer.mass > LEAST and time.monotonic() < end:
+        optimizer.step()
+    for _ in range(200 if rank == 0 else 0):
+        time.sleep(0.0005)  # slots are free
+        optimizer.step()
+    mass, right = optimizer.mass, bool((p == 1).all())
+    with optimizer.drained():
+        total = torch.tensor([optimizer.mass], dtype=torch.float64)
+        dist.all_reduce(total)
+    optimizer.close()
+    return mass, right, float(total)
 
 
 def refusals(rank):
