@@ -115,7 +115,7 @@ def rates(steps: int = 150) -> dict[str, dict[str, Any]]:
 def exact() -> dict[str, dict[str, Any]]:
     x, target = start()
     n = dist.get_world_size()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     say()
     for graph, steps in ((topology.full(n), 1), (topology.one_peer_exponential(n), max(1, math.ceil(math.log2(n))))):
         errors = relative_errors(consensus(x, graph, steps), target)
