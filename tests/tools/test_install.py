@@ -109,6 +109,7 @@ def test_the_wheel_has_every_module_and_page(built):
     if "README.md" in data:
         pages = (ROOT / "fused_dlam").rglob("README.md")
         wanted |= {f"fused_dlam/{p.relative_to(ROOT / 'fused_dlam')}" for p in pages}
+    wanted |= {f"fused_dlam/tutorials/{p.name}" for p in (ROOT / "fused_dlam" / "tutorials").glob("*.[mip][dpn]*")}
     assert wanted <= names, wanted - names
     assert not [n for n in names if n.split("/")[0] in ("tests", "bench", "kernels")]
 
