@@ -105,11 +105,8 @@ def test_the_wheel_has_every_module_and_page(built):
     wanted = {f"fused_dlam/{p.relative_to(ROOT / 'fused_dlam')}" for p in (ROOT / "fused_dlam").rglob("*.py")}
     wanted |= {f"fused_dlam/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     wanted.add("fused_dlam/py.typed")
-    data = (ROOT / "pyproject.toml").read_text().split("[tool.setuptools.package-data]")[1].split("\n\n")[0]
-    if "README.md" in data:
-        pages = (ROOT / "fused_dlam").rglob("README.md")
-        wanted |= {f"fused_dlam/{p.relative_to(ROOT / 'fused_dlam')}" for p in pages}
-    wanted |= {f"fused_dlam/tutorials/{p.name}" for p in (ROOT / "fused_dlam" / "tutorials").glob("*.[mip][dpn]*")}
+    for pattern in ("*.md", "*.ipynb", "*.png"):
+        wanted |= {f"fused_dlam/{p.relative_to(ROOT / 'fused_dlam')}" for p in (ROOT / "fused_dlam").rglob(pattern)}
     assert wanted <= names, wanted - names
     assert not [n for n in names if n.split("/")[0] in ("tests", "bench", "kernels")]
 
