@@ -24,7 +24,8 @@ from ..rules.scalars import number
 from ..topology.matrix import identity
 from ..topology.spectrum import EXACT, EXCHANGES, LOCAL, PARTS
 from ..topology.topology import Topology
-from .stability import Equations, Growth, Map, Steps, asked, half_of_modes, of_each_mode, of_modes, pulls
+from .equations import Equations, Steps
+from .stability import Growth, Map, asked, half_of_modes, of_each_mode, of_modes, pulls
 
 GROWS = 1 + 1e-9  # more than the rounding of an eigenvalue; what grows by less takes 1e8 steps for a tenth
 PRECISION = 2e-4  # of a limit, relative

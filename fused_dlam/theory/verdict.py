@@ -17,9 +17,10 @@ from ..topology import exchanges, spectrum
 from ..topology.matrix import Phase, identity, sparse
 from ..topology.spectrum import EXACT, EXCHANGES, LOCAL
 from ..topology.topology import Topology
+from .equations import Equations, Steps
 from .schemes import Delay, Loss, Participation, Schemes, edges
 from .simulator import Simulation
-from .stability import REFUSED, Equations, Steps, asked, growth_of
+from .stability import REFUSED, asked, growth_of
 
 
 class Verdict(NamedTuple):
