@@ -9,6 +9,11 @@ from workers import machines_of
 import fused_dlam
 from fused_dlam.layers import TopK
 
+
+def averaging(n):
+    return fused_dlam.topology.ring(n).with_global_average(4)
+
+
 LR, D = 0.05, 2048  # whole blocks of every codec: so a bucket's blocks are those of a row in the simulator
 
 

@@ -18,7 +18,7 @@ import compression_workers
 import numpy as np
 import pytest
 import torch
-from compression_workers import LR, SEVERAL, D, Quadratic
+from compression_workers import LR, SEVERAL, D, Quadratic, averaging
 from everyday import everyday
 from workers import run_together
 
@@ -65,10 +65,6 @@ def calls(pairs, compressed):
 
 def _named(kind):
     return {k: v if k != "topology" or isinstance(v, str) else averaging for k, v in KINDS[kind].items()}
-
-
-def averaging(n):
-    return topology.ring(n).with_global_average(4)
 
 
 @pytest.fixture(scope="module", params=[pytest.param("slow", marks=pytest.mark.slow), "quick"])
