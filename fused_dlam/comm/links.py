@@ -45,7 +45,7 @@ def of_topology(graph: Topology, rank: int, step: int) -> Links:
     """A rank's row of the step's matrix."""
     peers = graph.peers(rank, step)
     # Where the columns sum to one, and the rows to anything, the weight of the rank itself is the matrix's.
-    own = float(graph.weights(step)[rank, rank]) if getattr(graph, "sums", "rows") == "columns" else None
+    own = float(graph.weights(step)[rank, rank]) if graph.sums == "columns" else None
     return Links(
         own,
         tuple(zip(peers.sources, peers.weights, strict=True)),

@@ -55,7 +55,7 @@ def push_sum(
     weight = _mass(mass, device)
     found = layout(group, False)
     graph = topologies.get(topology, found.size)
-    if getattr(graph, "sums", "rows") != "columns" and not graph.is_doubly_stochastic:
+    if graph.sums != "columns" and not graph.is_doubly_stochastic:
         raise ValueError(
             f"push_sum() needs columns that sum to one, so that no mass is lost: those of topology {graph.name!r} do"
             ' not. Build it with Topology(A, sums="columns")'

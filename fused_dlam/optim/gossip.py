@@ -26,6 +26,7 @@ from ..topology import Topology, TopologyLike
 from . import mixed_precision, options
 from .frozen import Frozen
 from .inner_copies import InnerCopies
+from .of_inner import OfInner
 from .old_names import translate
 from .options import Options
 from .shared import GossipOptimizer
@@ -39,7 +40,7 @@ AVERAGING_RULES = {
 }
 
 
-class Gossip(InnerCopies, GossipOptimizer):
+class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
     """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
 
         atc       x' = W (x + d)          d the inner optimizer's step at x: adapt, then combine
@@ -132,20 +133,6 @@ class Gossip(InnerCopies, GossipOptimizer):
         for g in self.param_groups:
             self._enter(g)
         self._survive(survival, membership, graphs)
-
-    # -- the inner optimizer's groups and state are this one's -------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
 
     def __repr__(self) -> str:
         topology, schedule = self._entries["gossip_topology"], self._entries["gossip_schedule"]

@@ -24,10 +24,11 @@ from . import options
 from .averaged import Averaged, agree, beside
 from .flat_parameters import FlatParameters
 from .frozen import writable
+from .of_inner import OfInner
 from .shared import GossipOptimizer
 
 
-class Unsynchronized(Optimizer):
+class Unsynchronized(OfInner):
     """The inner optimizer's groups and state are this one's: schedulers, zero_grad and hooks work as on any other."""
 
     _box: Asynchronous  # what carries messages
@@ -68,18 +69,6 @@ class Unsynchronized(Optimizer):
         return list({id(p): p for group in self.param_groups for p in group["params"]}.values())
 
     # -- the inner optimizer's ---------------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

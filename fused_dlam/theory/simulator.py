@@ -18,6 +18,7 @@ from ..rules.jit import Array
 from ..rules.rule import Rule
 from ..rules.scalars import number
 from ..topology.topology import Topology
+from .remembered import Remembered
 from .schemes import Delay, Loss, Participation, Schemes, kept
 from .stability import rows_for
 
@@ -111,7 +112,7 @@ class Simulation:
         codec = compression.get(compress)
         self._check_schemes(codec)
         phases = self._rows.phases
-        self.remembered = None if codec is None else compression.Remembered(codec, self.x, phases)
+        self.remembered = None if codec is None else Remembered(codec, self.x, phases)
         self.progress = compression.progress(codec, phases)
         self.steps = 0
 

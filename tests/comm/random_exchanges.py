@@ -15,7 +15,6 @@ import torch
 import fused_dlam
 from fused_dlam import neighbor_allreduce, neighbor_exchange, neighbor_gather, pair_average, push_sum
 from fused_dlam.comm.transfer import Transfer
-from fused_dlam.topology.matrix import Dense
 
 #: Of the sum of the absolute values of what is added: 8 roundings of the type in which it is summed; of 16 bits one
 #: rounding of the result and one of what was scaled.
@@ -106,18 +105,8 @@ def topology(d, sums):
         return columns(A) if sums == "columns" else fused_dlam.Topology(A)
 
 
-class Pushed(fused_dlam.Topology):
-    """A matrix whose columns sum to one, where `Topology` takes rows alone."""
-
-    def __init__(self, A):
-        self.name, self.phases, self.n, self.period, self.sums = "pushed", (Dense(A),), len(A), 1, "columns"
-
-
 def columns(A):
-    try:
-        return fused_dlam.Topology(A, "pushed", sums="columns")
-    except TypeError:
-        return Pushed(A)
+    return fused_dlam.Topology(A, "pushed", sums="columns")
 
 
 class Player:

@@ -23,8 +23,9 @@ from everyday import everyday
 import fused_dlam
 from fused_dlam import Simulation, simulate, topology
 from fused_dlam.layers import Codec, Int4, Int8, TopK, compression
-from fused_dlam.layers.compression import damping, get, progress, through
+from fused_dlam.layers.compression import damping, get, progress
 from fused_dlam.theory.regression import Regression
+from fused_dlam.theory.remembered import through
 
 SIZES = (0, 1, 2, 3, 17, 255, 256, 257, 1024, 1500, 4099)
 
