@@ -35,10 +35,10 @@ _parties: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Party]] = wea
 
 
 class Party:
-    """One rank's end of it."""
+    """One rank's end of it. timeout: seconds that a rank waits for another, in the calls after an error too."""
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, place: Place, timeout: float):
+        self.place, self.timeout = place, timeout
         self._numbers: Counter[object] = Counter()
         self._compared: set[tuple] = set()  # what all ranks were found to pass
         self._lock = threading.Lock()
@@ -98,17 +98,17 @@ def connect(found: Layout, device: torch.device, timeout: float) -> Party:
     if not timeout > 0:
         raise ValueError(f"timeout must be positive seconds, not {timeout}")
     if found.size == 1 and not found.machines:
-        return Party(alone(device))
+        return Party(alone(device), timeout)
     backend = transport(found.process_group, device)
     # One for gloo, whatever the device: ranks may use devices in orders of their own.
     key = (device if backend == "nccl" else backend, *map(tuple, found.machines))
     parties = _parties.setdefault(found.process_group or dist.group.WORLD, {})  # type: ignore[arg-type]
     if key not in parties or parties[key].broken:
         if key in parties:
-            timeout = parties[key].workers.timeout  # the first call's, in the calls after an error too
+            timeout = parties[key].timeout  # the first call's
             parties[key].place.close()
         probe = [torch.empty(0, device=device)]
-        parties[key] = Party(found.connect(probe, timeout, warn=False, what=WHAT))
+        parties[key] = Party(found.connect(probe, timeout, warn=False, what=WHAT), timeout)
     return parties[key]
 
 

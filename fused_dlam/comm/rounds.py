@@ -167,8 +167,8 @@ class Handle:
         with named(self._call, self._round.step), workers.placed():
             if self._waiting is not None:
                 with workers.watched("waiting for the neighbors' messages", self._round.step, counts=False):
-                    if not self._waiting.within(workers.timeout):
-                        raise RuntimeError(f"Timed out waiting {workers.timeout:g}s for messages")
+                    if not self._waiting.within(self._party.timeout):
+                        raise RuntimeError(f"Timed out waiting {self._party.timeout:g}s for messages")
             return self._round.finish()
 
     def _hand_over(self, asked: bool) -> None:
