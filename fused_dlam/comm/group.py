@@ -18,6 +18,7 @@ import torch.distributed as dist
 from . import process_group as process_groups
 from . import roll_call
 from .collectives import Collectives, has_mean
+from .late import Waiter
 from .leaving import Holdings, provide, wait_to_leave
 from .ledger import Ledger
 from .lookout import Lookout, patience
@@ -185,6 +186,11 @@ class Group(Collectives):
     def courier(self) -> Courier:
         """The thread that posts what passes through host memory."""
         return Courier()
+
+    @cached_property
+    def waiter(self) -> Waiter:
+        """The thread that waits for long messages, see breaks.py."""
+        return Waiter()
 
     def placed(self) -> AbstractContextManager[object]:
         """A context in which "cuda" means this group's device. By itself it is GPU 0, on every rank."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import breaks
 from .store import default_store
 from .streams import in_turn
 
@@ -67,7 +68,7 @@ class Late:
                 orphans.popleft().check()
             messages = waiter.take([work for t in transfers for work in t.take_receives()])
             must = self._store is None or len(orphans) >= MOST or self._in_a_row[j] >= IN_A_ROW
-            here = messages.within(group.timeout if must else self.seconds)
+            here = breaks.within(group, j, messages, group.timeout if must else self.seconds)
             if must and not here:
                 raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
         if self._store is not None:
@@ -75,7 +76,7 @@ class Late:
                 here = self._agreed(j, step, here)
         if here:
             with group.watched("waiting for a message from", step, j):
-                if not messages.within(group.timeout):
+                if not breaks.within(group, j, messages, group.timeout):
                     raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
             self._in_a_row[j] = 0
             return True

@@ -6,18 +6,18 @@ streams.py tells who waits for whom where the tensors are on a GPU.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.autograd import profiler
 
 from ..topology import Peers, Topology
+from . import breaks
 from .lookout import LOOK, Lookout, why
 from .streams import Errand, host_like, to_host
+from .unrecorded import unrecorded
 
 if TYPE_CHECKING:
     from .group import Group
@@ -51,6 +51,7 @@ class Transfer:
         self._receives: list[tuple[int | None, dist.Work | _Unposted]] = []
         self._sends: list[tuple[int | None, dist.Work | _Unposted]] = []
         self._posting: Errand | None = None
+        self._long = False  # whether what is sent is
         if group.backend != "nccl":
             self._receive(range(len(self._rows)))
 
@@ -96,6 +97,7 @@ class Transfer:
             self._posting = group.courier.run(lambda: self._post(staged, copied))
         for m in each:
             group.count(m, 1)
+            self._long |= breaks.is_long(m)
 
     def receive_again(self, sources: Sequence[int]) -> None:
         """Posts receives anew for these sources, into the same rows, for `wait_received` to wait for. Gloo only."""
@@ -115,7 +117,7 @@ class Transfer:
             j = self.peers.sources[k]
             work: dist.Work | _Unposted
             try:
-                with _unrecorded():
+                with unrecorded():
                     work = _work(dist.irecv(self._host_rows[k], group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
@@ -129,7 +131,7 @@ class Transfer:
         for message, j in zip(messages, self.peers.destinations, strict=True):
             work: dist.Work | _Unposted
             try:
-                with _unrecorded():
+                with unrecorded():
                     work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
@@ -159,9 +161,10 @@ class Transfer:
 
     def wait_delivered(self) -> None:
         """Until the transport has the neighbors' messages; where they pass through the host, they are there alone."""
+        long = bool(self._rows) and breaks.is_long(self._rows[0])
         for j, work in self._receives:
             with self.group.watched("waiting for a message from", self.step, j):
-                work.wait()
+                self._wait(j, work, long)
                 self.group.reach(self._rows[0].device if self._rows else self.group.device)
             self.group.taken(work)
         self._receives = []
@@ -181,9 +184,15 @@ class Transfer:
             self._posting = None
         for j, work in self._sends:
             with self.group.watched("waiting to finish sending to", self.step, j):
-                work.wait()
+                self._wait(j, work, self._long)
             self.group.taken(work)
-        self._sends = []
+        self._sends, self._long = [], False
+
+    def _wait(self, j: int | None, work: dist.Work | _Unposted, long: bool) -> None:
+        if long and j is not None and isinstance(work, dist.Work) and self.group.backend == "gloo":
+            breaks.wait(self.group, j, work)
+        else:
+            work.wait()
 
 
 class Mean:
@@ -294,23 +303,6 @@ class _Unposted:
 
     def wait(self) -> None:
         raise self._error
-
-
-@contextmanager
-def _unrecorded() -> Iterator[None]:
-    """Keeps gloo's own span of a message out of a profiler's trace, which has this package's (engine/trace.py).
-
-    A message that is on its way when the profiler stops ends its span in memory that is the profiler's no more (torch
-    2.11 to 2.13), and the process dies of it: so would every step whose successor's receives are posted.
-    """
-    if not profiler._is_profiler_enabled:
-        yield
-        return
-    torch._C._autograd._enable_record_function(False)
-    try:
-        yield
-    finally:
-        torch._C._autograd._enable_record_function(True)
 
 
 def _work(work: dist.Work | None) -> dist.Work:
