@@ -1,16 +1,19 @@
-"""One neighbor's end of a mailbox: a thread that listens to it, and one that sends to it what is to be sent.
+"""One neighbor's end of a mailbox: a thread that listens to it, one that reads, and one that sends what is to be sent.
 
 A message is a head, five float64, and a body of a fixed length:
 
     MESSAGE   number, step, mass, which    a body follows, on a tag of its own
     STATE     round, inside, closing       where the sender stands in what all do together, see post.py
-    ASK       -                            to be answered, by this thread, whatever the script does
+    ASK       -                            to be answered, by the thread that listens, whatever the script does
     ANSWER    -
     BYE       -                            the last head on this line. Whoever hears it says it, too
 
 gloo moves nothing before a receive is posted, so one is always posted for the next head and one for the next body.
 Messages of one line come in the order in which they were sent. Threads hold a line and its post, not the mailbox: that
 is collected while they wait, and takes its leave then.
+
+Heads are listened for while a body is read: the body of a neighbor that dies meanwhile is waited for in vain, and so is
+what was being sent to it (breaks.py tells why). Those threads are left behind.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 MESSAGE, STATE, ASK, ANSWER, BYE = range(5)
 HEAD, BODY = 1, 2  # tags
+SOON = 0.5  # seconds in which a body is read that has come
 FOREVER = timedelta(days=365)  # a wait of gloo's that runs out closes all connections of its group
 
 
@@ -52,7 +56,7 @@ class Slot:
 
 
 class Line:
-    """Both threads of one neighbor, and what is known of it.
+    """The threads of one neighbor, and what is known of it.
 
     Args:
         peer: its number among the ranks.
@@ -73,10 +77,12 @@ class Line:
         self.number = 0  # messages sent
         self._head, self._said = torch.zeros(2, len(Head._fields), dtype=torch.float64)  # that comes, that goes
         self._out: queue.SimpleQueue = queue.SimpleQueue()
+        self._in: queue.SimpleQueue = queue.SimpleQueue()  # heads, whose bodies may not be there yet
+        self._read_all = threading.Event()
         self._queued: set[int] = set()  # questions and answers that are in there: one of each says it all
         self.threads = [
             threading.Thread(target=work, daemon=True, name=f"fused_dlam-mailbox-{name}-{peer}")
-            for work, name in ((self._listen, "from"), (self._send, "to"))
+            for work, name in ((self._listen, "from"), (self._read, "read"), (self._send, "to"))
         ]
 
     @property
@@ -147,15 +153,31 @@ class Line:
 
     def _listen(self) -> None:
         try:
-            heads, bodies = self._receive(self._head, HEAD), None
-            if self._bodies:
-                bodies = self._receive(self._bodies[0], BODY)
+            heads = self._receive(self._head, HEAD)
             while True:
                 heads.wait(FOREVER)
                 head = Head(*self._head.tolist())
+                if head.kind != BYE:
+                    heads = self._receive(self._head, HEAD)
+                with self.post.changed:
+                    self.heard, self.asked = time.monotonic(), None
+                if head.kind == ASK:
+                    self.say(ANSWER)
+                elif head.kind != ANSWER:
+                    self._in.put(head)
                 if head.kind == BYE:
-                    break
-                heads = self._receive(self._head, HEAD)
+                    return
+        except Exception as error:  # noqa: BLE001
+            self._in.put(None)
+            self._read_all.wait(SOON)  # what has come before it counts
+            self._fail(error)
+        finally:
+            self.post.ended()
+
+    def _read(self) -> None:
+        try:
+            bodies = self._receive(self._bodies[0], BODY) if self._bodies else None
+            while (head := self._in.get()) is not None:
                 if head.kind == MESSAGE:
                     assert bodies is not None
                     bodies.wait(FOREVER)
@@ -164,10 +186,12 @@ class Line:
                     bodies = self._receive(self._bodies[0], BODY)
                     self.post.reader.read(self, head, self._bodies[1])
                 self._note(head)
-            self._note(head)
+                if head.kind == BYE:
+                    return
         except Exception as error:  # noqa: BLE001
             self._fail(error)
         finally:
+            self._read_all.set()
             self.post.ended()
 
     def _receive(self, memory: torch.Tensor, tag: int) -> dist.Work:
@@ -176,16 +200,13 @@ class Line:
     def _note(self, head: Head) -> None:
         """After what the head announces is done: who sees its step, or its round, sees the messages before it."""
         with self.post.changed:
-            self.heard, self.asked = time.monotonic(), None
             if head.kind == MESSAGE and not self.silent:  # else nobody has got it
-                self.step, self.arrived = int(head.step), self.heard
+                self.step, self.arrived = int(head.step), time.monotonic()
             elif head.kind == STATE:
                 self.round, self.inside, self.closing = int(head.number), bool(head.step), bool(head.which)
                 self.came = max(self.came, self.round)
             self.post.changed.notify_all()
-        if head.kind == ASK:
-            self.say(ANSWER)
-        elif head.kind == BYE:
+        if head.kind == BYE:
             self.post.lose(self, "has left")
 
     def _fail(self, error: BaseException) -> None:

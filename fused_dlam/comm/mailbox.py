@@ -45,9 +45,9 @@ class Mailbox(Asynchronous):
         timeout: seconds after which a silent rank is lost, and that building, `drained` and `close` may take.
         on_loss: "continue", or "raise": the next call after a loss raises `ExchangeError`, once for each.
 
-    Memory: two receive buffers for each source, one slot for each destination, one sum. Two threads for each neighbor,
-    over a gloo group of the mailbox's own, whatever the backend of `group` is. A rank that ends, or lets go of its
-    mailbox, without `close` is lost for the others.
+    Memory: two receive buffers for each source, one slot for each destination, one sum. Three threads for each
+    neighbor, over a gloo group of the mailbox's own, whatever the backend of `group` is. A rank that ends, or lets go
+    of its mailbox, without `close` is lost for the others.
 
     Raises TypeError or ValueError for bad input, also on all ranks where theirs differ, and ExchangeError if a rank
     does not build it in time. Without a process group, and in one of one rank, nothing is ever pushed.

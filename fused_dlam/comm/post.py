@@ -38,6 +38,7 @@ from .line import ASK, BYE, STATE, Head, Line
 from .watch import log
 
 PATIENCE = 10.0  # seconds in which a process that runs answers a BYE
+WOKEN = 3.0  # seconds in which a wait has ended that the end of its connection ends
 NEVER = 3  # a tag on which nothing is sent
 
 
@@ -248,7 +249,10 @@ class Post:
             line.say(BYE)
 
     def finish(self, patience: float = PATIENCE) -> None:
-        """Returns when all threads have ended, those of neighbors that do not answer by force."""
+        """Returns when all threads have ended, those of neighbors that do not answer by force.
+
+        Those that wait in vain for what was on its way when a connection broke are left behind (breaks.py).
+        """
         if self.process != os.getpid():
             return
         end = time.monotonic() + patience
@@ -256,10 +260,15 @@ class Post:
             running[0].join(0.1)
         if self._alive():
             self._cut()
-        for thread in (*self._alive(), *([self._clock] if self.lines else [])):
-            thread.join(PATIENCE)
-        if not self.lines:  # there was no thread to do it
+        end = time.monotonic() + WOKEN
+        for thread in self._alive():
+            thread.join(max(0.0, end - time.monotonic()))
+        left = self._alive()
+        if left or not self.lines:  # else the last thread has done it
+            _threads[:] = [thread for thread in _threads if thread not in left]
             self._give_back()
+        if self.lines:
+            self._clock.join(PATIENCE)
 
     def _alive(self, all_of_them: bool = True) -> list[threading.Thread]:
         lines = [line for line in self.lines.values() if all_of_them or not line.lost]

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -25,8 +26,9 @@ N, VICTIM, DEADLINE = 4, 1, 60.0
 class Rank:
     """One rank's push-sum, at a pace of its own."""
 
-    def __init__(self, rank, folder, timeout):
-        self.rank, self.folder, self.x, self.p, self.k = rank, folder, torch.randn(1000, dtype=torch.float64), 1.0, 0
+    def __init__(self, rank, folder, timeout, numbers):
+        self.rank, self.folder, self.p, self.k = rank, folder, 1.0, 0
+        self.x = torch.randn(numbers, dtype=torch.float64)
         self.box = Mailbox(self.x, "one-peer-exponential", timeout=timeout)
         self.longest = 0.0  # of a step, without its pause
 
@@ -106,6 +108,15 @@ def killed(me):
     return me.after_a_loss()
 
 
+def killed_on_the_way(me):
+    """While it sends a long message, and receives one."""
+    if me.rank == VICTIM:
+        threading.Timer(0.3, lambda: (me.last_word(), os.kill(os.getpid(), signal.SIGKILL))).start()
+        while True:
+            me.step()
+    return me.after_a_loss()
+
+
 def killed_with_loaders(me):
     """Forked data loaders have copies of its connections, and live on for a while."""
     loader = iter(torch.utils.data.DataLoader(range(1000), num_workers=2))
@@ -135,14 +146,15 @@ def stopped_at_the_end(me):
 
 
 SCENARIOS = {f.__name__: f for f in
-             (exits, raises, destroys, leaves, killed, killed_with_loaders, stopped, stopped_at_the_end)}  # fmt: skip
-TIMEOUTS = {"stopped": 2.0}
+             (exits, raises, destroys, leaves, killed, killed_on_the_way,
+              killed_with_loaders, stopped, stopped_at_the_end)}  # fmt: skip
+TIMEOUTS, NUMBERS = {"stopped": 2.0}, {"killed_on_the_way": 4 << 20}
 
 
 def work(rank, name, folder):
     store = dist.FileStore(f"{folder}/store", N)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=N, timeout=timedelta(seconds=DEADLINE))
-    me = Rank(rank, folder, DEADLINE)
+    me = Rank(rank, folder, DEADLINE, NUMBERS.get(name, 1000))
     if name in TIMEOUTS:  # not while it is built, on a busy machine
         me.box._post.timeout = TIMEOUTS[name]
     told = SCENARIOS[name](me)
