@@ -33,10 +33,10 @@ def flat(model):
     return torch.cat([v.reshape(-1) for v in values])
 
 
-def build(machines, size, kind, policy=None, by_group=False, **options):
+def build(machines, size, kind, policy=None, by_group=False, dtype=torch.float32, **options):
     """(model, optimizer, mesh), the model sharded inside machines of `size` consecutive ranks."""
     mesh = dist.init_device_mesh("cpu", (machines, size), mesh_dim_names=("replicate", "shard"))
-    model = Net()
+    model = Net(dtype)
     if dist.get_rank() >= size:  # machine 0's parameters are what counts
         with torch.no_grad():
             for p in model.parameters():
@@ -75,6 +75,24 @@ def train(rank, machines, size, kind, options, steps):
 
 def train_each(rank, machines, size, cases, steps):
     return [train(rank, machines, size, kind, dict(options), steps) for kind, options in cases]
+
+
+def compressed(rank, codecs):
+    """For each codec the parameters before a step, the gradients in it, and the parameters after it, in full; and the
+    consensus distance."""
+    out = {}
+    for codec in codecs:
+        model, optimizer, _ = build(2, 2, "dsgd", dtype=torch.float64, compress=codec, bucket_mb=1e-4)
+        x, path = workers.data(rank, torch.float64), []
+        for _ in range(10):
+            optimizer.zero_grad()
+            model.loss(x).backward()
+            before, g = flat(model), torch.cat([p.grad.full_tensor().reshape(-1) for p in model.parameters()])
+            optimizer.step()
+            path.append((before, g, flat(model)))
+        out[codec] = path, optimizer.consensus_distance()
+        optimizer.close()
+    return out
 
 
 def touched(rank):

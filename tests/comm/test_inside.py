@@ -3,6 +3,7 @@
 - 2 x 2 and 2 x 3 (machines x ranks), uneven and empty shards, both schedules: within 1e-5 of the dense float64 oracle
   in which a machine is one worker with the mean gradient of its ranks; `Gossip(AdamW)` likewise;
 - each rank sends its shard alone, once per neighboring machine; state is handed out as DTensors of the full shape;
+- compressed shards, some of them empty: the machines' mean is the uncompressed one's, in float64 to 1e-13;
 - what would average twice or exchange different shards is refused, with what to do instead.
 """
 
@@ -17,6 +18,7 @@ from everyday import everyday
 from fused_dlam import topology
 
 STEPS = 12
+CODECS = ["int8", "int4", "topk"]
 CASES = [
     ("pc-dmsgd", {}),
     ("pc-dmsgd", {"schedule": "awc", "bucket_mb": 1e-4}),
@@ -76,7 +78,8 @@ def expected_path(machines, size, kind, schedule, clip=None):
 def fours():
     """What four ranks do; what is refused comes last, for it leaves models in wrappers behind."""
     calls = {"train": (inside_workers.train_each, 2, 2, CASES, STEPS)}
-    calls |= {"touched": (inside_workers.touched,), "refused": (inside_workers.refused,)}
+    calls |= {"compressed": (inside_workers.compressed, CODECS), "touched": (inside_workers.touched,)}
+    calls |= {"refused": (inside_workers.refused,)}
     return workers.run_together(4, calls)
 
 
@@ -102,6 +105,17 @@ def test_shards_follow_the_oracle(size, request):
             assert shapes == {"DTensor(5, 7)"}
             if kind != "gossip-adamw":
                 assert overlaps is (not ahead and "max_grad_norm" not in options)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_compressed_shards_keep_the_mean(fours, codec):
+    machines = [fours["compressed"][rank][codec] for rank in (0, 2)]
+    for step in zip(*(path for path, _ in machines), strict=True):
+        before, g, after = (torch.stack(values).mean(0) for values in zip(*step, strict=True))
+        assert (before - 0.05 * (g + 1e-2 * before) - after).abs().max() < 1e-13
+    for rank in (1, 3):
+        path, distance = fours["compressed"][rank][codec]
+        assert torch.equal(path[-1][2], machines[rank // 2][0][-1][2]) and 0 < distance < 0.1
 
 
 def test_what_the_user_writes_is_kept(fours):
