@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -9,3 +10,23 @@ FOLDERS = [HERE, *sorted(p for p in HERE.rglob("*") if p.is_dir() and p.name != 
 sys.path[:0] = map(str, FOLDERS)
 # Three processes run tests at once, and start more: threads of each beside them cost 14 % of the processors' time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Slow tests that are tables of many rows, of half a minute and more each. SLOW_SHARE=2 takes every second row of them,
+# by its name, and SLOW_TURN=1 in place of 0 the other ones: CI has no time for both, and takes them by turns.
+TABLES = (
+    "faults/test_table.py", "kernels/test_cpu_values.py", "kernels/test_guard.py", "rules/test_field.py",
+    "rules/test_laws.py", "rules/test_papers.py", "theory/test_limits.py", "tutorials/test_pages.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    share, turn = (int(os.environ.get(name, default)) for name, default in (("SLOW_SHARE", "1"), ("SLOW_TURN", "0")))
+
+    def another_turn(item):
+        row = item.path.as_posix().endswith(TABLES) and item.get_closest_marker("slow") is not None
+        return row and zlib.crc32(item.nodeid.encode()) % share != turn % share
+
+    left = [item for item in items if another_turn(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not another_turn(item)]

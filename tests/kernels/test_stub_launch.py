@@ -2,14 +2,16 @@
 
 Promise, under the oldest supported Triton and the newest: pack and combine of every rule build and launch, for 0 to 5
 neighbors, four pairs of types, lengths of 1, within a block, over blocks and of whole blocks, and buffers that are not
-aligned (with each rule every two of these, not every three); the launcher gets the buffers' addresses in the kernel's
-order, and the grid covers them; as many kernels are built as differ.
+aligned (with each rule every two of these, not every three; of them every second one where LAUNCHES is 6); the
+launcher gets the buffers' addresses in the kernel's order, and the grid covers them; as many kernels are built as
+differ.
 
 What a stub cannot show: that the kernels compute anything, wait for the right stream, or survive a real driver.
 
 The functions called `stub_...` run in processes with the stub (stub_process.py).
 """
 
+import os
 from itertools import product
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ from stub_passes import Passes, buffers  # noqa: E402
 
 TYPES = list(product((torch.float32, torch.bfloat16), repeat=2))  # messages, gradients
 DEGREES = range(6)
+EVERY = int(os.environ.get("LAUNCHES", "3"))  # the part of the degrees that each type and length has
 # Lengths, and whether the buffers start at odd elements. Triton tells lengths of 1, multiples of 16 and others apart,
 # and whether addresses are multiples of 16.
 FORMS = [(1, False), (127, False), (1025, False), (4096, False), (4096, True)]
@@ -90,7 +93,7 @@ def report(launches, builds):
 @pytest.mark.slow
 def test_every_rule_degree_type_and_length(stub_folder, capsys):
     halves = [list(rules.ALL)[k::2] for k in range(2)]
-    arguments = [(names, list(DEGREES), list(range(len(TYPES))), 3) for names in halves]
+    arguments = [(names, list(DEGREES), list(range(len(TYPES))), EVERY) for names in halves]
     processes = [start(stub_folder, ("test_stub_launch", "stub_matrix", *a)) for a in arguments]
     found = [results(p)[0] for p in processes]
     assert found == [expected(*a) for a in arguments]
