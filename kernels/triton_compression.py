@@ -5,6 +5,11 @@
 
 One launch each for a bucket (for each part of a machine), bit for bit what torch gives: every operation is rounded by
 itself, and the order is the same. D(data) is never stored.
+
+In pack and combine 12 + 8 d bytes a parameter more would stay in registers: y and the rows. But those run over slices
+of a bucket where a parameter has no gradient, whose ends lie within a scale's block, and a message that is recalled is
+encoded anew from y. And 8 bits are for networks that take far longer than this: at 10 Gbit/s a byte takes 0.8 ns, at
+4 TB/s the 20 bytes of a parameter with one neighbor 0.005 ns.
 """
 
 from __future__ import annotations
