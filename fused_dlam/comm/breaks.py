@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 
 from .unrecorded import unrecorded
+from .waiter import Orphan, Waiter
 
 if TYPE_CHECKING:
     from .group import Group
-    from .late import Orphan
 
 LONG = 1 << 18  # bytes, from which a message is looked after: a change of threads takes 0.05 ms, the network more
 # Seconds between two questions. Nothing takes a receive back: gloo keeps 100 bytes of each, 10 MB for a day of waiting.
 FIRST, LAST = 0.5, 2.0
+SOON = 2.0  # seconds in which a wait has ended that the end of its connection ends
 NEVER = (1 << 31) - 2  # a tag on which nothing is sent
 
 
@@ -41,22 +42,32 @@ def wait(group: Group, j: int, work: Any) -> None:
     Raises RuntimeError, in the words of the transport, if it is not within the group's timeout, or within some two
     seconds after the connection broke.
     """
-    within(group, j, group.waiter.take([work]), float("inf"))
+    try:
+        waiter = group.waiters.pop()
+    except IndexError:  # another thread waits, too, for another message
+        waiter = Waiter()
+    within(group, j, waiter.take([work]), float("inf"))
+    group.waiters.append(waiter)
 
 
 def within(group: Group, j: int, under_way: Orphan, seconds: float) -> bool:
     """Whether works that another thread waits for are through within so many seconds. Raises as `wait`."""
     end, pause = time.monotonic() + seconds, FIRST
-    while not under_way.within(min(pause, max(0.0, end - time.monotonic()))):
-        if time.monotonic() >= end:
-            return False
-        pause = min(2 * pause, LAST)
-        try:
+    try:
+        while not under_way.within(min(pause, max(0.0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                return False
+            pause = min(2 * pause, LAST)
             with unrecorded():
                 dist.irecv(torch.empty(1), group.ranks[j], group.process_group, NEVER)
-        except RuntimeError:
-            _close(under_way)
-            raise
+    except RuntimeError:
+        _close(under_way)
+        raise
+    except BaseException:  # Ctrl-C: a wait that returns while the interpreter ends would abort the process
+        group.broken = True
+        _close(under_way)
+        under_way.done.wait(SOON)
+        raise
     return True
 
 

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from . import process_group as process_groups
 from . import roll_call
 from .collectives import Collectives, has_mean
-from .late import Waiter
 from .leaving import Holdings, provide, wait_to_leave
 from .ledger import Ledger
 from .lookout import Lookout, patience
 from .process_group import CPU
 from .streams import Courier, wait_for
 from .transfer import Mean
+from .waiter import Waiter
 from .watch import ClosedError, Watched, forget, log, watch_over
 
 
@@ -188,9 +188,9 @@ class Group(Collectives):
         return Courier()
 
     @cached_property
-    def waiter(self) -> Waiter:
-        """The thread that waits for long messages, see breaks.py."""
-        return Waiter()
+    def waiters(self) -> list[Waiter]:
+        """Threads that wait for nothing, for breaks.py."""
+        return []
 
     def placed(self) -> AbstractContextManager[object]:
         """A context in which "cuda" means this group's device. By itself it is GPU 0, on every rank."""

@@ -16,16 +16,15 @@ by that time, and its exchanges may be late for long: after eight in a row a pai
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from . import breaks
 from .store import default_store
-from .streams import in_turn
+from .waiter import Orphan, Waiter
 
 if TYPE_CHECKING:
     from .group import Group
@@ -62,7 +61,10 @@ class Late:
         Raises ExchangeError if they do not come within the group's timeout where they must.
         """
         group = self.group
-        waiter, orphans = self._waiters.setdefault(j, Waiter()), self._orphans.setdefault(j, deque())
+        if j not in self._waiters:
+            # A pair's messages come in the order in which they were posted: one that is late holds up only later ones.
+            self._waiters[j], self._orphans[j] = Waiter(), deque()
+        waiter, orphans = self._waiters[j], self._orphans[j]
         with group.watched("waiting for a message from", step, j):
             while orphans and orphans[0].done.is_set():
                 orphans.popleft().check()
@@ -97,63 +99,3 @@ class Late:
             return here
         self._store.delete_key(key)
         return theirs == USE
-
-
-class Orphan:
-    """Works that somebody waits for in the background, in their order.
-
-    Args:
-        buffers: what they, and those before them, read and write.
-        posted: where it is listed until it is through.
-    """
-
-    def __init__(self, works: Sequence[Any], buffers: Sequence[torch.Tensor], posted: dict[int, Any] | None):
-        self.works, self.buffers, self.posted = list(works), list(buffers), posted
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        if posted is not None:
-            posted[id(self)] = self
-
-    def run(self) -> None:
-        try:
-            for work in self.works:
-                work.wait()
-        except BaseException as error:  # noqa: BLE001 -- raised where somebody asks
-            self.error = error
-        self.works, self.buffers = [], []
-        if self.posted is not None:
-            self.posted.pop(id(self), None)
-        self.done.set()
-
-    def check(self) -> None:
-        """Raises what has gone wrong."""
-        if self.error is not None:
-            raise self.error
-
-    def within(self, seconds: float) -> bool:
-        """Whether all are through within so many seconds."""
-        there = self.done.wait(seconds)
-        self.check()
-        return there
-
-    def wait(self) -> None:
-        """Until it is through, as a work of torch's; raises nothing."""
-        self.done.wait()
-
-
-class Waiter:
-    """A thread that waits for what one peer sends and takes: gloo offers no wait that may be given up.
-
-    A pair's messages come in the order in which they were posted, so one that is late holds up nothing but later ones.
-    """
-
-    def __init__(self) -> None:
-        self._queue, _ = in_turn(self, "fused_dlam-late")
-
-    def take(
-        self, works: Sequence[Any], buffers: Sequence[torch.Tensor] = (), posted: dict[int, Any] | None = None
-    ) -> Orphan:
-        """Waits for works once those before them are through."""
-        orphan = Orphan(works, buffers, posted)
-        self._queue.put(orphan)
-        return orphan

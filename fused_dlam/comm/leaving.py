@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from .late import Orphan
+from .waiter import Orphan
 
 if TYPE_CHECKING:
     from .group import Group

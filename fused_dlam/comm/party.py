@@ -24,9 +24,9 @@ from torch.autograd import profiler
 from .collectives import refuse_difference
 from .errors import calling
 from .group import Group
-from .late import Waiter
 from .place import Layout, Place, alone
 from .process_group import transport
+from .waiter import Waiter
 
 # One name for all functions: a rank may connect anew in another call than its neighbors, which wait in theirs.
 WHAT = "group of neighbor_allreduce() and its kin"

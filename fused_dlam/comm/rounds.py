@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from .errors import ExchangeError
-from .late import Orphan
 from .links import Links, combined, times
 from .packing import Bundle, as_bytes, from_bytes, wide
 from .party import Party, named
 from .transfer import Mean, Transfer
+from .waiter import Orphan
 from .watch import log
 
 

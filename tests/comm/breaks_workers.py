@@ -1,8 +1,10 @@
-"""A rank that dies while long messages are on their way, for test_breaks.py. Also a program, with FOLDER."""
+"""A rank that dies while long messages are on their way, for test_breaks.py. Also a program, with FOLDER or nothing."""
 
 import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -54,9 +56,28 @@ def goes_on(rank, folder):
     (folder / str(rank)).write_text(str(optimizer.members))
 
 
+def interrupted(rank):
+    """Rank 0 is, in a wait for rank 1, which leaves while rank 0 does."""
+    dist.init_process_group("gloo")
+    x = torch.zeros(1 << 20)
+    fused_dlam.neighbor_allreduce(x, "full", timeout=LATE)
+    if rank == 1:
+        time.sleep(1.05)
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        fused_dlam.neighbor_exchange(x, [1], [1], timeout=LATE)
+    except KeyboardInterrupt:
+        sys.exit(0)
+    sys.exit(1)
+
+
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
     from forks import others_end_well
 
     torch.set_num_threads(1)
-    sys.exit(not others_end_well(4, 1, goes_on, Path(sys.argv[1]), seconds=100))
+    if sys.argv[1:]:
+        sys.exit(not others_end_well(4, 1, goes_on, Path(sys.argv[1]), seconds=100))
+    sys.exit(not all(others_end_well(2, 1, interrupted, seconds=30) for _ in range(4)))

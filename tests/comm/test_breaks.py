@@ -2,7 +2,8 @@
 
 - whoever waits for it learns that its connection closed, long before `timeout`, in a function of a user's own loop and
   in an optimizer's step, and where the wait is for sending as well as for receiving;
-- with on_failure="continue" those that are left go on.
+- with on_failure="continue" those that are left go on;
+- Ctrl-C ends such a wait, and the process.
 
 gloo alone lets them wait for the whole timeout (comm/breaks.py). Mailboxes: test_mailbox_endings.py.
 """
@@ -27,9 +28,17 @@ def test_a_rank_that_dies_on_the_way(name, tmp_path):
         assert peer != rank and "rank 1" in words, words
 
 
+SCRIPT = Path(__file__).with_name("breaks_workers.py")
+
+
 @pytest.mark.slow
 def test_those_that_are_left_go_on(tmp_path):
-    script = Path(__file__).with_name("breaks_workers.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], timeout=180, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], timeout=180, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 2, 3)] == ["(0, 2, 3)"] * 3
+
+
+@pytest.mark.slow
+def test_an_interrupt():
+    done = subprocess.run([sys.executable, str(SCRIPT)], timeout=180, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
