@@ -23,11 +23,12 @@ from .unrecorded import unrecorded
 from .waiter import Orphan, Waiter
 
 if TYPE_CHECKING:
-    from .group import Group
+    from .leaving import Holdings
 
 LONG = 1 << 18  # bytes, from which a message is looked after: a change of threads takes 0.05 ms, the network more
 # Seconds between two questions. Nothing takes a receive back: gloo keeps 100 bytes of each, 10 MB for a day of waiting.
 FIRST, LAST = 0.5, 2.0
+MOMENT = 0.2  # seconds that a thread takes to tell that its wait is over
 SOON = 2.0  # seconds in which a wait has ended that the end of its connection ends
 NEVER = (1 << 31) - 2  # a tag on which nothing is sent
 
@@ -36,21 +37,36 @@ def is_long(tensor: torch.Tensor) -> bool:
     return tensor.numel() * tensor.element_size() >= LONG
 
 
-def wait(group: Group, j: int, work: Any) -> None:
-    """Until a work of torch's is through, which sends to rank j of a group or receives from it.
+def wait(holdings: Holdings, rank: int, work: Any, over: dist.ProcessGroup | None = None, closes: bool = True) -> None:
+    """Until a work of torch's is through, which sends to a rank, by its global number, or receives from it.
+
+    Args:
+        over: the process group of the two that the holdings have: the one for data, or for control.
+        closes: all connections of that one where this connection broke.
 
     Raises RuntimeError, in the words of the transport, if it is not within the group's timeout, or within some two
     seconds after the connection broke.
     """
     try:
-        waiter = group.waiters.pop()
+        waiter = holdings.waiters.pop()
     except IndexError:  # another thread waits, too, for another message
-        waiter = Waiter()
-    within(group, j, waiter.take([work]), float("inf"))
-    group.waiters.append(waiter)
+        try:
+            waiter = Waiter()
+        except RuntimeError:  # Python 3.12.0 to 3.12.2 starts no thread while it ends
+            work.wait()
+            return
+    within(holdings, rank, waiter.take([work]), float("inf"), over, closes)
+    holdings.waiters.append(waiter)
 
 
-def within(group: Group, j: int, under_way: Orphan, seconds: float) -> bool:
+def within(
+    holdings: Holdings,
+    rank: int,
+    under_way: Orphan,
+    seconds: float,
+    over: dist.ProcessGroup | None = None,
+    closes: bool = True,
+) -> bool:
     """Whether works that another thread waits for are through within so many seconds. Raises as `wait`."""
     end, pause = time.monotonic() + seconds, FIRST
     try:
@@ -58,13 +74,19 @@ def within(group: Group, j: int, under_way: Orphan, seconds: float) -> bool:
             if time.monotonic() >= end:
                 return False
             pause = min(2 * pause, LAST)
-            with unrecorded():
-                dist.irecv(torch.empty(1), group.ranks[j], group.process_group, NEVER)
+            try:
+                with unrecorded():
+                    dist.irecv(torch.empty(1), rank, over or holdings.process_group, NEVER)
+            except RuntimeError:
+                if under_way.within(MOMENT):  # the last message of one that has left
+                    return True
+                raise
     except RuntimeError:
-        _close(under_way)
+        if closes:
+            _close(under_way)
         raise
     except BaseException:  # Ctrl-C: a wait that returns while the interpreter ends would abort the process
-        group.broken = True
+        holdings.broken = type(holdings).failed = True
         _close(under_way)
         under_way.done.wait(SOON)
         raise

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from . import breaks
 from .transfer import Mean
 
 if TYPE_CHECKING:
+    from .leaving import Holdings
     from .watch import Watched
 
 
@@ -24,6 +26,7 @@ class Collectives:
         size: int
         device: torch.device
         control_backend: str
+        holdings: Holdings | None
 
         @property
         def control(self) -> dist.ProcessGroup: ...
@@ -72,11 +75,13 @@ class Collectives:
         with self.watched("copying a worker's state, with", None, to if self.rank == source else source):
             carried = tensor.to(self.wire) if tensor.is_cuda != (self.wire.type == "cuda") else tensor
             carried = carried.contiguous()  # gloo takes nothing else
-            if self.rank == source:
-                dist.send(carried, self.ranks[to], group=self.control)
-                return
-            dist.recv(carried, self.ranks[source], group=self.control)
-            if carried is not tensor:
+            peer = self.ranks[to if self.rank == source else source]
+            work = (dist.isend if self.rank == source else dist.irecv)(carried, peer, self.control)
+            if self.control_backend == "gloo" and self.holdings is not None and work is not None:
+                breaks.wait(self.holdings, peer, work, self.control)
+            elif work is not None:
+                work.wait()
+            if self.rank == to and carried is not tensor:
                 tensor.copy_(carried)
 
     def copy_object(self, thing: Any, source: int, to: int) -> Any:

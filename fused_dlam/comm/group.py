@@ -24,7 +24,6 @@ from .lookout import Lookout, patience
 from .process_group import CPU
 from .streams import Courier, wait_for
 from .transfer import Mean
-from .waiter import Waiter
 from .watch import ClosedError, Watched, forget, log, watch_over
 
 
@@ -187,11 +186,6 @@ class Group(Collectives):
         """The thread that posts what passes through host memory."""
         return Courier()
 
-    @cached_property
-    def waiters(self) -> list[Waiter]:
-        """Threads that wait for nothing, for breaks.py."""
-        return []
-
     def placed(self) -> AbstractContextManager[object]:
         """A context in which "cuda" means this group's device. By itself it is GPU 0, on every rank."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -200,10 +194,12 @@ class Group(Collectives):
         """A context that names what went wrong in it, whose duration is counted, and logged where it is long."""
         return Watched(self, what, step, peer, counts)
 
-    def posted(self, work: object) -> None:
-        """Something is under way that peers need from here, though this rank may be through."""
+    def posted(self, work: object, j: int | None = None) -> None:
+        """Something is under way that peers need from here, though this rank may be through; one of them, j, alone."""
         if self.holdings is not None:
             self.holdings.posted[id(work)] = work
+            if j is not None:
+                self.holdings.receivers[id(work)] = self.ranks[j]
 
     def expects(self, work: object) -> None:
         """A receive is under way, whose place must stay though this rank may be through."""
@@ -214,6 +210,7 @@ class Group(Collectives):
         """It was waited for."""
         if self.holdings is not None:
             self.holdings.posted.pop(id(work), None)
+            self.holdings.receivers.pop(id(work), None)
             self.holdings.expected.pop(id(work), None)
 
     def count(self, tensor: torch.Tensor, receivers: int) -> None:

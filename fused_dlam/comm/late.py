@@ -70,7 +70,7 @@ class Late:
                 orphans.popleft().check()
             messages = waiter.take([work for t in transfers for work in t.take_receives()])
             must = self._store is None or len(orphans) >= MOST or self._in_a_row[j] >= IN_A_ROW
-            here = breaks.within(group, j, messages, group.timeout if must else self.seconds)
+            here = self._within(j, messages, group.timeout if must else self.seconds)
             if must and not here:
                 raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
         if self._store is not None:
@@ -78,7 +78,7 @@ class Late:
                 here = self._agreed(j, step, here)
         if here:
             with group.watched("waiting for a message from", step, j):
-                if not breaks.within(group, j, messages, group.timeout):
+                if not self._within(j, messages, group.timeout):
                     raise RuntimeError(f"Timed out waiting {group.timeout:g}s for recv operation to complete")
             self._in_a_row[j] = 0
             return True
@@ -88,6 +88,10 @@ class Late:
         self._in_a_row[j] += 1
         self.skipped.append((step, group.ranks[j]))
         return False
+
+    def _within(self, j: int, messages: Orphan, seconds: float) -> bool:
+        assert self.group.holdings is not None
+        return breaks.within(self.group.holdings, self.group.ranks[j], messages, seconds)
 
     def _agreed(self, j: int, step: int, here: bool) -> bool:
         """Whether the first of the two proposals was to use the messages."""

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from .waiter import Orphan
+from . import breaks
+from .waiter import Orphan, Waiter
 
 if TYPE_CHECKING:
     from .group import Group
@@ -38,14 +39,20 @@ class Holdings:
         self.control: dist.ProcessGroup | None = control  # perhaps the same
         self.backend, self.timeout, self.process = backend, timeout, os.getpid()
         self.posted: dict[int, Any] = {}  # sends, means and orphans that nobody has waited for
+        self.receivers: dict[int, int] = {}  # the rank that takes one of those, by its global number
         self.expected: dict[int, Any] = {}  # receives of that kind, with their places
+        self.waiters: list[Waiter] = []  # that wait for nothing, for breaks.py
         self.broken = False
 
     def finish(self) -> None:
         """Waits for what was posted. What fails now is the peer's affair: nothing here needs it."""
         while self.posted and not self.broken:
             try:  # another thread may have taken the last one
-                self.posted.popitem()[1].wait()
+                key, work = self.posted.popitem()
+                if key in self.receivers:
+                    breaks.wait(self, self.receivers.pop(key), work, closes=False)
+                else:
+                    work.wait()
             except Exception:  # noqa: BLE001
                 pass
 
@@ -58,6 +65,7 @@ class Holdings:
         groups = {id(group): group for group in (self.process_group, self.control) if group is not None}
         self.process_group = self.control = None
         self.posted.clear()
+        self.receivers.clear()
         self.expected.clear()
         if self.process != os.getpid():  # a forked process has copies of its parent's
             return

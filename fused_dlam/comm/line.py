@@ -183,8 +183,12 @@ class Line:
                     bodies.wait(FOREVER)
                     self._bodies.reverse()  # what came is the last one now
                     self.post.reader.came(self, head, self._bodies[1])
-                    bodies = self._receive(self._bodies[0], BODY)
-                    self.post.reader.read(self, head, self._bodies[1])
+                    try:
+                        bodies = self._receive(self._bodies[0], BODY)
+                    finally:  # where the connection has closed, too
+                        self.post.reader.read(self, head, self._bodies[1])
+                        self._note(head)
+                    continue
                 self._note(head)
                 if head.kind == BYE:
                     return

@@ -2,7 +2,7 @@
 
 Threads do what has to be done while the script computes: it is never waited for. A neighbor is lost
 
-    when its connection closes, or it says BYE       known at once
+    when its connection closes, or it says BYE       known at once, in mid-message half a second later
     when it is silent for `timeout` although asked   its threads answer whatever its script does: it was stopped, say
 
 and for good: it is told so by a BYE, which it finds when it runs again, and then has lost this rank as well.
@@ -11,9 +11,10 @@ What all do together is done in rounds. A rank that enters a round pushes nothin
 all neighbors have said the same, everything that was pushed to it has come, for messages of one line come in order. A
 rank that has left the round takes a neighbor for full that is still within it.
 
-Threads that wait in gloo must have ended before the interpreter does (leaving.py tells why). A BYE is answered by a
-BYE, so they end within milliseconds, whatever the other scripts do. Where a process does not answer, a wait that runs
-out of time closes all connections of the group, which has nothing but this mailbox.
+Threads that wait in gloo must have ended before the interpreter does (leaving.py tells why), but for those that nothing
+wakes (breaks.py). A BYE is answered by a BYE, so they end within milliseconds, whatever the other scripts do. Where a
+process does not answer, a wait that runs out of time closes all connections of the group, which has nothing but this
+mailbox.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class Transfer:
                     work = _work(dist.isend(message, group.ranks[j], transport, self._tag))
             except RuntimeError as error:
                 work = _Unposted(error)
-            group.posted(work)
+            group.posted(work, j)
             self._sends.append((j, work))
 
     def take_receives(self) -> list[dist.Work | _Unposted]:
@@ -161,7 +161,7 @@ class Transfer:
 
     def wait_delivered(self) -> None:
         """Until the transport has the neighbors' messages; where they pass through the host, they are there alone."""
-        long = bool(self._rows) and breaks.is_long(self._rows[0])
+        long = any(map(breaks.is_long, self._rows))
         for j, work in self._receives:
             with self.group.watched("waiting for a message from", self.step, j):
                 self._wait(j, work, long)
@@ -190,7 +190,8 @@ class Transfer:
 
     def _wait(self, j: int | None, work: dist.Work | _Unposted, long: bool) -> None:
         if long and j is not None and isinstance(work, dist.Work) and self.group.backend == "gloo":
-            breaks.wait(self.group, j, work)
+            assert self.group.holdings is not None
+            breaks.wait(self.group.holdings, self.group.ranks[j], work)
         else:
             work.wait()
 
@@ -301,7 +302,7 @@ class _Unposted:
         # Its frames refer to this object and to the process group, whose connections would stay open until a search.
         self._error = error.with_traceback(None)
 
-    def wait(self) -> None:
+    def wait(self, timeout: timedelta | None = None) -> None:
         raise self._error
 
 

@@ -54,7 +54,7 @@ class Orphan:
 
 
 class Waiter:
-    """A thread that waits for works of torch's, one after the other. It ends with its owner."""
+    """A thread that waits for works of torch's, one after the other. It ends with its owner, unless one hangs."""
 
     def __init__(self) -> None:
         self._queue, _ = in_turn(self, "fused_dlam-waiter")

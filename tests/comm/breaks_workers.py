@@ -1,4 +1,4 @@
-"""A rank that dies while long messages are on their way, for test_breaks.py. Also a program, with FOLDER or nothing."""
+"""A rank that dies while long messages are on their way, for test_breaks.py. Also a program: NAME [FOLDER]."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import fused_dlam
 
-NUMBERS = 24 << 20  # 96 MiB, of which the sockets hold some
+NUMBERS = 12 << 20  # 48 MiB, of which the sockets hold some
 SOON = 0.05  # seconds in which a part of them has gone
 LATE = 600.0
 CALLS = {"exchange": "neighbor_exchange()", "step": "step()"}
@@ -73,11 +73,29 @@ def interrupted(rank):
     sys.exit(1)
 
 
+def leaves(rank):
+    """The next step's message is on its way to rank 1, which has gone, when the others are through."""
+    dist.init_process_group("gloo")
+    p = torch.nn.Parameter(torch.zeros(NUMBERS))
+    graph = fused_dlam.topology.one_peer_exponential(3)
+    optimizer = fused_dlam.GossipSGD([p], lr=0.1, topology=graph, schedule="awc", timeout=LATE)
+    p.grad = torch.zeros(NUMBERS)
+    for _ in range(3):
+        optimizer.step()
+    if rank == 1:
+        os._exit(0)
+
+
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
     from forks import others_end_well
 
     torch.set_num_threads(1)
-    if sys.argv[1:]:
-        sys.exit(not others_end_well(4, 1, goes_on, Path(sys.argv[1]), seconds=100))
-    sys.exit(not all(others_end_well(2, 1, interrupted, seconds=30) for _ in range(4)))
+    name, *folder = sys.argv[1:]
+    if name == "goes_on":
+        well = others_end_well(4, 1, goes_on, Path(folder[0]), seconds=100)
+    elif name == "leaves":
+        well = all(others_end_well(3, 1, leaves, seconds=40) for _ in range(3))
+    else:
+        well = all(others_end_well(2, 1, interrupted, seconds=30) for _ in range(4))
+    sys.exit(not well)

@@ -3,7 +3,8 @@
 - whoever waits for it learns that its connection closed, long before `timeout`, in a function of a user's own loop and
   in an optimizer's step, and where the wait is for sending as well as for receiving;
 - with on_failure="continue" those that are left go on;
-- Ctrl-C ends such a wait, and the process.
+- Ctrl-C ends such a wait, and the process;
+- whoever is through leaves, though its last message does not arrive.
 
 gloo alone lets them wait for the whole timeout (comm/breaks.py). Mailboxes: test_mailbox_endings.py.
 """
@@ -33,12 +34,15 @@ SCRIPT = Path(__file__).with_name("breaks_workers.py")
 
 @pytest.mark.slow
 def test_those_that_are_left_go_on(tmp_path):
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], timeout=180, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "goes_on", str(tmp_path)], timeout=180, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 2, 3)] == ["(0, 2, 3)"] * 3
 
 
 @pytest.mark.slow
-def test_an_interrupt():
-    done = subprocess.run([sys.executable, str(SCRIPT)], timeout=180, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["interrupted", "leaves"])
+def test_a_wait_that_ends(name):
+    done = subprocess.run([sys.executable, str(SCRIPT), name], timeout=180, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fused_dlam
@@ -31,6 +32,7 @@ print("END", optimizer.steps_done, optimizer.members, scheduler.last_epoch, flus
 """
 
 
+@pytest.mark.slow
 def test_the_script_of_the_page(tmp_path):
     text = next(code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "steps_done" in code)
     for old, new in (("10_000", "600"), ("% 1000", "% 100"), ("timeout=60", "timeout=60, admit_every=10")):
