@@ -20,13 +20,13 @@ TABLES = (
 
 
 def pytest_collection_modifyitems(config, items):
-    share, turn = (int(os.environ.get(name, default)) for name, default in (("SLOW_SHARE", "1"), ("SLOW_TURN", "0")))
-
-    def another_turn(item):
+    share, turn = int(os.environ.get("SLOW_SHARE", "1")), int(os.environ.get("SLOW_TURN", "0"))
+    if share == 1:
+        return
+    kept, left = [], []
+    for item in items:
         row = item.path.as_posix().endswith(TABLES) and item.get_closest_marker("slow") is not None
-        return row and zlib.crc32(item.nodeid.encode()) % share != turn % share
-
-    left = [item for item in items if another_turn(item)]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not another_turn(item)]
+        another_turn = row and zlib.crc32(item.nodeid.encode()) % share != turn % share
+        (left if another_turn else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept

@@ -29,7 +29,7 @@ LONG = 1 << 18  # bytes, from which a message is looked after: a change of threa
 # Seconds between two questions. Nothing takes a receive back: gloo keeps 100 bytes of each, 10 MB for a day of waiting.
 FIRST, LAST = 0.5, 2.0
 MOMENT = 0.2  # seconds that a thread takes to tell that its wait is over
-SOON = 2.0  # seconds in which a wait has ended that the end of its connection ends
+WOKEN = 3.0  # seconds in which a wait has ended that the end of its connection ends
 NEVER = (1 << 31) - 2  # a tag on which nothing is sent
 
 
@@ -88,7 +88,7 @@ def within(
     except BaseException:  # Ctrl-C: a wait that returns while the interpreter ends would abort the process
         holdings.broken = type(holdings).failed = True
         _close(under_way)
-        under_way.done.wait(SOON)
+        under_way.done.wait(WOKEN)
         raise
     return True
 

@@ -188,8 +188,8 @@ class Line:
                     finally:  # where the connection has closed, too
                         self.post.reader.read(self, head, self._bodies[1])
                         self._note(head)
-                    continue
-                self._note(head)
+                else:
+                    self._note(head)
                 if head.kind == BYE:
                     return
         except Exception as error:  # noqa: BLE001

@@ -33,14 +33,13 @@ import torch.distributed.distributed_c10d as c10d
 
 from . import process_group as process_groups
 from . import roll_call
+from .breaks import NEVER, WOKEN
 from .errors import ClosedError, ExchangeError, current_call, listed
 from .letter import Letter
 from .line import ASK, BYE, STATE, Head, Line
 from .watch import log
 
 PATIENCE = 10.0  # seconds in which a process that runs answers a BYE
-WOKEN = 3.0  # seconds in which a wait has ended that the end of its connection ends
-NEVER = 3  # a tag on which nothing is sent
 
 
 class Reader(Protocol):

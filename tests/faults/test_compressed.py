@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mean_run
 import pytest
 import torch
 
@@ -17,21 +18,13 @@ N, VICTIM, DIES_AT, STEPS = 5, 1, 9, 24
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compress", ["int8", "int4", "topk"])
+@pytest.mark.parametrize("compress", mean_run.CODECS)
 def test_survivors_keep_their_mean(tmp_path, compress):
-    command = [sys.executable, str(Path(__file__).with_name("compressed_run.py")), str(tmp_path), compress]
-    done = subprocess.run(
-        [*command, *map(str, (N, VICTIM, DIES_AT, STEPS))], timeout=180, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ends = {i: torch.load(tmp_path / f"{i}.pt") for i in range(N) if i != VICTIM}
-    assert {end["members"] for end in ends.values()} == {tuple(ends)}
-    resumes = max(end["events"][-1] for end in ends.values())
-    assert DIES_AT <= resumes <= DIES_AT + 4
+    ends, resumes = mean_run.survivors(tmp_path, compress, N, VICTIM, DIES_AT, STEPS)
     x = torch.stack([end["path"] for end in ends.values()]).mean(0)
     m = torch.stack([end["m"] for end in ends.values()]).mean(0)
     moved = x[1:] - x[:-1]
-    assert (moved + 0.05 * m)[resumes:].abs().max() < 1e-12
+    assert (moved + mean_run.LR * m)[resumes:].abs().max() < 1e-12
     for end in ends.values():
         # Four workers have two matrices, five had three; own and heard each.
         assert len(end["names"]) == (1 if compress == "int8" else 4)

@@ -4,10 +4,7 @@ From the step from which they go on together, on the graph of their number, the 
 their masses moves by the mean of their momenta, in float64 to 1e-12.
 """
 
-import subprocess
-import sys
-
-import push_run
+import mean_run
 import pytest
 import torch
 
@@ -15,20 +12,14 @@ N, VICTIM, DIES_AT, STEPS = 5, 0, 9, 40
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("graph", push_run.GRAPHS)
+@pytest.mark.parametrize("graph", mean_run.GRAPHS)
 def test_survivors_keep_the_weighted_mean(tmp_path, graph):
     """Worker 0 dies, which all others send to."""
-    command = [sys.executable, push_run.__file__, str(tmp_path), graph, *map(str, (N, VICTIM, DIES_AT, STEPS))]
-    done = subprocess.run(command, timeout=180, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ends = {i: torch.load(tmp_path / f"{i}.pt") for i in range(N) if i != VICTIM}
-    assert {end["members"] for end in ends.values()} == {tuple(ends)}
-    resumes = max(end["events"][-1] for end in ends.values())
-    assert DIES_AT <= resumes <= DIES_AT + 4
+    ends, resumes = mean_run.survivors(tmp_path, graph, N, VICTIM, DIES_AT, STEPS)
     x = torch.stack([end["path"] for end in ends.values()])  # [workers, steps, dimension]
     m = torch.stack([end["m"] for end in ends.values()]).mean(0)
-    left = push_run.GRAPHS[graph](N - 1)
+    left = mean_run.GRAPHS[graph](N - 1)
     assert not left.is_doubly_stochastic
     mass = torch.stack([torch.from_numpy(left.mass(k)) for k in range(STEPS + 1)], 1)[:, :, None]
-    moved = (mass * x).mean(0).diff(dim=0) + push_run.LR * m
+    moved = (mass * x).mean(0).diff(dim=0) + mean_run.LR * m
     assert moved[resumes:].abs().max() < 1e-12
