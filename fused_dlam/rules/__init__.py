@@ -2,8 +2,8 @@
 
 momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion, NIDS,
 EXTRA and the tracking methods, pushed.py those for directed graphs, local.py those with local steps, nesterov.py
-Nesterov's forms, adaptive.py Adam, outer.py outer methods of low-communication training that gossip. README.md has the table
-of methods, and how to write one.
+Nesterov's forms, adaptive.py Adam, outer.py the outer methods GASLoC and NoLoCo. README.md has the table of methods,
+and how to write one.
 """
 
 from __future__ import annotations

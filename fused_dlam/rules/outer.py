@@ -13,17 +13,18 @@ Lambda = I - W; alpha is the `gossip_rate`. Written with d = x - z_prev one buff
 
     d' = alpha pull + beta (d - lr g),  x' = x - lr g + d'
 
-At a constant rate its mean over the workers is torch's Nesterov SGD on the mean of g, so DiLoCo's anchor, on every
-doubly stochastic graph. Without gradients and at alpha = 1 it is W x + beta (x - x_prev), which is DecentLaM's map: where
-the graph is directed or changes it is unstable at momenta at which other methods are not.
+At a constant rate its mean over the workers is torch's Nesterov SGD on the mean of g, that is DiLoCo's anchor, on every
+doubly stochastic graph. Without gradients and at alpha = 1 it is W x + beta (x - x_prev), which is DecentLaM's map:
+where the graph is directed or changes it is unstable at momenta at which other methods are not.
 
 NoLoCo (Kolehmainen et al. 2025, arXiv 2506.10911) averages with one random worker, `topology.random_match`. W has 1/2
-and 1/2 there; any graph goes. The paper sends g and x. They enter by c W (x - (lr/c) g) alone, so one message is enough:
+and 1/2 there; any graph goes. The paper sends g and x. They enter as c W (x - (lr/c) g) alone, so one message is
+enough:
 
     send x - (lr/c) g,  d' = beta d - lr g + c pull,  x' = x + d'
 
-c, the paper's gamma, is the `gossip_rate`. The authors' code has c = lr = 0.7, where the message is y itself, and beta =
-0.5. The momentum is the heavy ball's: with one worker and a constant rate this is torch.optim.SGD(momentum=beta).
+c, the paper's gamma, is the `gossip_rate`. The authors' code has c = lr = 0.7, where the message is y itself, and beta
+= 0.5. The momentum is the heavy ball's: with one worker and a constant rate this is torch.optim.SGD(momentum=beta).
 """
 
 from __future__ import annotations
