@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from costs import BACKWARD
 from low_communication_model import GPT
 from midpoint_characters import CHARACTERS, read
 
@@ -35,8 +36,14 @@ class Method(NamedTuple):
     rule: str | None
     topology: str = "full"
     schedule: str = "auto"
-    outer: tuple[dict[str, float], ...] = ({},)  # what is tried: arguments of Simulation and its step; first the paper's
-    every: tuple[int, ...] = (10, 50)
+    # What is tried, arguments of Simulation and of its step; the paper's come first.
+    outer: tuple[dict[str, float], ...] = ({},)
+    every_step: bool = False  # else every H-th
+    inner_of: str = ""  # the method whose inner learning rate it takes; "": it is tuned itself
+
+    @property
+    def averages_all(self) -> bool:
+        return self.rule is None or rules.get(self.rule).average == "gradient"
 
     @property
     def hidden(self) -> float:
@@ -45,20 +52,32 @@ class Method(NamedTuple):
         AWC sends what is there when the round begins. All-reduce of gradients overlaps the backward pass. All else is
         known when the round has ended, and travels while nobody computes.
         """
-        return 2 / 3 if self.rule is None else float(self.schedule == "awc")
+        return BACKWARD if self.rule is None else float(self.schedule == "awc")
+
+    def sends(self, n: int) -> float:
+        """What one worker sends in an exchange, in models: ring all-reduce, or messages times neighbors."""
+        if self.averages_all:
+            return 2 * (n - 1) / n
+        return rules.get(str(self.rule)).messages * topology.get(self.topology, n).most_messages
+
+
+def momentum(*betas: float, lr: float = 0.7) -> tuple[dict[str, float], ...]:
+    return tuple({"lr": lr, "momentum": beta} for beta in betas)
 
 
 AVERAGING = ({"lr": 1.0, "momentum": 0.0},)
-MOMENTUM = tuple({"lr": lr, "momentum": beta} for lr, beta in ((0.7, 0.9), (0.7, 0.6), (0.7, 0.3)))
+LOCAL, GOSSIP = "averaging, one-peer", "Gossip AdamW, midpoint"
 METHODS = {
-    "all-reduce AdamW": Method(None, every=(1,)),
-    "Gossip AdamW, atc": Method("dsgd", ONE_PEER, "atc", AVERAGING, (1,)),
-    "Gossip AdamW, midpoint": Method("dsgd", ONE_PEER, "midpoint", AVERAGING, (1,)),
-    "Gossip AdamW, awc": Method("dsgd", ONE_PEER, "awc", AVERAGING, (1,)),
-    "averaging, one-peer": Method("dsgd", ONE_PEER, "atc", AVERAGING),
-    "DiLoCo": Method("nesterov-pmsgd", "full", "auto", MOMENTUM),
-    "MI-DmSGD, midpoint": Method("mi-dmsgd", ONE_PEER, "midpoint", MOMENTUM),
-    "MI-DmSGD, awc": Method("mi-dmsgd", ONE_PEER, "awc", MOMENTUM),
+    "all-reduce AdamW": Method(None, every_step=True),
+    GOSSIP: Method("dsgd", ONE_PEER, "midpoint", AVERAGING, True),
+    "Gossip AdamW, atc": Method("dsgd", ONE_PEER, "atc", AVERAGING, True, GOSSIP),
+    "Gossip AdamW, awc": Method("dsgd", ONE_PEER, "awc", AVERAGING, True, GOSSIP),
+    LOCAL: Method("dsgd", ONE_PEER, "atc", AVERAGING),
+    "DiLoCo": Method("nesterov-pmsgd", "full", "auto", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
+    "NoLoCo": Method("noloco", MATCH, "auto", momentum(0.5, 0.6, 0.3), inner_of=LOCAL),
+    "GASLoC": Method("gasloc", MATCH, "auto", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
+    "MI-DmSGD, midpoint": Method("mi-dmsgd", ONE_PEER, "midpoint", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
+    "MI-DmSGD, awc": Method("mi-dmsgd", ONE_PEER, "awc", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
 }
 
 
@@ -71,6 +90,7 @@ def corpus() -> torch.Tensor:
     return read([root / p for p in sorted(kept, key=lambda p: (len(p.parts) == 1, p.parts))])
 
 
+@cache
 def pieces() -> tuple[torch.Tensor, torch.Tensor]:
     """Text to train on and text held out, [pieces, PIECE] each."""
     text = corpus()
@@ -111,14 +131,6 @@ def network(job: dict[str, Any]) -> GPT:
     return GPT(CHARACTERS, job["width"], 4, job["layers"])
 
 
-def exchanged(method: Method, n: int) -> float:
-    """What one worker sends in an exchange, in units of the model: ring all-reduce, or messages times neighbors."""
-    if method.rule is None or rules.get(method.rule).average == "gradient":
-        return 2 * (n - 1) / n
-    graph = topology.get(method.topology, n)
-    return rules.get(method.rule).messages * graph.most_messages
-
-
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """One run. The start, the text and its order depend on seed and split alone: they are the same for every method."""
     method, n, steps, every = METHODS[job["method"]], job["workers"], job["steps"], job["every"]
@@ -144,16 +156,16 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             y.copy_(outer.step(outer.x - y, lr))
         if (step + 1) % job["look"] == 0 or step + 1 == steps:
             curve.append([step + 1, round(judge(net, y.mean(0, keepdim=True), held[1]), 5)])
-    each = [judge(net, row[None], held[1]) for row in y]
+    few = held[1][:, : job["validation"] // 4]
+    less = [judge(net, row[None], few) - judge(net, y.mean(0, keepdim=True), few) for row in y]
     return {
         "tuning_loss": judge(net, y.mean(0, keepdim=True), held[0]),
         "loss": curve[-1][1],
-        "mean_worker": float(np.mean(each)),
-        "worst_worker": max(each),
+        "mean_worker_less": float(np.mean(less)),
+        "worst_worker_less": max(less),
         "train_loss": float(np.mean(losses[-max(1, steps // 10) :])),
         "distance": float((y - y.mean(0)).square().sum(1).mean().sqrt()),
         "curve": curve,
-        "sent": exchanged(method, n) * (steps // every),
     }
 
 
