@@ -87,8 +87,8 @@ def report(found: Found, options: argparse.Namespace) -> str:
         ]
     )
     parts = [
-        f"{n} workers, {sizes['steps']} steps of {sizes['batch']} x 64 characters each: nats per held out character,"
-        " mean model [seeds];\nthe worst worker's less the mean model's; sent per worker and step in units of the model",
+        f"{n} workers, {sizes['steps']} steps of {sizes['batch']} x 64 characters each: nats per held out character of"
+        " the mean model [seeds];\nthe worst worker's less it; what a worker sends per step, in models",
         table(("", "H", "sent", *heads), losses),
         f"Modeled seconds of a step: {options.parameters:g} parameters, {options.compute:g} s of computation,"
         f" {1e3 * options.latency:g} ms a message",
@@ -101,7 +101,7 @@ def report(found: Found, options: argparse.Namespace) -> str:
         if base := values(YARDSTICK, split, "loss"):
             level = float(np.mean(base)) + options.above
             parts += [
-                f"Modeled minutes to a loss of {level:.3f} on {split} data, all-reduce's at the end + {options.above:g}:",
+                f"Modeled minutes to a loss of {level:.3f} on {split} data, all-reduce's end + {options.above:g}:",
                 table(
                     ("", "H", "steps", *(f"{r:g} Gbit/s" for r in RATES)),
                     rows(lambda case, s=split, level=level: minutes(case, records(case, s), level, n, options)),
@@ -123,6 +123,7 @@ def minutes(case: tuple[str, int], records: dict[int, dict], level: float, n: in
 def draw(found: Found, options: argparse.Namespace) -> None:
     """Loss against bytes, and against modeled time on two networks, for each split; means over the seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     cases = list(dict.fromkeys((m, H) for m, H, _, _ in found))
     splits = list(dict.fromkeys(split for _, _, split, _ in found))
@@ -147,13 +148,15 @@ def draw(found: Found, options: argparse.Namespace) -> None:
         titles = ["bytes sent by each worker", *(f"modeled time at {r:g} Gbit/s" for r in rates)]
         for plot, title in zip(row, titles, strict=True):
             plot.set(title=f"{split} data: {title}", xscale="log", xlabel="GB" if "bytes" in title else "minutes")
+            plot.xaxis.set_major_formatter("{x:g}")
+            plot.xaxis.set_minor_formatter(NullFormatter())
             plot.grid(alpha=0.3, which="both")
         row[0].set_ylabel("nats per held out character, mean model")
         last = [r["curve"] for (_, _, s, _), r in found.items() if s == split]
         ends = [c[-1][1] for c in last if np.isfinite(c[-1][1])]
         row[0].set_ylim(min(ends) - 0.03, min(max(ends), min(ends) + 0.8) + 0.25)
     handles, labels = plots[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(
         f"A GPT of 1M parameters, {n} workers, AdamW inside; bytes and times as of {options.parameters:g} parameters,"
         f" {options.compute:g} s a step",
