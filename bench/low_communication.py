@@ -1,6 +1,7 @@
 r"""Low communication: what a worker sends, against the loss it comes to. A small GPT, 8 workers, AdamW inside.
 
     python bench/low_communication.py                      # tunes, trains, prints tables, draws
+    python bench/low_communication.py --steps 1200 --tuned-at 300 --seeds 0 --level 2.43      # four times as long
     python bench/low_communication.py --report             # what the results file has, nothing is trained
     python bench/low_communication.py --report --compute 0.05 --parameters 1e9    # another modeled machine
     python bench/low_communication.py --quick --results quick.jsonl               # seconds; says nothing of methods
@@ -14,8 +15,9 @@ files.
 Tuning, on even data and seed 0, by one half of the held out pieces; all tables are of the other half:
   inner learning rate   of --inner-lr for all-reduce, for Gossip AdamW (midpoint; its other schedules take the same) and
                         for averaging at each H (the outer methods take the same at that H: their inner steps are alike)
-  outer settings        three for each method and H, the paper's first: see METHODS in low_communication_training.py
-Choices are printed; where the best is at a grid's end, a star says so.
+  outer settings        four for each method and H, the paper's first, the last without momentum: see METHODS in
+                        low_communication_training.py
+Choices are printed; where the best is at a grid's end, a star says so (no momentum is the end of all grids).
 
 Times are modeled, not measured: see low_communication_report.py. Every finished run is a line of the results file; runs
 found there are not repeated, so an interrupted program goes on where it was.
@@ -92,6 +94,8 @@ def tune(runs: Runs, options: argparse.Namespace, train_them: bool) -> dict[tupl
     """For every case the job that was best on even data and the first seed."""
     seed = options.seeds[0]
 
+    short = {"steps": options.tuned_at}
+
     def tuned(tried: dict[Any, list[dict[str, Any]]]) -> dict[Any, dict[str, Any]]:
         if train_them:
             run([j for jobs in tried.values() for j in jobs], runs, options)
@@ -100,11 +104,11 @@ def tune(runs: Runs, options: argparse.Namespace, train_them: bool) -> dict[tupl
 
     own = {(METHODS[m].inner_of or m, H) for m, H in cases(options)}
     inner = tuned({
-        (m, H): [job(m, H, "even", seed, lr, METHODS[m].outer[0], options) for lr in options.inner_lr]
+        (m, H): [job(m, H, "even", seed, lr, METHODS[m].outer[0], options) | short for lr in options.inner_lr]
         for m, H in sorted(own)
     })  # fmt: skip
     return tuned({
-        (m, H): [job(m, H, "even", seed, inner[leader, H]["inner_lr"], o, options) for o in METHODS[m].outer]
+        (m, H): [job(m, H, "even", seed, inner[leader, H]["inner_lr"], o, options) | short for o in METHODS[m].outer]
         for m, H in cases(options)
         if (leader := METHODS[m].inner_of or m, H) in inner
     })  # fmt: skip
@@ -112,7 +116,7 @@ def tune(runs: Runs, options: argparse.Namespace, train_them: bool) -> dict[tupl
 
 def choices(chosen: dict[tuple[str, int], dict[str, Any]], options: argparse.Namespace) -> str:
     def star(value: Any, grid: Sequence[Any]) -> str:
-        return "*" if len(grid) > 1 and value in (min(grid), max(grid)) else ""
+        return "*" if len(grid) > 1 and value in (min(grid) or -1, max(grid)) else ""
 
     lines = []
     for (m, H), j in chosen.items():
@@ -129,6 +133,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--splits", nargs="+", choices=("even", "uneven"), default=["even", "uneven"])
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="of every training (300)")
+    parser.add_argument("--tuned-at", type=int, help="the steps of the trainings in tuning (as many)")
     parser.add_argument("--inner-lr", type=float, nargs="+", help="what is tried (1e-3 2e-3 4e-3)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and eight steps: whether everything runs")
     parser.add_argument("--report", action="store_true", help="trains nothing")
@@ -136,19 +141,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parameters", type=float, default=1e8, help="of the modeled model, 4 bytes each (1e8)")
     parser.add_argument("--compute", type=float, default=0.2, help="modeled seconds of a step's computation (0.2)")
     parser.add_argument("--latency", type=float, default=1e-3, help="modeled seconds of a message (1e-3)")
-    parser.add_argument("--above", type=float, default=0.05, help="all-reduce's loss: the level for the times (0.05)")
+    parser.add_argument(
+        "--above", type=float, nargs="+", default=[0.1, 0.4], help="all-reduce's loss: levels for the times (0.1 0.4)"
+    )
+    parser.add_argument("--level", type=float, nargs="+", help="losses themselves, in the place of --above")
     parser.add_argument("--results", type=Path, default=RESULTS / "low_communication.jsonl")
     parser.add_argument("--picture", type=picture, help="the results file's name with .png")
     options = parser.parse_args(argv)
     options.sizes = dict(QUICK if options.quick else SIZES)
     options.sizes["steps"] = options.steps or options.sizes["steps"]
+    options.tuned_at = options.tuned_at or options.sizes["steps"]
     options.every = options.every or ([2, 4] if options.quick else [10, 50])
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     options.inner_lr = options.inner_lr or ([1e-3] if options.quick else [1e-3, 2e-3, 4e-3])
     options.picture = options.picture or options.results.with_suffix(".png")
+    fewest = min(options.tuned_at, options.sizes["steps"])
     for H in options.every:
-        if not 0 < H <= options.sizes["steps"]:
-            parser.error(f"--every {H}: must be from 1 to {options.sizes['steps']}, the number of steps")
+        if not 0 < H <= fewest:
+            parser.error(f"--every {H}: must be from 1 to {fewest}, the number of steps")
     for name in ("processes", "parameters", "compute"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name} must be above 0")
@@ -165,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = Runs(options.results)
     chosen = tune(runs, options, not options.report)
     jobs = {
-        (m, H, split, seed): {**chosen[m, H], "split": split, "seed": seed}
+        (m, H, split, seed): {**chosen[m, H], "split": split, "seed": seed, "steps": options.sizes["steps"]}
         for seed in options.seeds  # outermost: half of the runs are whole tables of fewer seeds
         for split in options.splits
         for m, H in cases(options)

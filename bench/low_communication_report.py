@@ -67,8 +67,8 @@ def report(found: Found, options: argparse.Namespace) -> str:
         numbers = list(numbers)
         return spread(numbers, sign, 3) + f" [{len(numbers)}]" if numbers else ""
 
-    def rows(cells: Callable[[tuple[str, int]], list[str]], chosen=tuple(cases)) -> list[list[str]]:
-        return [[case[0], str(case[1]), *cells(case)] for case in chosen]
+    def rows(cells: Callable[[tuple[str, int]], list[str]]) -> list[list[str]]:
+        return [[case[0], str(case[1]), *cells(case)] for case in cases]
 
     sizes = options.sizes
     heads = [f"{s},\n{what}" for s in splits for what in ("loss", "less all-reduce", "worst worker")]
@@ -98,10 +98,11 @@ def report(found: Found, options: argparse.Namespace) -> str:
         ),
     ]
     for split in splits:
-        if base := values(YARDSTICK, split, "loss"):
-            level = float(np.mean(base)) + options.above
+        base = values(YARDSTICK, split, "loss")
+        above = [(f"all-reduce's at the end + {a:g}", float(np.mean(base)) + a) for a in options.above if base]
+        for text, level in [("as asked", level) for level in options.level] if options.level else above:
             parts += [
-                f"Modeled minutes to a loss of {level:.3f} on {split} data, all-reduce's end + {options.above:g}:",
+                f"Modeled minutes to a loss of {level:.3f} on {split} data, {text}:",
                 table(
                     ("", "H", "steps", *(f"{r:g} Gbit/s" for r in RATES)),
                     rows(lambda case, s=split, level=level: minutes(case, records(case, s), level, n, options)),

@@ -61,8 +61,9 @@ class Method(NamedTuple):
         return rules.get(str(self.rule)).messages * topology.get(self.topology, n).most_messages
 
 
-def momentum(*betas: float, lr: float = 0.7) -> tuple[dict[str, float], ...]:
-    return tuple({"lr": lr, "momentum": beta} for beta in betas)
+def momentum(*betas: float, **alone: float) -> tuple[dict[str, float], ...]:
+    """Outer learning rate 0.7 at these momenta, and 1 without momentum, with `alone` what goes with that."""
+    return (*({"lr": 0.7, "momentum": beta} for beta in betas), {"lr": 1.0, "momentum": 0.0, **alone})
 
 
 AVERAGING = ({"lr": 1.0, "momentum": 0.0},)
@@ -74,7 +75,7 @@ METHODS = {
     "Gossip AdamW, awc": Method("dsgd", ONE_PEER, "awc", AVERAGING, True, GOSSIP),
     LOCAL: Method("dsgd", ONE_PEER, "atc", AVERAGING),
     "DiLoCo": Method("nesterov-pmsgd", "full", "auto", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
-    "NoLoCo": Method("noloco", MATCH, "auto", momentum(0.5, 0.6, 0.3), inner_of=LOCAL),
+    "NoLoCo": Method("noloco", MATCH, "auto", momentum(0.5, 0.6, 0.3, gossip_rate=1.0), inner_of=LOCAL),
     "GASLoC": Method("gasloc", MATCH, "auto", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
     "MI-DmSGD, midpoint": Method("mi-dmsgd", ONE_PEER, "midpoint", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
     "MI-DmSGD, awc": Method("mi-dmsgd", ONE_PEER, "awc", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
