@@ -83,11 +83,9 @@ def run(jobs: Iterable[dict[str, Any]], runs: Runs, options: argparse.Namespace)
 
 
 def best(tried: Sequence[dict[str, Any]], runs: Runs) -> dict[str, Any] | None:
-    """The job of the smallest loss in tuning; None if one of them has not run. NaN is never the smallest."""
-    found = [(runs.find(**j), j) for j in tried]
-    if not all(records for records, _ in found):
-        return None
-    return min(found, key=lambda f: loss if (loss := f[0][0]["tuning_loss"]) == loss else float("inf"))[1]
+    """The job of the smallest loss in tuning among those that have run; None if none has. NaN is never the smallest."""
+    found = [(records[0]["tuning_loss"], j) for j in tried if (records := runs.find(**j))]
+    return min(found, key=lambda f: f[0] if f[0] == f[0] else float("inf"))[1] if found else None
 
 
 def tune(runs: Runs, options: argparse.Namespace, train_them: bool) -> dict[tuple[str, int], dict[str, Any]]:
@@ -114,7 +112,7 @@ def tune(runs: Runs, options: argparse.Namespace, train_them: bool) -> dict[tupl
     })  # fmt: skip
 
 
-def choices(chosen: dict[tuple[str, int], dict[str, Any]], options: argparse.Namespace) -> str:
+def choices(chosen: dict[tuple[str, int], dict[str, Any]], runs: Runs, options: argparse.Namespace) -> str:
     def star(value: Any, grid: Sequence[Any]) -> str:
         return "*" if len(grid) > 1 and value in (min(grid) or -1, max(grid)) else ""
 
@@ -122,7 +120,11 @@ def choices(chosen: dict[tuple[str, int], dict[str, Any]], options: argparse.Nam
     for (m, H), j in chosen.items():
         betas = [o.get("momentum") for o in METHODS[m].outer]
         outer = ", ".join(f"{k} {v:g}{star(v, betas) if k == 'momentum' else ''}" for k, v in j["outer"].items())
-        lines.append(f"  {m}, H = {H}: {j['inner_lr']:g}{star(j['inner_lr'], options.inner_lr)}; outer {outer or '-'}")
+        tried = sum(bool(runs.find(**{**j, "outer": o})) for o in METHODS[m].outer)
+        of = f" (of {tried} of {len(METHODS[m].outer)} tried)" if tried < len(METHODS[m].outer) else ""
+        lines.append(
+            f"  {m}, H = {H}: {j['inner_lr']:g}{star(j['inner_lr'], options.inner_lr)}; outer {outer or '-'}{of}"
+        )
     return "Inner learning rate and outer settings by tuning (* at the grid's end):\n" + "\n".join(lines)
 
 
@@ -134,7 +136,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--steps", type=int, help="of every training (300)")
     parser.add_argument("--tuned-at", type=int, help="the steps of the trainings in tuning (as many)")
-    parser.add_argument("--inner-lr", type=float, nargs="+", help="what is tried (1e-3 2e-3 4e-3)")
+    parser.add_argument("--inner-lr", type=float, nargs="+", help="what is tried (5e-4 1e-3 2e-3 4e-3)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and eight steps: whether everything runs")
     parser.add_argument("--report", action="store_true", help="trains nothing")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, each on one thread (2)")
@@ -153,7 +155,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.tuned_at = options.tuned_at or options.sizes["steps"]
     options.every = options.every or ([2, 4] if options.quick else [10, 50])
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    options.inner_lr = options.inner_lr or ([1e-3] if options.quick else [1e-3, 2e-3, 4e-3])
+    options.inner_lr = options.inner_lr or ([1e-3] if options.quick else [5e-4, 1e-3, 2e-3, 4e-3])
     options.picture = options.picture or options.results.with_suffix(".png")
     fewest = min(options.tuned_at, options.sizes["steps"])
     for H in options.every:
@@ -187,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found:
         print(f"{options.results} has no finished runs of these settings", file=sys.stderr)
         return 1
-    print(choices(chosen, options), end="\n\n")
+    print(choices(chosen, runs, options), end="\n\n")
     print(report(found, options))
     draw(found, options)
     print(f"\nPicture: {options.picture}")
