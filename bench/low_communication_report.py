@@ -122,9 +122,9 @@ def minutes(case: tuple[str, int], records: dict[int, dict], level: float, n: in
 
 
 def draw(found: Found, options: argparse.Namespace) -> None:
-    """Loss against bytes, and against modeled time on two networks, for each split; means over the seeds."""
+    """Loss against bytes, and against modeled time on three networks, for each split; means over the seeds."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     cases = list(dict.fromkeys((m, H) for m, H, _, _ in found))
     splits = list(dict.fromkeys(split for _, _, split, _ in found))
@@ -149,13 +149,13 @@ def draw(found: Found, options: argparse.Namespace) -> None:
         titles = ["bytes sent by each worker", *(f"modeled time at {r:g} Gbit/s" for r in rates)]
         for plot, title in zip(row, titles, strict=True):
             plot.set(title=f"{split} data: {title}", xscale="log", xlabel="GB" if "bytes" in title else "minutes")
+            plot.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             plot.xaxis.set_major_formatter("{x:g}")
             plot.xaxis.set_minor_formatter(NullFormatter())
-            plot.grid(alpha=0.3, which="both")
+            plot.grid(alpha=0.3)
         row[0].set_ylabel("nats per held out character, mean model")
-        last = [r["curve"] for (_, _, s, _), r in found.items() if s == split]
-        ends = [c[-1][1] for c in last if np.isfinite(c[-1][1])]
-        row[0].set_ylim(min(ends) - 0.03, min(max(ends), min(ends) + 0.8) + 0.25)
+        ends = [r["loss"] for (_, _, s, _), r in found.items() if s == split and np.isfinite(r["loss"])]
+        row[0].set_ylim(min(ends) - 0.03, min(max(ends), min(ends) + 0.8) + 0.25)  # the first steps leave the picture
     handles, labels = plots[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(
