@@ -220,6 +220,12 @@ def test_the_quick_command(tmp_path, capsys, monkeypatch):
     assert len(file.read_text().splitlines()) == len(records)
     assert low_communication.main([*given, "--report"]) == 0
 
+    longer = ["--steps", "10", "--tuned-at", "8", "--methods", "DiLoCo", "--splits", "even", "--level", "4.5"]
+    assert low_communication.main([*given, *longer]) == 0  # the choices of eight steps
+    new = [json.loads(line) for line in file.read_text().splitlines()[len(records) :]]
+    assert [(r["steps"], r["outer"], r["curve"][-1][0]) for r in new] == [(10, best, 10)]
+    assert "to a loss of 4.500 on even data, as asked" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     "given, message",
