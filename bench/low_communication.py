@@ -15,8 +15,8 @@ files.
 Tuning, on even data and seed 0, by one half of the held out pieces; all tables are of the other half:
   inner learning rate   of --inner-lr for all-reduce, for Gossip AdamW (midpoint; its other schedules take the same) and
                         for averaging at each H (the outer methods take the same at that H: their inner steps are alike)
-  outer settings        four for each method and H, the paper's first, the last without momentum: see METHODS in
-                        low_communication_training.py
+  outer settings        four for each method and H, DiLoCo's or NoLoCo's published ones first, the last without
+                        momentum: see METHODS in low_communication_training.py
 Choices are printed; where the best is at a grid's end, a star says so (no momentum is the end of all grids).
 
 Times are modeled, not measured: see low_communication_report.py. Every finished run is a line of the results file; runs

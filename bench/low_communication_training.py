@@ -36,7 +36,7 @@ class Method(NamedTuple):
     rule: str | None
     topology: str = "full"
     schedule: str = "auto"
-    # What is tried, arguments of Simulation and of its step; the paper's come first.
+    # What is tried, arguments of Simulation and of its step; what DiLoCo's or NoLoCo's authors use comes first.
     outer: tuple[dict[str, float], ...] = ({},)
     every_step: bool = False  # else every H-th
     inner_of: str = ""  # the method whose inner learning rate it takes; "": it is tuned itself
