@@ -13,7 +13,7 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -262,7 +262,7 @@ class Engine:
         if self.leaving_out is not None:
             self.leaving_out.decide()
         self._follows = ahead > 0 and self.gossips
-        first = math.ceil(ahead * len(self.buckets))
+        first = self._due(ahead)
         done, following = self.flights, self.following
         for number, b in enumerate(self.buckets):
             if b is self.buckets[-1] and not self.guesses:
@@ -284,9 +284,15 @@ class Engine:
 
     def send_ahead(self, share: float) -> None:
         """Between steps, where the last was completed `ahead`: begins the next exchange of so many of the buckets."""
-        for b in self.buckets[: math.ceil(share * len(self.buckets))] if self._follows else ():
+        for b in self.buckets[: self._due(share)] if self._follows else ():
             if b.index not in self.flights and b.index in self._written:
                 self.flights[b.index] = self._follow(b, self.steps)
+
+    def _due(self, share: float) -> int:
+        """How many buckets begin within a share of all values."""
+        starts = itertools.accumulate((b.N for b in self.buckets), initial=0)
+        total = sum(b.N for b in self.buckets)
+        return sum(start < share * total for start in itertools.islice(starts, len(self.buckets)))
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""

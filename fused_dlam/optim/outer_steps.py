@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..comm.errors import ExchangeError
+from ..comm.errors import ExchangeError, calling
 from ..engine.anchored import AnchoredBucket
 from ..engine.health import Health
 from ..engine.message import Message
@@ -96,6 +96,10 @@ class OuterSteps(GossipOptimizer):
 
     def _end_round(self, closure: Callable[[], Any] | None, gradients: bool = True) -> Any:
         """The round's last inner step, and its exchange. Called again when that failed it goes on, alone."""
+        with calling(f"step() of batch {self.steps_done}, counting rounds,"):
+            return self._last_step_and_exchange(closure, gradients)
+
+    def _last_step_and_exchange(self, closure: Callable[[], Any] | None, gradients: bool) -> Any:
         engine, rounds, groups = self._engine, self._rounds, self.param_groups
         assert rounds is not None
         if self._stepped != self._step:
