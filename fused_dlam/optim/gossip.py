@@ -132,7 +132,8 @@ class Gossip(InnerCopies, OfInner, OuterSteps, GossipOptimizer):  # type: ignore
         suits = partial(self._options.check_compression, rule)
         graphs = None
         if membership is not None:
-            graphs = Succession(topology, rule if chosen.on else None, allow_unstable, self._outer_groups, suits)
+            groups = lambda: self._outer_groups() or [chosen.settings]  # noqa: E731
+            graphs = Succession(topology, rule if chosen.on else None, allow_unstable, groups, suits)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         rows_for(rule, graph)
         if graph.n > 1 and graph.rho >= 1 - 1e-9 and rule.average != "gradient":
@@ -339,8 +340,9 @@ class Gossip(InnerCopies, OfInner, OuterSteps, GossipOptimizer):  # type: ignore
         return self._rounds is not None and not self._engine.averages_inside
 
     def _outer_groups(self) -> list[dict[str, Any]]:
-        assert self._rounds is not None
-        return [self._rounds.settings_of(g) for g in self.param_groups]
+        """The groups' settings as the outer method knows them, once there are any."""
+        rounds = vars(self).get("_rounds")
+        return [] if rounds is None else [rounds.settings_of(g) for g in self.param_groups]
 
     def _resume(self, graph: Topology) -> None:
         if self._rounds is not None:

@@ -131,8 +131,7 @@ class Worker:
         optimizer = self.optimizer
         while optimizer.steps_done < STEPS:
             step = optimizer.steps_done
-            # In rounds of two batches all know of a loss two exchanges later.
-            if step == STEP + (9 if self.case["optimizer"] == "outer" else 5) and self.case["resume"] == "recovered":
+            if step == STEP + 5 and self.case["resume"] == "recovered":
                 self.wait_for_the_other()
             optimizer.zero_grad()
             (self.model(self.x) - self.x[:, :1].sin()).square().mean().backward()

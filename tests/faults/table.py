@@ -89,7 +89,7 @@ def _table():
         yield case("kill", "sent", [1], "default", mode, loader=True)
         yield case("kill", "sent", [1], "overlap", mode, loader=True)
         yield case("kill", "averaged", [1], "default", mode, loader=True)
-    for name in ("default", "overlap", "awc", "gossip", "outer"):
+    for name in ("default", "overlap", "awc", "gossip"):
         yield case("stop", "sent", [1], name, CONTINUE, resume="recovered")
         for then in ("agreeing", "forming", "connecting", "settling"):
             yield case("kill", "sent", [1, 2], name, CONTINUE, n=5, then=then)
