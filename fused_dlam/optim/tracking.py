@@ -109,8 +109,10 @@ class Tracker:
 
     def _is_due(self, step: int) -> bool:
         """Once for a number of exchanges: ranks may call step() unequally often where not each of them has one."""
-        due = self.consensus_every > 0 and step % self.consensus_every == 0 and step != self._measured
-        self._measured = step if due else self._measured
+        if step == self._measured:
+            return False
+        due = self.consensus_every > 0 and step % self.consensus_every == 0
+        self._measured = step if due else None
         return due
 
     def _numbers(self, optimizer: Tracked, step: int) -> dict[str, float]:

@@ -183,10 +183,10 @@ def refused(rank):
 
     note("hsdp", lambda: fused_dlam.Gossip(adamw(fully_shard(Transformer(), mesh=mesh)), hierarchical=mesh))
     note("no mesh", lambda: fused_dlam.Gossip(adamw(sharded(mesh))))
-    everywhere = dist.init_device_mesh("cpu", (4,))
+    everywhere = fully_shard(Transformer(), mesh=dist.init_device_mesh("cpu", (4,)))
     note(
         "fsdp over all",
-        lambda: fused_dlam.Gossip(adamw(fully_shard(Transformer(), mesh=everywhere)), hierarchical=mesh),
+        lambda: fused_dlam.Gossip(adamw(everywhere), hierarchical=mesh),
     )
     wrapped = nn.parallel.DistributedDataParallel(Transformer())
     note("ddp", lambda: fused_dlam.Gossip(adamw(wrapped), hierarchical=mesh))
