@@ -116,3 +116,38 @@ def test_lightning(tmp_path):
     rows = list(csv.DictReader(open(f"{logger.log_dir}/metrics.csv")))
     assert [(float(row["step"]), float(row["lr"])) for row in rows] == [(k, 0.1) for k in range(1, STEPS + 1)]
     assert [row[DISTANCE] for row in rows] == ["", "0.0", "", "0.0"]
+
+
+def test_hugging_face_trainer(tmp_path):
+    """One process: the callback's method is given Accelerate's optimizer."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    space = {}
+    exec(compile(example("on_train_begin"), "tracking.md, Trainer", "exec"), space)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def forward(self, x):
+            return {"loss": self.layer(x).square().mean()}
+
+    class Callback(transformers.TrainerCallback):
+        on_train_begin = space["on_train_begin"]
+        told = []
+
+        def write(self, numbers):
+            self.told.append(numbers)
+
+    arguments = transformers.TrainingArguments(
+        tmp_path, per_device_train_batch_size=1, num_train_epochs=1, report_to=[], save_strategy="no", use_cpu=True,
+        disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        Model(), arguments, train_dataset=[{"x": torch.ones(2)}] * STEPS, callbacks=[Callback()],
+        optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}),
+    )  # fmt: skip
+    trainer.accelerator.device_placement = False  # else it copies the parameters on a CPU, see examples/README.md
+    trainer.train()
+    assert [(numbers["step"], numbers["lr"]) for numbers in Callback.told] == [(k, 0.1) for k in range(1, STEPS + 1)]
