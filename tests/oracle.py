@@ -38,6 +38,8 @@ written with pulls, so they cannot check each other; this file can check all of 
     adam        g = g + lambda x;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
                 x = combine(lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
     adamw       the same with lambda x beside the fraction in place of in g
+    gasloc      z = x - lr g;  x = z - alpha (z - W z) + beta (z - z_prev), at first z_prev = x
+    noloco      delta = beta delta + lr W Delta - c (x - W x), Delta = -g;  x = x + delta
     nesterov-*  g + beta u in the place of u = beta m + g as the step
 
 Layers around any of them:
@@ -73,8 +75,8 @@ def run(
     In the steps `skips` nobody takes a local step: parameters are averaged (not where gradients are), buffers stay.
     without(step) has the workers that have no gradient; joined: see above.
     hyper: `mu` (default momentum) of qg-dmsgd; `probability` of proxskip; `correction_rate` (a number) and
-    `correction_gain` of pc- and mi-dmsgd; `beta2` and `eps` of adam. lars: (eta, layers as slices).
-    slowmo: (H, beta_s, alpha).
+    `correction_gain` of pc- and mi-dmsgd; `beta2` and `eps` of adam; `gossip_rate` of gasloc (alpha) and noloco (c).
+    lars: (eta, layers as slices). slowmo: (H, beta_s, alpha).
     """
     schedule = own_schedule(method) if schedule == "auto" else schedule
     nesterov, method = method.startswith("nesterov-"), method.removeprefix("nesterov-")
@@ -92,6 +94,7 @@ def run(
     w = np.ones((n, 1)) if mass is None else np.array(mass, dtype=np.float64).reshape(n, 1)
     t, usual = np.zeros((n, 1)), {}
     z, K, S, local_steps, first = np.zeros_like(x), 1, np.zeros_like(x), 0, True
+    z_prev, delta, gossip = x, np.zeros_like(x), hyper.get("gossip_rate", {"noloco": 0.7}.get(method, 1.0))
     trajectory = [x]
     for k in range(steps):
         W, lr = Ws(k), lrs(k)
@@ -99,6 +102,8 @@ def run(
         if k in skips:
             if method in PUSHED:
                 x = W @ (before * x) / w
+            elif method in ("gasloc", "noloco"):
+                z_prev, x = z_prev + gossip * (W @ x - x), x + gossip * (W @ x - x)  # x - z_prev stays
             else:
                 x = x if method in ("psgd", "pmsgd") else W @ x
             trajectory.append(x)
@@ -251,6 +256,15 @@ def run(
                 x, p = midpoint_integral(step, combine, here, theta, p, lr, lr_max, hyper)
             else:
                 x = combine(step)
+        elif method == "gasloc":
+            ahead = x - here * lr * g
+            moved = ahead - gossip * (ahead - combine(lr * g))
+            z_prev, x = np.where(here, ahead, z_prev + moved - x), moved + here * beta * (ahead - z_prev)
+        elif method == "noloco":
+            Delta = -(here * g)
+            drawn = lr * theta * (W @ Delta - Delta) - gossip * (x - W @ x)  # all that neighbors do
+            delta = np.where(here, beta * delta + lr * Delta + drawn, delta)
+            x = x + np.where(here, delta, drawn)
         else:
             raise ValueError(f"unknown method {method!r}")
         m, v = np.where(here, m, m_before), np.where(here, v, v_before)
@@ -260,7 +274,7 @@ def run(
             mean = J @ x
             x = x_0 - alpha * (x_0 - mean + lr * beta_s * slow_u)
             slow_u = beta_s * slow_u + ((x_0 - mean) / lr if literal else inverse * (x_0 - mean))
-            x_0 = x
+            z_prev, x_0 = z_prev + x - mixed, x
         trajectory.append(x)
     return np.stack(trajectory)
 

@@ -5,7 +5,8 @@
 Parameters are never copied; how gradients come here is told in gathering.py.
 
 Two kinds of parameters are not views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
-memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back.
+memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back. (Around an inner
+optimizer that takes many steps none is a view of x: anchored.py.)
 
 Between the backward pass and step() a gradient is the script's: nothing here writes it. Where it is averaged or scaled
 by a layer before the rule sees it, that happens in a buffer beside it.
@@ -45,9 +46,11 @@ class Bucket(Gathering, PerSlot):
     [messages, N] what is sent, `received` [d, messages, N].
 
     Args:
-        gradients: False leaves gradients where they are; x stands in for g, which nothing reads then.
+        gradients: False leaves gradients where they are; x stands in for them, which nothing reads then.
         beside: g is a buffer of its own, for gradients that are averaged or scaled first.
     """
+
+    anchored = False  # see anchored.py
 
     def __init__(
         self,
@@ -72,10 +75,11 @@ class Bucket(Gathering, PerSlot):
         first = params[0]
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
-        self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
+        apart = dtype in LOW_PRECISION or self.anchored
+        self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if apart else None
         kind = grad_type(first)
         self.grads = torch.zeros(self.N, dtype=kind, device=first.device) if gradients else self.x
-        self.g = torch.zeros_like(self.grads) if gradients and beside else self.grads
+        self.g = torch.zeros_like(self.grads) if beside else self.grads
         self.state: tuple[torch.Tensor, ...] = ()
         self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
         self.name = ""  # by what is in it, see spikes.py
@@ -87,8 +91,13 @@ class Bucket(Gathering, PerSlot):
         for slot in self.slots:
             self._adopt(slot, gradients)
         self.copies = [slot for slot in self.slots if slot.apart or self.low is not None]
-        apart = [slot for slot in self.slots if slot.apart]
-        self._shards = [slot.data for slot in apart], [slot.view(self.x) for slot in apart]
+        own, theirs = self.front, [slot for slot in self.slots if slot.apart]
+        self._shards = [slot.data for slot in theirs], [slot.view(own) for slot in theirs]
+
+    @property
+    def front(self) -> torch.Tensor:
+        """What `averaged` puts means into."""
+        return self.x
 
     def allocate(self, state: Sequence[str], extra: Sequence[str]) -> None:
         """Room for state and layers."""
@@ -143,9 +152,9 @@ class Bucket(Gathering, PerSlot):
     def _adopt(self, slot: Slot, gradients: bool) -> None:
         p = slot.p
         slot.view(self.x).copy_(slot.data)
+        if self.low is not None and (self.anchored or not slot.apart):
+            slot.view(self.low).copy_(slot.data)
         if not slot.apart:
-            if self.low is not None:
-                slot.view(self.low).copy_(slot.data)
             slot.data = slot.storage(self.x if self.low is None else self.low)
         slot.address = slot.data.data_ptr()
         had = p.grad

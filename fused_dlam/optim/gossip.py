@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 from .. import topology as topologies
 from ..comm import sharded
 from ..comm.place import layout
+from ..engine.anchored import average_inside
 from ..engine.engine import Engine
 from ..engine.flight import AVERAGING, OPEN
 from ..engine.health import Health
@@ -20,6 +21,7 @@ from ..engine.message import Message
 from ..engine.step_allowed import check_step_allowed
 from ..layers.compression import Codec
 from ..rules.averaging import mix, mix_ahead, mix_halfway
+from ..rules.rule import Rule
 from ..rules.scalars import Scalars
 from ..theory.stability import rows_for
 from ..topology import Topology, TopologyLike
@@ -29,6 +31,9 @@ from .inner_copies import InnerCopies
 from .of_inner import OfInner
 from .old_names import translate
 from .options import Options
+from .outer import Outer
+from .outer_steps import OuterSteps
+from .rounds import MEMORY
 from .shared import GossipOptimizer
 from .succession import Succession
 from .survival import Members, Survival, enter
@@ -40,7 +45,7 @@ AVERAGING_RULES = {
 }
 
 
-class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
+class Gossip(InnerCopies, OfInner, OuterSteps, GossipOptimizer):  # type: ignore[override]
     """Makes an optimizer decentralized: each `step` is the inner optimizer's step and an average with neighbors.
 
         atc       x' = W (x + d)          d the inner optimizer's step at x: adapt, then combine
@@ -53,9 +58,23 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
     second moments) stays each worker's own. Use it wherever an optimizer is used, learning rate schedulers included.
     It moves the parameters into flat buffers, as `GossipSGD` does, and broadcasts rank 0's.
 
+    With every=H an exchange comes after H steps of the inner optimizer, and what is exchanged is the way g = x_0 - x_H
+    that they went, or the x_0 from which they started. outer= is the method that steps x_0 with it (optim/rounds.py):
+
+        local AdamW   Gossip(AdamW(...), every=50)
+        DiLoCo        Gossip(AdamW(...), outer="nesterov-pmsgd", every=50, lr=0.7, momentum=0.9)
+        ours, hidden behind the next round    Gossip(AdamW(...), outer="mi-dmsgd", every=50, schedule="awc")
+
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
             may do what it likes in its step but replace a parameter.
+        outer: a name from `fused_dlam.rules.ALL` or a `Rule`; None: the average alone, without a method of its own.
+        every: H, inner steps to an exchange. The same on all ranks, unless local_steps=True.
+        lr, momentum: of the outer method, 0.7 and 0.9 by default. In the inner optimizer's groups they are "outer_lr"
+            and "outer_momentum", and the method's own hyper-parameters "outer_...": schedule them there.
+        local_steps: ranks may have an `every` of their own, and change it at any time; what they went counts by the
+            mean number of steps over their own. Costs an all-reduce of two numbers per exchange.
+        allow_unstable: run although the outer method's disagreement between workers grows.
         topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout, on_failure, min_workers,
             admit_every, on_members_changed, compress: as in `GossipSGD`. With hierarchical= gradients are averaged
             inside a machine before the inner step. No message leaves before the backward pass is over, so there is no
@@ -72,9 +91,15 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         self,
         optimizer: Optimizer,
         topology: TopologyLike = "one-peer-exponential",
-        schedule: str = "atc",
+        schedule: str = "auto",
         group: dist.ProcessGroup | None = None,
         *,
+        outer: str | Rule | None = None,
+        every: int = 1,
+        lr: float | None = None,
+        momentum: float | None = None,
+        local_steps: bool = False,
+        allow_unstable: bool = False,
         hierarchical: Any = None,
         comm_dtype: torch.dtype | None = None,
         fused: bool | None = None,
@@ -85,40 +110,50 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         admit_every: int = 100,
         on_members_changed: Callable[[Members], Any] | None = None,
         compress: str | Codec | None = None,
-        **old: Any,
+        **hyper: Any,
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Gossip wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, GossipOptimizer):
             raise TypeError(f"{type(optimizer).__name__} gossips already")
-        topology, _, _ = translate(old, topology)
-        if old:
-            raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(old))!r}")
-        schedule = "atc" if schedule == "auto" else schedule
-        self._options = Options(schedule, False, None, (), comm_dtype, fused, bucket_mb, compress=compress)
+        topology, _, _ = translate(hyper, topology)
+        everything = [p for g in optimizer.param_groups for p in g["params"]]
+        chosen = Outer(outer, every, lr, momentum, local_steps, hyper)
+        bucket_mb = chosen.bucket_mb(bucket_mb, schedule, everything)
+        schedule = "atc" if schedule == "auto" and not chosen.on else schedule
+        self._options = Options(
+            schedule, False, None, (), comm_dtype, fused, bucket_mb, local_steps=local_steps, compress=compress
+        )
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        rule, message = AVERAGING_RULES[schedule]
+        rule, message = chosen.rule(schedule, hierarchical) or AVERAGING_RULES[schedule]
         membership, self._comes = enter(survival, timeout, group, hierarchical, rule, fused)
         where = layout(group, hierarchical)
         suits = partial(self._options.check_compression, rule)
-        graphs = None if membership is None else Succession(topology, None, suits=suits)
+        graphs = None
+        if membership is not None:
+            graphs = Succession(topology, rule if chosen.on else None, allow_unstable, self._outer_groups, suits)
         graph = graphs(where.size) if graphs and self._comes else topologies.get(topology, where.size)
         rows_for(rule, graph)
-        if graph.n > 1 and graph.rho >= 1 - 1e-9:
+        if graph.n > 1 and graph.rho >= 1 - 1e-9 and rule.average != "gradient":
             raise ValueError(f"{graph.name} never brings its {graph.n} workers together: disagreement does not shrink")
 
         self._options.check_compression(rule, graph)
+        self._rounds = chosen.rounds(rule, graph, allow_unstable)
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
-        self._entries = dict(gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=schedule, gossip_step=0)
+        self._entries = dict(
+            gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=rule.schedule if chosen.on else schedule,
+            gossip_step=0,
+        )  # fmt: skip
+        if self._rounds is not None:
+            self._entries["gossip_outer"] = rule.name
         if callable(getattr(optimizer, "eval", None)):
             raise TypeError(
                 f"{type(optimizer).__name__} has eval(): a schedule-free optimizer keeps a second sequence of the"
                 " parameters in its state, which gossip does not average, and the workers' drift apart. Use another"
                 " optimizer, or average all of it by torch.distributed"
             )
-        everything = [p for g in self.param_groups for p in g["params"]]
         options.check_parameters(everything)
         survival.check_parameters(everything)
         self._frozen = Frozen()
@@ -128,7 +163,7 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         place = self._first_place(where, membership, hierarchical is None)
         self._ahead = message.leaves_early
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb,
-                               elastic=survival.goes_on, codec=self._options.compress)  # fmt: skip
+                               elastic=survival.goes_on, codec=self._options.compress, anchored=chosen.on)  # fmt: skip
         self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
         for g in self.param_groups:
             self._enter(g)
@@ -136,7 +171,8 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
 
     def __repr__(self) -> str:
         topology, schedule = self._entries["gossip_topology"], self._entries["gossip_schedule"]
-        return f"Gossip({topology!r}, {schedule!r}) of {self.inner!r}"
+        outer = "" if self._rounds is None else f", outer={self._rounds.rule.name!r}, every={self.every}"
+        return f"Gossip({topology!r}, {schedule!r}{outer}) of {self.inner!r}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch. With several workers all ranks must do so before the same step."""
@@ -152,8 +188,11 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         engine = self._engine
         options.check_parameters(group["params"])
         group.update({**self._entries, "gossip_step": self._step})
+        self._enter_round(group)
         params = list({id(p): p for p in group["params"]}.values())
         name = {"the optimizer": type(self.inner).__name__}
+        if not self._options.local_steps:
+            name["every"] = str(self.every)
         self._take_in(params, lambda: name | options.facts(group, params, engine, self._options))
 
     @property
@@ -177,6 +216,8 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         """
         self._check_connected()
         check_step_allowed(self._engine, self._averaging)
+        if self._rounds is not None and not self._rounds.last:
+            return self._inner_step(closure)
         return self._exchange(lambda: self._advance(closure))
 
     def local_step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,6 +233,8 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
 
         Called again when an exchange failed it goes on, alone, from where that was.
         """
+        if self._rounds is not None:
+            return (self._end_round if self._rounds.last else self._inner_step)(closure, gradients)
         if self._stepped != self._step:
             self._loss = self._step_and_mix(closure, gradients)
         else:
@@ -208,10 +251,7 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         if gradients:
             self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
             skip = self._overflowed()
-        if len(self.param_groups) != len(engine.local.passes):
-            raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
-        for number, params in self._frozen.thawed():
-            self._frozen.enter_late(params, number, engine, self._step)
+        self._thaw()
         engine.refresh()
         if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
             loss = self._local_step(closure, gradients, skip)
@@ -219,6 +259,13 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
                 engine.end()
             return loss
         return self._exchanging_step(closure, gradients, skip)
+
+    def _thaw(self) -> None:
+        """Moves into flat buffers what is trainable now and was not."""
+        if len(self.param_groups) != len(self._engine.local.passes):
+            raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
+        for number, params in self._frozen.thawed():
+            self._frozen.enter_late(params, number, self._engine, self._step)
 
     def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine = self._engine
@@ -249,7 +296,7 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
     def _local_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine, loss = self._engine, None
         scale = getattr(self, "grad_scale", None)
-        if engine.averager.size == 1:
+        if engine.averager.size == 1 or not (self._rounds is None or engine.averages_inside):
             if skip or not gradients:
                 return None
             grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
@@ -263,9 +310,13 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
             b.refresh()
         engine.factor = self._join_factor * mixed_precision.to_common_scale(self)  # ranks may have scales of their own
         scale = getattr(self, "grad_scale", None)
-        engine.bring(AVERAGING)
         # Waits for all before the first takes a gradient's place: where a worker is lost, all are of this one alone.
-        for b, active in [(b, engine.flight(b).active()) for b in engine.buckets]:
+        if self._rounds is None:
+            engine.bring(AVERAGING)
+            actives = [engine.flight(b).active() for b in engine.buckets]
+        else:
+            actives = average_inside(engine, self._step)
+        for b, active in zip(engine.buckets, actives, strict=True):
             torch.div(b.g, 1.0 if scale is None else scale, out=b.grads)
             for slot, now in zip(b.slots, active, strict=True):
                 slot.p.grad = slot.installed if now else None
@@ -277,11 +328,23 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         """Whether a GradScaler found an overflow on any rank, see mixed_precision.py."""
         if getattr(self, "found_inf", None) is None:
             return False
+        if self._own_overflows:  # its own inner step alone: what is exchanged is a way, which has no scale
+            return bool(getattr(self, "found_inf"))  # noqa: B009 -- a GradScaler's, and in no class
         return mixed_precision.overflowed(self)
 
     # -- other neighbors, see recovery.py ----------------------------------------------------------------------------
 
+    @property
+    def _own_overflows(self) -> bool:  # type: ignore[override]
+        return self._rounds is not None and not self._engine.averages_inside
+
+    def _outer_groups(self) -> list[dict[str, Any]]:
+        assert self._rounds is not None
+        return [self._rounds.settings_of(g) for g in self.param_groups]
+
     def _resume(self, graph: Topology) -> None:
+        if self._rounds is not None:
+            self._rounds.move(graph, self._outer_groups())
         self._entries["gossip_topology"] = f"{graph.name} over {graph.n}"
         for group in self.param_groups:
             group["gossip_topology"] = self._entries["gossip_topology"]
@@ -294,7 +357,14 @@ class Gossip(InnerCopies, OfInner, GossipOptimizer):  # type: ignore[override]
         return {"inner optimizer": type(self.inner).__name__, **super()._facts()}
 
     def _rest(self) -> Any:
-        return self.inner.state_dict()["state"]
+        state = self.inner.state_dict()["state"]
+        return state if self._rounds is None else (state, self._rounds.rest, [g[MEMORY] for g in self.param_groups])
 
     def _take_rest(self, rest: Any) -> None:
+        if self._rounds is not None:
+            rest, counts, memories = rest
+            self._rounds.taken, self._rounds.batches = counts
+            for group, memory in zip(self.param_groups, memories, strict=True):
+                group[MEMORY] = dict(memory)
+            self._note(self._rounds)
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})

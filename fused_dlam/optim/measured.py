@@ -110,7 +110,8 @@ class Measured:
         self._settle()
         total = torch.zeros(1, dtype=torch.float64)
         for b in self._engine.buckets:
-            x = b.x[: b.flags.start]  # what is behind the last parameter is no parameter
+            # What is behind the last parameter is no parameter.
+            x = b.front[: b.flags.start].to(b.x.dtype)
             mean = x.clone()
             place.workers.mean(mean)
             total += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64).square().cpu()

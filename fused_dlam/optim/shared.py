@@ -33,6 +33,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
     _closed = False
+    _own_overflows = False  # whether a rank may leave out a step of its own
     _averaging = False  # whether this is within `averaged`
     _said: Set[str] = frozenset()  # lines that `averaged` has logged
 
@@ -52,7 +53,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
 
         scale: the loss scale that this rank's gradients have; None: none, they are unscaled.
         """
-        if self._unsettled:  # step() settles who takes part first, and agrees then
+        if self._own_overflows or self._unsettled:  # step() settles who takes part first, and agrees then
             return
         try:
             self._agree_on_overflow(found, scale)
@@ -188,12 +189,11 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         agree(place, others)
         self._settle()
         for b in engine.buckets if place.workers.size > 1 else ():
-            own = b.x.clone()
+            own = b.front.clone()
             back.callback(_put, b, own)
-            mean = own.clone()
+            mean = own.to(b.x.dtype, copy=True)
             place.workers.mean(mean)
-            b.x.copy_(mean)
-            b.publish()
+            _put(b, mean)
         for tensor in others.values():
             one = Averaged(tensor)
             own = one.read()
@@ -250,8 +250,8 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
 
 def _put(b: Bucket, own: torch.Tensor) -> None:
     with torch.no_grad():
-        b.x.copy_(own)
-        b.publish()
+        b.front.copy_(own)
+        b.publish(low=not b.anchored)
 
 
 def _write(one: Averaged, own: torch.Tensor) -> None:

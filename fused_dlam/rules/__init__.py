@@ -2,7 +2,8 @@
 
 momentum.py has the momentum SGD methods, pc_dmsgd.py and mi_dmsgd.py ours, corrected.py D2, exact diffusion, NIDS,
 EXTRA and the tracking methods, pushed.py those for directed graphs, local.py those with local steps, nesterov.py
-Nesterov's forms, adaptive.py Adam. README.md has the table of methods, and how to write one.
+Nesterov's forms, adaptive.py Adam, outer.py the outer methods GASLoC and NoLoCo. README.md has the table of methods,
+and how to write one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .local import k_gt, led, proxskip
 from .mi_dmsgd import auto_displacement_rate, mi_adamw, mi_dmsgd, nesterov_mi_dmsgd
 from .momentum import awc_dmsgd, da_dmsgd, decentlam, dmsgd, dsgd, inverse_lr, pmsgd, psgd, qg_dmsgd
 from .nesterov import nesterov_awc_dmsgd, nesterov_dmsgd, nesterov_pc_dmsgd, nesterov_pmsgd, nesterov_qg_dmsgd
+from .outer import gasloc, noloco
 from .pc_dmsgd import auto_correction_rate, pc_dmsgd
 from .pushed import push_diging, push_pull, push_sum
 from .rule import Rule
@@ -27,7 +29,7 @@ ALL = {
         d2_dmsgd, exact_diffusion, nids, extra, led, proxskip, gradient_tracking, momentum_tracking, k_gt,
         push_sum, push_diging, push_pull,
         nesterov_pmsgd, nesterov_dmsgd, nesterov_awc_dmsgd, nesterov_qg_dmsgd, nesterov_pc_dmsgd,
-        nesterov_mi_dmsgd, adam, adamw, mi_adamw,
+        nesterov_mi_dmsgd, adam, adamw, mi_adamw, gasloc, noloco,
     )
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ BOUNDS = {  # hyper-parameter: methods, inside, outside, how its bounds are told
     "correction_gain": (CORRECTED, (1, 10.0, math.inf), (0.5, -1), r">= 1 \(math.inf is allowed\)"),
     "probability": (("proxskip",), (1, 0.1, 1e-9), (0.0, 1.01), r"in \(0, 1\]"),
     "beta2": (ADAM, (0, 0.999), (1.0, -0.1), r"in \[0, 1\)"),
+    "gossip_rate": (("gasloc", "noloco"), (1, 0.7, 1e-9, 1.5), (0.0, -0.5, math.inf), "above 0 and finite"),
     "eps": (ADAM, (1e-30, 1, np.float32(0.5)), (0.0, -1.0, math.inf), "above 0 and finite"),
 }  # fmt: skip
 

@@ -126,10 +126,11 @@ TORCH = {  # what every method is with one worker
     **dict.fromkeys(["adamw", "mi-adamw"], (torch.optim.AdamW, {})),
 }
 SELF_AVERAGING = ("qg-dmsgd", "nesterov-qg-dmsgd")  # their momentum is a mean of displacements
+OUTER = ("gasloc", "noloco")  # their momentum is a displacement: torch's at a constant rate, see test_outer.py
 
 
 @pytest.mark.parametrize("lr", [*LRS.values(), everything], ids=[*LRS, "everything"])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in SELF_AVERAGING])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in SELF_AVERAGING + OUTER])
 def test_one_worker_is_torchs_optimizer(method, lr):
     """torch.optim.SGD, Adam or AdamW with momentum and weight decay, in float64, to 1e-12 under any schedule."""
     grad = oracle.LeastSquares(1, gradient_noise=1.0)

@@ -140,14 +140,15 @@ def test_the_demo_draws_every_method(tmp_path, monkeypatch):
 
 # -- the topology command ----------------------------------------------------------------------------------------------
 
-D2, HALVES = {"d2-dmsgd", "led"}, {"exact-diffusion", "nids", "extra", "proxskip"}  # one map without gradients each
+# One map without gradients each.
+D2, HALVES, LAM = {"d2-dmsgd", "led"}, {"exact-diffusion", "nids", "extra", "proxskip"}, {"decentlam", "gasloc"}
 GRAPHS = [
-    ("one-peer-exponential", 8, 0.9, {"decentlam", *D2}),
-    ("exponential", 16, 0.9, {"decentlam", *D2, *HALVES}),
+    ("one-peer-exponential", 8, 0.9, {*LAM, "noloco", *D2}),
+    ("exponential", 16, 0.9, {*LAM, "noloco", *D2, *HALVES}),
     ("symmetric-exponential", 8, 0.9, set()),
     ("one-peer-exponential", 8, 0.5, D2),
     ("torus", 12, 0.95, D2),
-    ("base-k", 8, 0.9, {"decentlam", *D2}),
+    ("base-k", 8, 0.9, {*LAM, *D2}),
 ]
 
 

@@ -31,7 +31,7 @@ METHOD = st.sampled_from(sorted(rules.ALL))
 HYPER = {
     "mu": st.floats(0, 1, exclude_max=True), "correction_rate": st.floats(0.01, 0.5),
     "correction_gain": st.floats(2, 1000), "beta2": st.floats(0.5, 0.9999), "eps": st.floats(1e-8, 0.1),
-    "probability": st.floats(0.05, 1.0),
+    "probability": st.floats(0.05, 1.0), "gossip_rate": st.floats(0.05, 1.5),
 }  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""What a user says of an outer method, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import rules
+from ..comm.sharded import local
+from ..engine.message import Message, message_of
+from ..rules.rule import Rule
+from ..rules.scalars import among
+from ..topology import Topology
+from .certificate import Certificate
+from .rounds import Rounds, check_every
+
+SMALLEST, LARGEST = 0.25, 32.0  # MiB of a bucket that leaves in one of H steps
+
+
+class Outer:
+    """The options of `Gossip` that are the outer method's, see there. Checked here, before anything is sent.
+
+    With every=1 and nothing else there is none: parameters are averaged in every step.
+    """
+
+    def __init__(
+        self, outer: str | Rule | None, every: int, lr: float | None, momentum: float | None, local_steps: bool,
+        hyper: dict[str, Any],
+    ):  # fmt: skip
+        self.every = check_every(every)
+        if not among(local_steps, (True, False)):
+            raise TypeError(f"local_steps must be True or False, not {local_steps!r}")
+        self.unequal, self.method = bool(local_steps), outer
+        self.on = outer is not None or every > 1 or self.unequal
+        if outer is None:
+            for name, value in (("lr", lr), ("momentum", momentum)):
+                if value is not None:
+                    raise TypeError(
+                        f"{name}= is the outer method's, and there is none: pass outer='mi-dmsgd', say, or set it where"
+                        " the inner optimizer is built"
+                    )
+            if hyper:
+                raise TypeError(f"Gossip.__init__() got an unexpected keyword argument {next(iter(hyper))!r}")
+            lr, momentum = 1.0, 0.0
+        # DSGD with the rate 1 is the average: x - (x - y) + pull.
+        self.of = rules.get("dsgd" if outer is None else outer)
+        self.of.check_hyper(hyper, ARGUMENTS)
+        self.settings = {
+            "lr": 0.7 if lr is None else lr,
+            "momentum": 0.9 if momentum is None else momentum,
+            **self.of.defaults(hyper),
+        }
+
+    def rule(self, schedule: str, hierarchical: Any) -> tuple[Rule, Message] | None:
+        """The rule that the engine runs, and what it sends. None without an outer method."""
+        if not self.on:
+            return None
+        rule = self.of.under(schedule if self.of.average != "gradient" else _own(schedule))
+        if rule.average == "gradient":
+            if hierarchical:
+                raise ValueError(f"outer={rule.name!r} averages over all ranks: hierarchical= is for gossip")
+            return rule, Message.GRADIENT
+        return rule.outer(), message_of(rule)
+
+    def bucket_mb(self, given: float | None, schedule: str, params: Sequence[torch.Tensor]) -> float | None:
+        """Where x is sent during a round, buckets of the size that one of its steps is to send."""
+        early = self.on and self.of.average != "gradient" and self.of.under(schedule).schedule == "awc"
+        if given is not None or not early or self.unequal:  # ranks must have the same
+            return given
+        total = sum(local(p).numel() * p.element_size() for p in params if p.requires_grad) / 2**20
+        return min(max(total / self.every, SMALLEST), LARGEST)
+
+    def rounds(self, rule: Rule, graph: Topology, allow_unstable: bool) -> Rounds | None:
+        if not self.on:
+            return None
+        certificate = Certificate(rule, graph, allow_unstable)
+        rounds = Rounds(rule, self.every, self.unequal, self.settings, certificate)
+        rounds.check({**rounds.entries})
+        return rounds
+
+
+def _own(schedule: str) -> str:
+    """All-reduce has no schedule but its own."""
+    if schedule not in ("auto", "atc"):
+        raise ValueError(
+            f"schedule={schedule!r} is for methods that send to neighbors, and this outer method averages the way by"
+            " all-reduce, when a round ends: outer='nesterov-awc-dmsgd' with topology='full' and schedule='awc' has the"
+            " same mean, and hides its exchange"
+        )
+    return "auto"
+
+
+#: What the constructor takes by name, for an unknown name may have been meant to be one.
+ARGUMENTS = (
+    "topology", "schedule", "group", "outer", "every", "local_steps", "allow_unstable", "hierarchical", "comm_dtype",
+    "fused", "bucket_mb", "timeout", "on_failure", "min_workers", "admit_every", "on_members_changed", "compress",
+)  # fmt: skip
