@@ -23,6 +23,7 @@ class Tracked:
     if TYPE_CHECKING:
         param_groups: list[dict[str, Any]]
         _joining: bool
+        _step: int
 
         @property
         def _engine(self) -> Engine: ...
@@ -44,10 +45,11 @@ class Tracked:
     def track(self, callback: Callback | None, every: int = 1, consensus_every: int = 0) -> RemovableHandle:
         """Gives `callback` a dictionary of plain numbers after each step().
 
-            {"step": 400, "lr": 0.1, "seconds": 0.21, "waiting": 0.03, "bytes_sent": 160000000, ...}
+            {"step": 400, "exchanges": 400, "lr": 0.1, "seconds": 0.21, "waiting": 0.03, "bytes_sent": 160000000, ...}
 
         step                 `steps_done`: 1 after the first step; it goes on where a checkpoint was loaded
-        lr, lr_1, ...        the learning rate of each parameter group in this step
+        exchanges            fewer where `Gossip` has rounds of several steps
+        lr, lr_1, ...        the learning rate of each parameter group in this step; so outer_lr, where there is one
         seconds              since the last dictionary; in the first one since `track`
         waiting              seconds of them in which this rank waited for others, in steps. See `waits`
         bytes_sent, messages_sent    of this rank since construction, as the properties of these names
@@ -61,7 +63,7 @@ class Tracked:
             callback: called on this rank, in the thread that calls step(). None tells nobody: for ranks that only take
                 part in measuring the distance.
             every: steps from one dictionary to the next. May differ between ranks.
-            consensus_every: steps from one `consensus_distance` to the next, an exact average over all workers; 0
+            consensus_every: exchanges from one `consensus_distance` to the next, an exact average over all workers; 0
                 measures none. Steps with one have a dictionary whatever `every` is. With it all ranks must call
                 `track`, with the same number. Within `join`, where ranks may be through, it is left out.
 
@@ -92,14 +94,13 @@ class Tracker:
 
     def __init__(self, optimizer: Tracked, callback: Callback | None, every: int, consensus_every: int):
         self.callback, self.every, self.consensus_every = callback, every, consensus_every
-        self._measured: int | None = None  # the step whose distance was measured last
         self._since = time.monotonic()
         self._ledger = optimizer._engine.place.workers.ledger
         self._waited = self._ledger.in_steps
 
     def __call__(self, optimizer: Tracked, args: Any, kwargs: Mapping[str, Any]) -> None:
         step = optimizer.steps_done
-        measures = self._is_due(step) and not optimizer._joining
+        measures = self._is_due(optimizer)
         tells = self.callback is not None and (measures or step % self.every == 0)
         numbers = self._numbers(optimizer, step) if tells else {}
         if measures:  # whether this rank tells of it or not
@@ -107,19 +108,18 @@ class Tracker:
         if tells and self.callback is not None:  # last: an exception of its leaves nothing undone
             self.callback(numbers)
 
-    def _is_due(self, step: int) -> bool:
-        """Once for a number of exchanges: ranks may call step() unequally often where not each of them has one."""
-        if step == self._measured:
+    def _is_due(self, optimizer: Tracked) -> bool:
+        """Whether all ranks measure now. It is by exchanges that they go alike: in a round each may take as many steps
+        as it likes, and within `join` some take none."""
+        if self.consensus_every == 0 or optimizer._joining or optimizer.param_groups[0].get("gossip_taken"):
             return False
-        due = self.consensus_every > 0 and step % self.consensus_every == 0
-        self._measured = step if due else None
-        return due
+        return optimizer._step % self.consensus_every == 0
 
     def _numbers(self, optimizer: Tracked, step: int) -> dict[str, float]:
         now, ledger = time.monotonic(), optimizer._engine.place.workers.ledger
         if ledger is not self._ledger:  # other workers, whose waits are counted anew
             self._ledger, self._waited = ledger, 0.0
-        numbers: dict[str, float] = {"step": step, **rates(optimizer.param_groups)}
+        numbers: dict[str, float] = {"step": step, "exchanges": optimizer._step, **rates(optimizer.param_groups)}
         numbers["seconds"], self._since = now - self._since, now
         if ledger.measured:
             numbers["waiting"], self._waited = ledger.in_steps - self._waited, ledger.in_steps
@@ -131,7 +131,8 @@ class Tracker:
 def rates(groups: list[dict[str, Any]]) -> dict[str, float]:
     """The learning rates that the host knows."""
     return {
-        f"lr_{i}" if i else "lr": float(group["lr"])
+        f"{name}_{i}" if i else name: float(group[name])
         for i, group in enumerate(groups)
-        if "lr" in group and not (isinstance(group["lr"], torch.Tensor) and group["lr"].device.type != "cpu")
+        for name in ("lr", "outer_lr")
+        if name in group and not (isinstance(group[name], torch.Tensor) and group[name].device.type != "cpu")
     }

@@ -4,7 +4,8 @@
   methods say, the rate is that of the step, waits add up to `optimizer.waits`, and seconds to what has passed;
 - the distance comes where it is due, is the same on all ranks, and needs no callback; ranks may have unlike `every`;
 - an exception of the callback's comes out of that rank's step(), which is complete: the run is the same, bit for bit;
-- within join() nothing is measured; after a load steps go on from the checkpoint's;
+- within join() nothing is measured, in rounds of unlike numbers of steps it goes by exchanges; after a load steps go
+  on from the checkpoint's;
 - bad arguments, ranks that disagree, and one that measures alone end in errors that say what to do;
 - on a GPU no rate is read.
 """
@@ -21,12 +22,12 @@ import fused_dlam
 from fused_dlam.optim.tracking import rates
 
 N = 3
-ALWAYS = ["step", "lr", "seconds", "waiting", "bytes_sent", "messages_sent", "workers"]
+ALWAYS = ["step", "exchanges", "lr", "seconds", "waiting", "bytes_sent", "messages_sent", "workers"]
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    names = ("told", "totals", "unlike", "failing", "joining", "resumed", "disagreeing", "one_alone")
+    names = ("told", "totals", "unlike", "failing", "joining", "resumed", "rounds", "disagreeing", "one_alone")
     return run_together(N, {name: (getattr(tracking_workers, name),) for name in names}, deadline=120)
 
 
@@ -37,7 +38,11 @@ def test_what_is_told(ranks, kind):
         for k, (numbers, (rate, step, distance, sent)) in enumerate(zip(got, own, strict=True)):
             assert list(numbers) == ALWAYS + ["consensus_distance"] * (k % 3 == 2)
             assert all(type(v) in (int, float) and math.isfinite(v) for v in numbers.values())
-            assert numbers["step"] == step == k + 1 and numbers["lr"] == rate and numbers["workers"] == N
+            assert (
+                numbers["step"] == numbers["exchanges"] == step == k + 1
+                and numbers["lr"] == rate
+                and numbers["workers"] == N
+            )
             assert numbers.get("consensus_distance", distance) == distance
             assert 0 < numbers["bytes_sent"] <= sent and 0 <= numbers["waiting"] <= numbers["seconds"]
         assert sum(numbers["seconds"] for numbers in got) <= lasted
@@ -75,6 +80,18 @@ def test_after_a_load_steps_go_on(ranks):
     expected = [*range(1, STEPS + 1), 4, 5, 6, 7]
     for got in ranks["resumed"]:
         assert got == [(k, k % 3 == 0) for k in expected]
+
+
+def test_in_rounds_of_unlike_numbers_of_steps(ranks):
+    distances = []
+    for rank, got in enumerate(ranks["rounds"]):
+        ends = [1 + rank, 3 + 2 * rank, 5 + 3 * rank, 7 + 4 * rank]  # the steps with an exchange
+        assert [n[0] for n in got] == list(range(1, ends[-1] + 1))
+        assert [n[1] for n in got] == [sum(end <= step for end in ends) for step in range(1, ends[-1] + 1)]
+        assert [n[0] for n in got if n[2] is not None] == [ends[1], ends[3]]
+        assert {n[3:] for n in got} == {(0.05, 0.5)}
+        distances.append([n[2] for n in got if n[2] is not None])
+    assert distances[0] == distances[1] == distances[2] and min(distances[0]) > 1e-4
 
 
 def test_ranks_that_disagree(ranks):

@@ -116,6 +116,20 @@ def resumed(rank):
     return [(numbers["step"], "consensus_distance" in numbers) for numbers in got]
 
 
+def rounds(rank):
+    """Rank r takes 1 + r steps to an exchange and one more after the first: (step, exchanges, distance, rates)."""
+    model = workers.Tied()
+    inner = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = fused_dlam.Gossip(inner, outer="mi-dmsgd", every=1 + rank, lr=0.5, local_steps=True)
+    got = []
+    optimizer.track(got.append, consensus_every=2)
+    for exchange in range(4):
+        optimizer.every = 1 + rank + (exchange > 0)
+        for _ in range(optimizer.every):
+            step(model, optimizer, workers.data(rank))
+    return [(n["step"], n["exchanges"], n.get("consensus_distance"), n["lr"], n["outer_lr"]) for n in got]
+
+
 def disagreeing(rank):
     """What all ranks are told where they want to measure in unlike steps, and that they go on."""
     model, optimizer = build()
