@@ -24,6 +24,8 @@ DISTANCE, SENT = "consensus_distance", "bytes_sent"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """(folder of each package, what each rank was told)"""
+    if not NAMES:
+        pytest.skip("none is installed")
     folders = {name: str(tmp_path_factory.mktemp(name)) for name in NAMES}
     return folders, run_workers(tracker_workers.run_each, 2, folders, deadline=120)
 
