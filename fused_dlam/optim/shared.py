@@ -21,9 +21,10 @@ from .joining import Joining
 from .measured import Measured
 from .state_dict import copied, entries, tensors, unplaced
 from .surviving import Surviving
+from .tracking import Tracked
 
 
-class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
+class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
