@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 
@@ -86,6 +87,15 @@ def beside(model: torch.nn.Module, held: set[int]) -> tuple[dict[str, torch.Tens
             # Two modules may have registered one memory under two tensors.
             named.setdefault((t.device, sharded.local(t).data_ptr(), t.shape, t.stride(), t.dtype), (name, t))
     return dict(named.values()), left
+
+
+def named(model: torch.nn.Module | None, name: str) -> torch.Tensor | None:
+    """A model's parameter or buffer of a name, None if it has none any more."""
+    try:
+        found = reduce(getattr, name.split("."), model)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def agree(place: Place, what: Mapping[str, torch.Tensor]) -> None:

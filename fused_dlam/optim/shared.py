@@ -16,7 +16,7 @@ from ..engine import regroup
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
-from .averaged import Averaged, agree, beside
+from .averaged import Averaged, agree, beside, named
 from .joining import Joining
 from .measured import Measured
 from .state_dict import copied, entries, tensors, unplaced
@@ -193,11 +193,11 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
             place.workers.mean(mean)
             b.x.copy_(mean)
             b.publish()
-        for tensor in others.values():
+        for name, tensor in others.items():
             one = Averaged(tensor)
             own = one.read()
             mean = one.mean(own, place)
-            back.callback(_write, one, own)
+            back.callback(_write, model, name, one, own)
             one.write(mean)
 
     def _beside(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -251,8 +251,12 @@ def _put(b: Bucket, own: torch.Tensor) -> None:
     with torch.no_grad():
         b.x.copy_(own)
         b.publish()
+        b.bring_home(values=False)  # a model.to() within the context has taken the means with it
 
 
-def _write(one: Averaged, own: torch.Tensor) -> None:
+def _write(model: torch.nn.Module | None, name: str, one: Averaged, own: torch.Tensor) -> None:
     with torch.no_grad():
         one.write(own)
+        now = named(model, name)
+        if now is not None and now.shape == own.shape and one.places is None:
+            Averaged(now).write(own)  # a model.to() within the context has made another tensor or other memory of it
