@@ -19,7 +19,6 @@ from typing import TypeVar
 
 import torch
 
-from ..comm import sharded
 from ..comm.group import Group
 from ..layers.compression import Codec
 from ..rules.scalars import Scalar

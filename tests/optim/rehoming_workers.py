@@ -1,5 +1,7 @@
 """What worker processes run in test_rehoming.py."""
 
+import logging
+
 import torch
 from torch import nn
 from workers import data
@@ -107,3 +109,38 @@ def written(rank, kind, how):
             model.weight.data = torch.full((3, 3), 1.0 + rank, dtype=dtype)
         if step == 2:
             return model.weight.detach().float().mean().item()
+
+
+def replaced(rank, how):
+    """Parameters of a model become other objects: (the error of `averaged`, lines of the log)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    params = model.named_parameters() if how == "named" else model.parameters()
+    optimizer = GossipSGD(params, lr=0.1)
+    lines = []
+    log = logging.getLogger("fused_dlam")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        if how == "seen":
+            with optimizer.averaged(model):
+                pass
+        if how in ("seen", "unseen"):
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        elif how == "added":
+            with optimizer.averaged(model):
+                pass
+            model[1] = nn.Linear(3, 2)
+            optimizer.add_param_group({"params": model[1].parameters()})
+        else:
+            model[1] = nn.Linear(3, 2)
+        model(torch.ones(2, 3)).sum().backward()
+        try:
+            with optimizer.averaged(model):
+                return "", lines
+        except ValueError as error:
+            return str(error), lines
+    finally:
+        log.removeHandler(handler)

@@ -2,10 +2,12 @@
 
 - `model.to("cpu:0")`, which copies, at any place of a script changes no bit of what is trained, averaged and saved:
   16-bit parameters, complex, tied and frozen ones, schedule "awc", `Gossip`, accumulated gradients;
-- a new memory's values count, as for torch's optimizers; while x is being sent ("awc") they are refused as any write is;
+- a new memory's values count, as for torch's optimizers; while x is being sent ("awc") they are refused as any write;
 - `p.grad.data = t` counts too;
 - what cannot come home is refused, with what has changed, and nothing else is changed: another type, device or shape,
-  another optimizer's parameter, a part of a larger storage, shared memory, one memory under two parameters.
+  another optimizer's parameter, a part of a larger storage, shared memory, one memory under two parameters;
+- `averaged(model)` refuses a model of which it knows that its parameters are other objects now, by their names; where
+  it cannot know and gradients go elsewhere, the log warns.
 """
 
 import pytest
@@ -19,6 +21,7 @@ from fused_dlam import Gossip, GossipSGD
 
 EVERYWHERE = ("built", "before", "zeroed", "forward", "backward", "stepped", "averaged", "end")
 PLACES = [("built",), ("backward",), ("stepped",), ("averaged",), EVERYWHERE]
+REPLACED = ("seen", "named", "unseen", "new layer", "added")
 WRITES = [
     (kind, how)
     for kind in ("GossipSGD", "awc", "bfloat16", "bfloat16 awc", "AdamW", "AdamW bfloat16")
@@ -38,6 +41,8 @@ def runs():
             calls[name, when] = (workers.train, "GossipSGD", when, *more)
     for kind, how in WRITES:
         calls[kind, how] = (workers.written, kind, how)
+    for how in REPLACED:
+        calls["replaced", how] = (workers.replaced, how)
     return run_together(2, calls, deadline=120)
 
 
@@ -137,3 +142,16 @@ def test_another_memory_layout_is_told_and_does_not_count(caplog):
     optimizer.step()
     assert torch.equal(model.weight, before) and model.weight.is_contiguous()
     assert "another memory layout" in caplog.text
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_replaced_objects_are_told_by_name(runs, how):
+    for error, lines in runs["replaced", how]:
+        if how == "seen":
+            assert "0.weight, 0.bias, 1.weight, 1.bias were replaced" in error
+        elif how == "named":
+            assert "the model's 1.weight, 1.bias were replaced" in error
+        else:
+            assert error == ""
+        warned = [level for level, line in lines if "it trains nothing" in line]
+        assert warned == (["WARNING"] if how in ("seen", "unseen") else [])
