@@ -108,14 +108,15 @@ def saved_model(rank, folder, checkpoint):
 
 
 def accumulated(rank, folder):
-    """Batches of two, two per step, beside batches of four: messages sent, and the models."""
+    """Batches of two, two per step, beside batches of four: messages sent, and the models. All samples are alike, for
+    Accelerate deals them out by batches."""
     from fused_dlam.frameworks.huggingface import GossipTrainer
 
     found = []
     for size, number in ((2, 2), (4, 1)):
         given = arguments(folder, per_device_train_batch_size=size, gradient_accumulation_steps=number, max_grad_norm=0)
         sgd = {"optimizer_cls_and_kwargs": (fused_dlam.GossipSGD, {"bucket_mb": 0.01})}
-        trainer = GossipTrainer(still(tiny()), given, train_dataset=texts(48), **sgd)
+        trainer = GossipTrainer(still(tiny()), given, train_dataset=texts(1) * 48, **sgd)
         trainer.train()
         found.append((trainer.gossip_optimizer.messages_sent, values(trainer.model)))
     (sent, model), (plain, other) = found
