@@ -192,11 +192,14 @@ def refused(rank, folder):
     return errors
 
 
-def page(rank, folder):
-    """The page's example as it stands, in a folder of its own; what it leaves there."""
-    text = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.S)[1]
+def pages(rank, folder):
+    """The page's examples as they stand, in a folder of their own: what they leave there, their lines and models."""
     os.chdir(folder)
-    names = {}
-    exec(compile(text, str(PAGE), "exec"), names)
-    dist.barrier()
-    return sorted(p.name for p in Path(folder).glob("*")), len(text.splitlines()), values(names["trainer"].model)
+    found = []
+    for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S):
+        names = {}
+        exec(compile(text, str(PAGE), "exec"), names)
+        dist.barrier()
+        gossip = names["gossip"] if "gossip" in names else names["trainer"].gossip_optimizer
+        found.append((len(text.splitlines()), gossip.consensus_distance(), values(names["model"])))
+    return sorted(p.name for p in Path(folder).glob("*")), found

@@ -6,7 +6,7 @@
 - after train() all ranks have one model, and one rank alone may save it;
 - with accumulation there is one exchange per step; every rank takes as many batches as the shortest has;
 - what averages already, a replaced parameter and arguments for another optimizer are refused, and told by name;
-- the page's example runs, and has at most 30 lines.
+- the page's examples run, and have at most 30 lines.
 """
 
 import huggingface_workers as workers
@@ -42,7 +42,7 @@ def few(tmp_path_factory):
     calls["refused"] = (workers.refused, folder / "refused")
     page = folder / "page"
     page.mkdir()
-    calls["page"] = (workers.page, page)
+    calls["pages"] = (workers.pages, page)
     return run_together(2, calls, deadline=240)
 
 
@@ -114,6 +114,9 @@ def test_what_is_refused(few):
         assert "auto_find_batch_size" in errors["batch_size"]
 
 
-def test_the_pages_example(few):
-    (files, lines, first), (_, _, second) = few["page"]
-    assert lines <= 30 and {"model", "run"} <= set(files) and same(first, second)
+def test_the_pages_examples(few):
+    (files, first), (_, second) = few["pages"]
+    assert {"model", "run", "model.pt", "last"} <= set(files) and len(first) == 2
+    for (lines, distance, model), (_, _, other) in zip(first, second, strict=True):
+        assert lines <= 30 and distance < 1 and model.keys() == other.keys()
+    assert same(first[0][2], second[0][2])  # Trainer's, after train()
