@@ -21,7 +21,7 @@ MAY = {  # room -> the rooms that it may import
     "engine": {"rules", "topology", "kernels", "layers", "comm"},
     "optim": {"rules", "topology", "kernels", "layers", "comm", "theory", "engine"},
     "tools": EVERYTHING,
-    "examples": {"", "rules", "topology"},  # public names alone
+    "examples": {"", "rules", "topology", "frameworks"},  # public names alone
     "tutorials": {"", "rules", "topology"},  # the same
     "frameworks": {"", "rules", "topology"},  # the same
     "": EVERYTHING,  # the public names
