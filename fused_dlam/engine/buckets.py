@@ -20,10 +20,10 @@ from typing import TypeVar
 
 import torch
 
-from ..comm import sharded
 from ..comm.group import Group
 from ..layers.compression import Codec
 from ..rules.scalars import Scalar
+from . import rehoming
 from .compressed import Compressed
 from .gathering import Gathering
 from .header import SIZE
@@ -160,29 +160,25 @@ class Bucket(Gathering, PerSlot):
         had = p.grad
         if not slot.apart:
             p.data = slot.data
+        rehoming.own(p, self)
         if not gradients:
             return
-        # `.data` gives the view a version counter of its own: writing the flat buffer does not move it, autograd and
-        # the user do. So the counter tells whether this parameter got a gradient.
-        slot.grad = slot.view(self.grads).data
-        slot.installed = sharded.like(p, slot.grad) if slot.apart else slot.grad
+        slot.lay_gradient(self.grads)
         if had is not None:
             p.grad = had.to(getattr(p, "grad_dtype", None) or p.dtype) if had.layout == torch.strided else had
             self.collect([slot])
 
     def refresh(self) -> None:
-        """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
-        dtype = self.x.dtype if self.low is None else self.low.dtype
-        for slot in self.slots:
-            p = slot.p
-            here = sharded.local(p) if slot.apart else p
-            if here.data_ptr() != slot.address or (p.dtype != dtype and not p.is_complex()):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
-                    " built (model.to(...), load_state_dict(assign=True), p.data = ..., or another optimizer built over"
-                    " it). Move the model first, then build the one optimizer; load checkpoints with assign=False."
-                )
+        """Brings parameters home that got other memory, and collects stray gradients. Raises RuntimeError for those
+        that cannot come home, see rehoming.py."""
+        self.bring_home()
         self.collect_all()
+
+    def bring_home(self, values: bool = True) -> None:
+        """See rehoming.py."""
+        slots = rehoming.away(self)
+        if slots:
+            rehoming.bring_home(self, slots, values)
 
     def active(self) -> list[bool]:
         """For each slot, whether its parameter has a gradient. As in torch zeros are one, and None is none."""
@@ -248,6 +244,8 @@ class Bucket(Gathering, PerSlot):
         x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
         averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
+        if part is None:
+            self.bring_home()
         if self.low is not None:
             span = part or slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
             x, low = self.x[span], self.low[span]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,9 +17,10 @@ from ..engine import regroup
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
-from .averaged import Averaged, agree, beside
+from .averaged import Averaged, agree, beside, named
 from .joining import Joining
 from .measured import Measured
+from .replaced import Seen, untrained
 from .state_dict import copied, entries, tensors, unplaced
 from .surviving import Surviving
 from .tracking import Tracked
@@ -36,6 +38,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     _own_overflows = False  # whether a rank may leave out a step of its own
     _averaging = False  # whether this is within `averaged`
     _said: Set[str] = frozenset()  # lines that `averaged` has logged
+    _seen: Seen | None = None  # the models that `averaged` was given
 
     _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
 
@@ -157,7 +160,9 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         All ranks must enter it together, with models of one form. Costs a copy of what is averaged. Within it step()
         is refused, for what it did would be undone.
 
-        Raises ValueError, on all ranks, if their models differ; RuntimeError within another `averaged`.
+        Raises ValueError, on all ranks, if their models differ, or if parameters of the model were replaced by other
+        objects since the optimizer was built; RuntimeError within another `averaged`. That is noticed of a model that
+        was averaged before, and where the optimizer was given named parameters; else a line in the log is all.
         """
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"averaged takes the model, a torch.nn.Module, not {type(model).__name__}")
@@ -185,8 +190,8 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
 
     def _put_means(self, model: torch.nn.Module | None, back: ExitStack) -> None:
         engine, place = self._engine, self._engine.place
-        others = {} if model is None else self._beside(model)
-        agree(place, others)
+        others, replaced = ({}, []) if model is None else (self._beside(model), self._replaced(model))
+        agree(place, others, replaced)
         self._settle()
         for b in engine.buckets if place.workers.size > 1 else ():
             own = b.front.clone()
@@ -194,31 +199,44 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
             mean = own.to(b.x.dtype, copy=True)
             place.workers.mean(mean)
             _put(b, mean)
-        for tensor in others.values():
+        for name, tensor in others.items():
             one = Averaged(tensor)
             own = one.read()
             mean = one.mean(own, place)
-            back.callback(_write, one, own)
+            back.callback(_write, model, name, one, own)
             one.write(mean)
 
     def _beside(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What of a model is averaged beside the flat buffers, by name."""
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        mine = {id(p): p for group in self.param_groups for p in group["params"]}
         others, left = beside(model, {id(slot.p) for b in self._engine.buckets for slot in b.slots})
-        if not mine & {id(p) for p in model.parameters()}:
+        if not mine.keys() & {id(p) for p in model.parameters()}:
+            strange = untrained(model, mine.values())
             self._say(
                 "averaged(): none of the model's parameters is the optimizer's, so all of them are averaged by"
-                " themselves. Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
+                " themselves. "
+                + (
+                    "But they have gradients, and the optimizer's have none: if the optimizer is to train this model,"
+                    " its parameters were replaced since, and it trains nothing. Build the optimizer after that"
+                    if strange
+                    else "Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
+                ),
+                logging.WARNING if strange else logging.INFO,
             )
         if left:
             self._say(f"averaged() leaves alone what has no mean: {', '.join(left)}")
         return others
 
-    def _say(self, line: str) -> None:
+    def _replaced(self, model: torch.nn.Module) -> list[str]:
+        if self._seen is None:
+            self._seen = Seen()
+        return self._seen.replaced(model, self.param_groups)
+
+    def _say(self, line: str, level: int = logging.INFO) -> None:
         """Logs a line once: evaluation comes again and again."""
         if line not in self._said:
             self._said = {*self._said, line}
-            log.info("%s", line)
+            log.log(level, "%s", line)
 
     @torch.no_grad()
     def consensus_state_dict(self) -> dict[str, Any]:
@@ -252,8 +270,12 @@ def _put(b: Bucket, own: torch.Tensor) -> None:
     with torch.no_grad():
         b.front.copy_(own)
         b.publish(low=not b.anchored)
+        b.bring_home(values=False)  # a model.to() within the context has taken the means with it
 
 
-def _write(one: Averaged, own: torch.Tensor) -> None:
+def _write(model: torch.nn.Module | None, name: str, one: Averaged, own: torch.Tensor) -> None:
     with torch.no_grad():
         one.write(own)
+        now = named(model, name)
+        if now is not None and now.shape == own.shape and one.places is None:
+            Averaged(now).write(own)  # a model.to() within the context has made another tensor or other memory of it
