@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYTHING = {
-    "rules", "topology", "kernels", "layers", "comm", "theory", "engine", "optim", "tools", "examples", "tutorials", "",
+    "rules", "topology", "kernels", "layers", "comm", "theory", "engine", "optim", "tools", "examples", "tutorials",
+    "frameworks", "",
 }  # fmt: skip
 MAY = {  # room -> the rooms that it may import
     "rules": set(),
@@ -22,6 +23,7 @@ MAY = {  # room -> the rooms that it may import
     "tools": EVERYTHING,
     "examples": {"", "rules", "topology"},  # public names alone
     "tutorials": {"", "rules", "topology"},  # the same
+    "frameworks": {""},  # the same
     "": EVERYTHING,  # the public names
 }
 COLLECTIVES = {
