@@ -13,7 +13,6 @@ worker's own state beside it; `fabric.load` takes either, see own_states.py.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from datetime import timedelta
 from os import PathLike
 from typing import Any
 from weakref import WeakSet
@@ -36,8 +35,7 @@ class GossipFabricStrategy(DDPStrategy):
         start_method: "popen" starts the script anew for every rank, "fork", "spawn" and "forkserver" start processes
             of this one. Under torchrun, SLURM and other launchers nothing is started.
         process_group_backend: "gloo", "nccl"; default: by the device.
-        options: what any strategy takes: `accelerator`, `parallel_devices`, `cluster_environment`, `checkpoint_io`,
-            `precision`. Those of DDP raise TypeError.
+        others: as of every strategy. Fabric sets them.
 
     Raises TypeError where an optimizer is set up that does not gossip.
     """
@@ -47,22 +45,31 @@ class GossipFabricStrategy(DDPStrategy):
         timeout: float = 600.0,
         start_method: str = "popen",
         process_group_backend: str | None = None,
-        **options: Any,
+        *,
+        accelerator: Any = None,
+        parallel_devices: Any = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision: Any = None,
     ):
-        own_states.refuse_ddp(options, "GossipFabricStrategy", timeout)
         super().__init__(
-            timeout=timedelta(seconds=timeout),
-            start_method=start_method,  # type: ignore[arg-type]
-            process_group_backend=process_group_backend,
-            **options,
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision,
+            process_group_backend,
+            own_states.deadline(timeout),
+            start_method,  # type: ignore[arg-type]
         )
         self._gossips: WeakSet[Any] = WeakSet()
         self._backward_sync_control = _NoSync(self._gossips)
 
     def setup_module(self, module: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
         """The module as it is, with rank 0's values: the optimizer gives all ranks those that it trains alone."""
-        own = self.broadcast({name: value.cpu() for name, value in module.state_dict().items()})
-        module.load_state_dict(own)
+        with torch.no_grad():
+            for value in (*module.parameters(), *module.buffers()):
+                value.copy_(self.broadcast(value.detach().cpu()))
         return module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -112,10 +119,6 @@ class GossipFabricStrategy(DDPStrategy):
             rest = super().load_checkpoint(path, others, strict, **kwargs)
             state.update(others)
         return {name: value for name, value in rest.items() if name not in (*state, own_states.KEY)}
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        count = int(self.all_reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum"))
-        return count == self.world_size if all else count > 0
 
 
 _LOADED = (torch.nn.Module, GossipSGD, Gossip)

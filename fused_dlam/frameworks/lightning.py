@@ -14,10 +14,8 @@ overridden here, in this order:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from os import PathLike
 from typing import Any
 
@@ -31,8 +29,6 @@ from . import own_states
 from .shortest import Shortest
 from .unwrapped import seen_through
 
-log = logging.getLogger("fused_dlam")
-
 
 class GossipStrategy(DDPStrategy):
     """A Lightning strategy for models that are trained by `GossipSGD` or `Gossip`.
@@ -42,8 +38,7 @@ class GossipStrategy(DDPStrategy):
         start_method: "popen" starts the script anew for every rank, "fork", "spawn" and "forkserver" start processes
             of this one, for notebooks, say. Under torchrun, SLURM and other launchers nothing is started.
         process_group_backend: "gloo", "nccl"; default: by the device.
-        options: what any strategy takes: `accelerator`, `parallel_devices`, `cluster_environment`, `checkpoint_io`,
-            `precision_plugin`. Those of DDP raise TypeError.
+        others: as of every strategy. The Trainer sets them.
 
     Raises TypeError, as fit() begins, for an optimizer that does not gossip.
     """
@@ -53,20 +48,22 @@ class GossipStrategy(DDPStrategy):
         timeout: float = 600.0,
         start_method: str = "popen",
         process_group_backend: str | None = None,
-        **options: Any,
+        *,
+        accelerator: Any = None,
+        parallel_devices: Any = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
     ):
-        of_ddp = options.keys() - {
-            "accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin",
-        }  # fmt: skip
-        if of_ddp:
-            raise TypeError(f"GossipStrategy has no DDP, and takes no {', '.join(sorted(of_ddp))}")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be positive seconds, not {timeout}")
         super().__init__(
-            timeout=timedelta(seconds=timeout),
-            start_method=start_method,  # type: ignore[arg-type]
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision_plugin,
             process_group_backend=process_group_backend,
-            **options,
+            timeout=own_states.deadline(timeout),
+            start_method=start_method,  # type: ignore[arg-type]
         )
         self._evaluation = ExitStack()  # holds the mean in the model, within evaluation
         self._evaluating = False

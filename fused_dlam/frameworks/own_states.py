@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ def check(optimizer: Any, strategy: str) -> GossipSGD | Gossip:
         f" alone. Take fused_dlam.Gossip({name}(...)) or fused_dlam.GossipSGD, or a strategy that averages gradients"
         ' ("ddp")'
     )
+
+
+def deadline(timeout: float) -> timedelta:
+    """Raises ValueError for what is no number of seconds to wait."""
+    if not timeout > 0:
+        raise ValueError(f"timeout must be positive seconds, not {timeout}")
+    return timedelta(seconds=timeout)
 
 
 @contextmanager
@@ -76,8 +84,7 @@ def save(
     """
     folder = broadcast(f"{Path(path).name}.{uuid.uuid4().hex[:8]}")
     for number, optimizer in enumerate(optimizers):
-        own = model if number == 0 else torch.nn.Module()  # the model once
-        save_checkpoint(_folders(path) / folder / str(number), own, optimizer)
+        save_checkpoint(_folders(path) / folder / str(number), model if number == 0 else _own(optimizer), optimizer)
     return {"folder": folder, "optimizers": len(optimizers)}
 
 
@@ -117,8 +124,13 @@ def load(
     if entry["optimizers"] != len(optimizers):
         raise ValueError(f"{path} was saved with {entry['optimizers']} optimizers, and there are {len(optimizers)}")
     for number, optimizer in enumerate(optimizers):
-        load_checkpoint(folder / str(number), model if number == 0 else torch.nn.Module(), optimizer)
+        load_checkpoint(folder / str(number), model if number == 0 else _own(optimizer), optimizer)
     return True
+
+
+def _own(optimizer: GossipSGD | Gossip) -> torch.nn.Module:
+    """An optimizer's parameters as a model: the whole one is saved once."""
+    return torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _folders(path: str | PathLike[str]) -> Path:

@@ -49,7 +49,8 @@ class Shortest:
         batches = iter(self._loader)
         if self._batches is not None:
             seen = 0
-            for seen, batch in enumerate(islice(batches, self._batches), 1):
+            for batch in islice(batches, self._batches):
+                seen += 1
                 yield batch
             if seen < self._batches:
                 raise RuntimeError(
