@@ -60,7 +60,8 @@ def test_steps_are_those_of_a_plain_loop(found, kind):
     ranks = found[f"{kind} as a loop"]
     for path, expected, means, expected_means, (distance, seen, sent) in ranks:
         assert torch.equal(path, expected) and torch.equal(means, expected_means)
-        assert distance > 0 and seen == sent > 0
+        assert (distance > 0) == (kind != "adamw")  # whose two workers average x + d exactly
+        assert seen == sent > 0
     assert not torch.equal(ranks[0][0], ranks[1][0])
 
 
