@@ -4,13 +4,11 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
-from lightning_workers import OPTIMIZERS, SIZE, batches_of, flat, launched, loop, loss_of, network, script
+from lightning_workers import OPTIMIZERS, SIZE, batches_of, flat, launched, loop, loss_of, network
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fused_dlam.frameworks.fabric import GossipFabricStrategy
-
-__all__ = ["script"]  # the tests call it
 
 
 def started(rank, strategy=None):

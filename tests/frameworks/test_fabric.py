@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import called
+from workers import run_together
 
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("Lightning is not installed", allow_module_level=True)
@@ -29,24 +31,23 @@ def found(tmp_path_factory):
     """What each rank returned, by call."""
     if "lightning.pytorch" not in launch.PRELOAD:
         launch.PRELOAD.append("lightning.pytorch")  # imported once, not by every process
-    import fabric_workers as own
-    from workers import run_together
-
     folder = str(tmp_path_factory.mktemp("fabric"))
     part = example().replace("+ 1, 5)", "+ 1, 3)")
     calls = {
-        "sgd as a loop": (own.as_a_loop, "sgd", 1),
-        "adamw as a loop": (own.as_a_loop, "adamw", 2),
-        "awc as a loop": (own.as_a_loop, "awc", 2),
-        "sgd resumed": (own.resumed, folder, "sgd"),
-        "adamw resumed": (own.resumed, folder, "adamw"),
-        "awc resumed": (own.resumed, folder, "awc"),
-        "uneven": (own.uneven,),
-        "buffers": (own.buffers,),
-        "refused": (own.refused,),
-        "example": (own.script, str(tmp_path_factory.mktemp("example")), part, example()),
+        "sgd as a loop": ("as_a_loop", "sgd", 1),
+        "adamw as a loop": ("as_a_loop", "adamw", 2),
+        "awc as a loop": ("as_a_loop", "awc", 2),
+        "sgd resumed": ("resumed", folder, "sgd"),
+        "adamw resumed": ("resumed", folder, "adamw"),
+        "awc resumed": ("resumed", folder, "awc"),
+        "uneven": ("uneven",),
+        "buffers": ("buffers",),
+        "refused": ("refused",),
     }
-    return run_together(2, calls, deadline=240)
+    named = {name: (called, "fabric_workers", *call) for name, call in calls.items()}
+    script = "script", str(tmp_path_factory.mktemp("example")), part, example()
+    named["example"] = (called, "lightning_workers", *script)
+    return run_together(2, named, deadline=240)
 
 
 def example():

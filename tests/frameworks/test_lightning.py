@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_name import called
+from workers import run_together
 
 if importlib.util.find_spec("lightning") is None:
     pytest.skip("Lightning is not installed", allow_module_level=True)
@@ -34,28 +36,27 @@ PAGE = Path(fused_dlam.__file__).parent / "frameworks" / "lightning.md"
 def found(tmp_path_factory):
     """What each rank returned, by call."""
     launch.PRELOAD.append("lightning.pytorch")  # imported once, not by every process
-    import lightning_workers as own
-    from workers import run_together
 
     def folder(name):
         return str(tmp_path_factory.mktemp(name))
 
     calls = {
-        "sgd as a loop": (own.as_a_loop, folder("sgd"), "sgd", 1, None),
-        "adamw as a loop": (own.as_a_loop, folder("adamw"), "adamw", 2, 0.1),
-        "awc as a loop": (own.as_a_loop, folder("awc"), "awc", 2, None),
-        "uneven": (own.uneven, folder("uneven")),
-        "sgd resumed": (own.resumed, folder("resumed"), "sgd"),
-        "adamw resumed": (own.resumed, folder("resumed2"), "adamw"),
-        "awc resumed": (own.resumed, folder("resumed3"), "awc"),
-        "cut short": (own.cut_short, folder("cut")),
-        "refused": (own.refused, folder("refused")),
-        "failed": (own.failed_validation, folder("failed")),
-        "overflow": (own.overflow, folder("overflow")),
-        "two": (own.two, folder("two")),
-        "example": (own.script, folder("example"), example().replace("max_epochs=4", "max_epochs=2"), example()),
+        "sgd as a loop": ("as_a_loop", folder("sgd"), "sgd", 1, None),
+        "adamw as a loop": ("as_a_loop", folder("adamw"), "adamw", 2, 0.1),
+        "awc as a loop": ("as_a_loop", folder("awc"), "awc", 2, None),
+        "uneven": ("uneven", folder("uneven")),
+        "sgd resumed": ("resumed", folder("resumed"), "sgd"),
+        "adamw resumed": ("resumed", folder("resumed2"), "adamw"),
+        "awc resumed": ("resumed", folder("resumed3"), "awc"),
+        "cut short": ("cut_short", folder("cut")),
+        "refused": ("refused", folder("refused")),
+        "failed": ("failed_validation", folder("failed")),
+        "overflow": ("overflow", folder("overflow")),
+        "two": ("two", folder("two")),
+        "example": ("script", folder("example"), example().replace("max_epochs=4", "max_epochs=2"), example()),
     }
-    return run_together(2, calls, deadline=240)
+    named = {name: (called, "lightning_workers", *call) for name, call in calls.items()}
+    return run_together(2, named, deadline=240)
 
 
 def example():
