@@ -1,10 +1,10 @@
 """Average precision of boxes at an overlap of one half: how good a detector is, in one number per class.
 
 A detection is right if it lies on a box of its class and image that no detection of a higher score has taken: if their
-intersection over union (IoU) is at least 0.5. Detections of all images in the order of their scores have after each one
-a precision (how many of them are right) and a recall (how many boxes are found). The average precision is the area under
-the curve, where precision at a recall is the largest at this recall or any larger one (PASCAL VOC 2010 and later; COCO
-reads the same curve at 101 recalls).
+intersection over union (IoU) is at least 0.5. Detections of all images in the order of their scores have after each of
+them a precision (how many are right) and a recall (how many boxes are found). The average precision is the area under
+this curve, where the precision at a recall is the largest at this recall or any larger one (PASCAL VOC 2010 and later;
+COCO reads the same curve at 101 recalls).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trains a detector, data parallel, in the shape of torchvision's reference script: its loop with the optimizer dropped in.
+"""Trains a detector, data parallel, in the shape of torchvision's reference script with the optimizer dropped in.
 
     fused-dlam run -n 2 -m fused_dlam.examples.detection --optimizer gossip        or decentlam, pmsgd (all-reduce), ddp
     torchrun --nproc-per-node 2 -m fused_dlam.examples.detection --uneven
@@ -82,7 +82,9 @@ def loaders(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
         sampler = DistributedSampler(training, 1, 0)  # all images of this worker's own
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.workers, "collate_fn": collate}
     share = Subset(validation, range(rank, len(validation), workers))
-    return DataLoader(training, sampler=sampler, drop_last=True, **options), DataLoader(share, **options), classes
+    own = torch.Generator()  # a loader draws a number in every pass: looking must not change what training draws
+    loader = DataLoader(training, sampler=sampler, drop_last=True, **options)
+    return loader, DataLoader(share, generator=own, **options), classes
 
 
 def choose(args: argparse.Namespace, net: nn.Module) -> tuple[nn.Module, Any]:
@@ -123,7 +125,7 @@ def train_one_epoch(
         targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             losses = model(images, targets)
-            loss = sum(losses.values())
+            loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
         if args.clip_grad_norm is not None and not isinstance(optimizer, GossipSGD):
@@ -132,7 +134,7 @@ def train_one_epoch(
         if warm_up is not None:
             warm_up.step()
         if ema is not None:
-            ema.update_parameters(model.module if args.optimizer == "ddp" else model)
+            ema.update_parameters(getattr(model, "module", model))  # DDP has it there
 
         names = sorted(losses)
         since = since + torch.stack([losses[name].detach().double() for name in names])
@@ -140,16 +142,16 @@ def train_one_epoch(
             steps = (i - 1) % args.print_freq + 1
             now = mean(optimizer, since) / steps
             whole, since = whole.to(device) + now * steps, torch.zeros_like(since)
+            said = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, now.tolist(), strict=True))
+            if not now.isfinite().all():  # on all ranks, for all have the same mean
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: {said}")
             if dist.get_rank() == 0:
-                parts = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, now.tolist(), strict=True))
                 lr = optimizer.param_groups[0]["lr"]
-                print(f"epoch {epoch + 1} [{i}/{len(loader)}] lr {lr:.4f} loss {now.sum():.3f} ({parts})", flush=True)
-            if not now.isfinite().all():
-                raise FloatingPointError(f"the loss is not finite in epoch {epoch + 1}: {dict(zip(names, now.tolist()))}")
+                print(f"epoch {epoch + 1} [{i}/{len(loader)}] lr {lr:.4f} loss {now.sum():.3f} ({said})", flush=True)
     return dict(zip(names, (whole / len(loader)).tolist(), strict=True))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device) -> float:
     """The mean average precision at IoU 0.5 over all ranks' images; on all ranks, whose models must be equal."""
     was_training = model.training
@@ -198,7 +200,7 @@ def train(args: argparse.Namespace) -> list[Epoch]:
             if one is None:
                 precision.append(math.nan)
                 continue
-            with torch.no_grad(), optimizer.averaged(one) if gossips else nullcontext():
+            with optimizer.averaged(one) if gossips else nullcontext():
                 precision.append(evaluate(one, test_loader, device))
                 if rank == 0:
                     whole = one.module if isinstance(one, AveragedModel) else one
@@ -239,7 +241,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="small", help="or a Faster R-CNN, RetinaNet or FCOS of torchvision's, by name")
     add("--weights-backbone", help="weights that torchvision downloads")
     add("--trainable-backbone-layers", type=int, default=3, help="of the small model's four; the others are frozen")
-    add("--data-path", type=Path, help="COCO's folder; default: images that are drawn")
+    add("--data-path", type=Path, help="COCO's folder, in place of images that are drawn")
     add("--images", type=int, default=400, help="drawn images per worker")
     add("--test-images", type=int, default=200, help="drawn images to evaluate on, of all workers together")
     add("--size", type=int, default=96, help="pixels of an image's side")
@@ -252,7 +254,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr-gamma", type=float, default=0.1, help="by this factor")
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=1e-4)
-    add("--norm-weight-decay", type=float, help="of normalization layers; default: as all others")
+    add("--norm-weight-decay", type=float, help="of normalization layers, if it is another")
     add("--clip-grad-norm", type=float, help="largest norm of a worker's gradient (with ddp: of the mean gradient)")
     add("--ema-decay", type=float, default=0.99, help="of the moving average of the model; 0: none")
     add("--amp", action="store_true", help="bfloat16 autocast in training")

@@ -39,8 +39,9 @@ class Shapes(Dataset):
     """
 
     def __init__(
-        self, count: int, size: int = 96, seed: int = 0, favorite: int | None = None, transforms: Any = None, most: int = 3
-    ):
+        self, count: int, size: int = 96, seed: int = 0, favorite: int | None = None, transforms: Any = None,
+        most: int = 3,
+    ):  # fmt: skip
         self.count, self.size, self.seed, self.favorite = count, size, seed, favorite
         self.transforms, self.most = transforms, most
 
@@ -103,7 +104,7 @@ def coco(folder: Path, images: str, transforms: Any) -> Dataset:
 
 
 def transforms(train: bool) -> v2.Compose:
-    """What torchvision's reference does to images, and to boxes alike: flipped, floating-point, impossible boxes out."""
+    """As torchvision's reference does: flipped with their boxes, floating-point, impossible boxes left out."""
     flip = [v2.RandomHorizontalFlip(0.5)] if train else []
     last = [v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes(labels_getter=_per_box), v2.ToPureTensor()]
     return v2.Compose([Complete(crowds=not train), v2.ToImage(), *flip, *last])

@@ -60,20 +60,21 @@ def build(name: str, classes: int, size: int, trainable: int, weights_backbone: 
         name: "small" or a builder of torchvision.models.detection, as "fasterrcnn_mobilenet_v3_large_320_fpn".
         classes: how many, with the background.
         size: pixels to which the shorter side of an image is scaled.
-        trainable: how many of the backbone's layers are trained, counted from its end.
-        weights_backbone: weights of torchvision's that are downloaded, such as "IMAGENET1K_V1" (not tried here).
-            Without any torchvision freezes nothing, for what has learned nothing is not worth keeping.
+        trainable: how many of the backbone's layers are trained, counted from its end. Of torchvision's models without
+            weights_backbone all are: it freezes what has been trained alone.
+        weights_backbone: weights that torchvision downloads, such as "IMAGENET1K_V1" (not tried here).
 
     Raises ValueError for a name that neither has, and for more layers than there are.
     """
     if name == "small":
         return small(classes, size, trainable)
-    if name not in torchvision.models.list_models(torchvision.models.detection):
-        known = ", ".join(torchvision.models.list_models(torchvision.models.detection))
+    names = torchvision.models.list_models(torchvision.models.detection)
+    known = ", ".join(one for one in names if one.startswith(("fasterrcnn", "retinanet", "fcos")))  # boxes, any size
+    if name not in known.split(", "):
         raise ValueError(f"no model {name!r}; there are small, {known}")
     return torchvision.models.get_model(
         name, weights=None, weights_backbone=weights_backbone, num_classes=classes, min_size=size,
-        trainable_backbone_layers=trainable,
+        trainable_backbone_layers=trainable if weights_backbone else None,
     )  # fmt: skip
 
 
