@@ -106,8 +106,9 @@ def coco(folder: Path, images: str, transforms: Any) -> Dataset:
 def transforms(train: bool) -> v2.Compose:
     """As torchvision's reference does: flipped with their boxes, floating-point, impossible boxes left out."""
     flip = [v2.RandomHorizontalFlip(0.5)] if train else []
-    last = [v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes(labels_getter=_per_box), v2.ToPureTensor()]
-    return v2.Compose([Complete(crowds=not train), v2.ToImage(), *flip, *last])
+    clean = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(labels_getter=_per_box)]
+    last = [v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()]
+    return v2.Compose([Complete(crowds=not train), v2.ToImage(), *flip, *clean, *last])
 
 
 class Complete:
