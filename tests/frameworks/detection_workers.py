@@ -69,3 +69,14 @@ def wrapped_twice(rank):
     except ValueError as error:
         return str(error)
     return "no error"
+
+
+def mean_of_losses(rank):
+    """The mean of a dictionary of losses: as reduce_dict takes it, and as one tensor."""
+    optimizer = fused_dlam.GossipSGD([torch.nn.Parameter(torch.zeros(2))], timeout=60)
+    losses = {"boxes": torch.tensor(1.0 + rank), "classes": torch.tensor(5.0 - rank)}
+    try:
+        optimizer.mean(losses)
+    except TypeError as error:
+        return str(error), optimizer.mean(torch.stack(list(losses.values())))
+    return "no error", None

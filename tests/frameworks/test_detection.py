@@ -44,6 +44,7 @@ def trained(tmp_path_factory):
     lines = {name: [*line, "--out", str(folder / name)] for name, line in lines.items()}
     calls = {name: (workers.run, line) for name, line in lines.items()}
     calls |= {"without": (workers.without_gradients, LR), "wrapped": (workers.wrapped_twice,)}
+    calls["mean"] = (workers.mean_of_losses,)
     found = run_together(N, calls, deadline=120)
     resumed = [*WHOLE, "--epochs", "3", "--out", str(folder / "cut"), "--resume"]
     found |= run_together(N, {"resumed": (workers.run, resumed)}, deadline=120)
@@ -166,6 +167,11 @@ def test_a_model_in_ddp_is_refused(trained):
         assert "wrapped in DistributedDataParallel" in error and "Pass the model unwrapped" in error
 
 
+def test_a_dictionary_of_losses_has_a_mean_as_one_tensor(trained):
+    for error, mean in trained[0]["mean"]:
+        assert "not dict; several losses go as one: torch.stack" in error and mean.tolist() == [1.5, 4.5]
+
+
 # -- average precision -------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +201,7 @@ HAND_MADE = {
     "another class": ([found((*A, 2, 0.9))], [there((*A, 1))], {1: 0.0}),  # class 2 has no boxes, and no precision
     "another image": ([found((*A, 1, 0.9)), found()], [there(), there((*A, 1))], {1: 0.0}),
     "the scores of all images": (
-        [found((*B, 1, 0.5), (*A, 1, 0.4)), found((*A, 1, 0.9))], [there((*A, 1)), there((*A, 1))], {1: (1 + 2 / 3) / 2},
+        [found((*B, 1, 0.5), (*A, 1, 0.4)), found((*A, 1, 0.9))], [there((*A, 1)), there((*A, 1))], {1: 5 / 6},
     ),
     "the best of two boxes": (
         [found((0, 0, 10, 10, 1, 0.9), (0, 0, 10, 8, 1, 0.8))], [there((0, 0, 10, 8, 1), (*A, 1))], {1: 1.0},
@@ -283,7 +289,7 @@ def test_a_flip_moves_image_and_boxes_alike():
 
 
 def test_data_of_cocos_form(tmp_path):
-    """Its form, not its images: boxes as corners, a crowd to evaluate with and not to train on, an image without any."""
+    """Not its images: boxes as corners, a crowd to evaluate with and not to train on, an image without any box."""
     pytest.importorskip("pycocotools")
     from PIL import Image
 
