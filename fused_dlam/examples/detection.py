@@ -17,6 +17,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from fused_dlam import GossipSGD, load_checkpoint, save_checkpoint
 
 from .average_precision import average_precision, matches
 from .detection_data import COCO_CLASSES, SHAPES, Shapes, coco, collate, transforms
-from .detection_model import build, parameter_groups
+from .detection_model import build, models, parameter_groups
 
 METHODS = {  # --optimizer: a rule, and the topology that it gets if none is asked for
     "gossip": ("mi-dmsgd", "one-peer-exponential"),
@@ -238,7 +239,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--optimizer", choices=(*METHODS, "ddp"), default="gossip", help="ddp: for comparison, without checkpoints")
     add("--method", help="another rule than the optimizer's own, as nesterov-pc-dmsgd")
     add("--topology", help="another than its own")
-    add("--model", default="small", help="or a Faster R-CNN, RetinaNet or FCOS of torchvision's, by name")
+    add("--model", choices=models(), default="small", help="a small Faster R-CNN, or one of torchvision's models")
     add("--weights-backbone", help="weights that torchvision downloads")
     add("--trainable-backbone-layers", type=int, default=3, help="of the small model's four; the others are frozen")
     add("--data-path", type=Path, help="COCO's folder, in place of images that are drawn")
@@ -272,7 +273,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
     try:
         train(args)
     finally:

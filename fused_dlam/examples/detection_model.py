@@ -53,25 +53,29 @@ def small(classes: int, size: int, trainable: int) -> nn.Module:
     )  # fmt: skip
 
 
+def models() -> tuple[str, ...]:
+    """Models that `build` knows: of torchvision's those that find boxes in images of any size."""
+    theirs = torchvision.models.list_models(torchvision.models.detection)
+    return "small", *(name for name in theirs if name.startswith(("fasterrcnn", "retinanet", "fcos")))
+
+
 def build(name: str, classes: int, size: int, trainable: int, weights_backbone: str | None = None) -> nn.Module:
     """A detector for `classes` classes, the background included.
 
     Args:
-        name: "small" or a builder of torchvision.models.detection, as "fasterrcnn_mobilenet_v3_large_320_fpn".
+        name: one of `models()`.
         classes: how many, with the background.
         size: pixels to which the shorter side of an image is scaled.
         trainable: how many of the backbone's layers are trained, counted from its end. Of torchvision's models without
             weights_backbone all are: it freezes what has been trained alone.
         weights_backbone: weights that torchvision downloads, such as "IMAGENET1K_V1" (not tried here).
 
-    Raises ValueError for a name that neither has, and for more layers than there are.
+    Raises ValueError for another name, and for more layers than there are.
     """
     if name == "small":
         return small(classes, size, trainable)
-    names = torchvision.models.list_models(torchvision.models.detection)
-    known = ", ".join(one for one in names if one.startswith(("fasterrcnn", "retinanet", "fcos")))  # boxes, any size
-    if name not in known.split(", "):
-        raise ValueError(f"no model {name!r}; there are small, {known}")
+    if name not in models():
+        raise ValueError(f"no model {name!r}; there are {', '.join(models())}")
     return torchvision.models.get_model(
         name, weights=None, weights_backbone=weights_backbone, num_classes=classes, min_size=size,
         trainable_backbone_layers=trainable if weights_backbone else None,
