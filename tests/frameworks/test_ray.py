@@ -1,4 +1,4 @@
-"""Promises of fused_dlam/frameworks/ray.md, on two workers that Ray starts; that takes it a minute of CPU time.
+"""Promises of fused_dlam/frameworks/ray.md, on two workers that Ray starts; which takes it 45 s of CPU time.
 
 - The page's example runs as it stands, over unlike numbers of batches; every day its loop alone does, without Ray.
 - After a worker's failure Ray starts all anew, and they go on from the reported checkpoint: every loss is that of a run
