@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from .. import rules
 from ..comm.sharded import local
+from ..comm.watch import log
 from ..engine.message import Message, message_of
 from ..rules.rule import Rule
 from ..rules.scalars import among
+from ..theory.limits import rate_limit
 from ..topology import Topology
 from .certificate import Certificate
 from .rounds import Rounds, check_every
 
 SMALLEST, LARGEST = 0.25, 32.0  # MiB of a bucket that leaves in one of H steps
+SLOW = 0.05  # a correction rate at which MI-DmSGD's awc keeps DmSGD's limit: 1.6 for 0.54 on one-peer graphs of 8
+MOST = 64  # workers for which a limit is looked for at construction: a quarter of a second
 
 
 class Outer:
@@ -79,6 +84,33 @@ class Outer:
         rounds = Rounds(rule, self.every, self.unequal, self.settings, certificate)
         rounds.check({**rounds.entries})
         return rounds
+
+
+def advise(rule: Rule, graph: Topology, settings: Mapping[str, Any]) -> None:
+    """Says where an outer rate is above what is stable for every inner optimizer that goes down.
+
+    The way x - y of steps on a quadratic is c (x - x*), with c between 0 and 1 where they go down without overshooting:
+    c is the outer step's curvature, and 1 where a round comes to rest. So a rate below `rate_limit` is stable for all
+    of them. It is worth a line and not a refusal: a round mostly ends far from rest.
+    """
+    if rule.average == "gradient" or not 1 < graph.n <= MOST or graph.period is None:
+        return
+    hyper, lr = {name: settings[name] for name in rule.hyper}, float(settings["lr"])
+    limit_of = partial(rate_limit, rule, graph, float(settings["momentum"]))
+    try:
+        limit = limit_of(**hyper)
+    except ValueError:  # of a rule that is not linear, as Adam
+        return
+    if lr <= limit:
+        return
+    cures = ["a smaller lr", "schedule='midpoint'", "another graph"]
+    if "correction_rate" in hyper and limit_of(**{**hyper, "correction_rate": SLOW}) > lr:
+        cures.insert(0, f"correction_rate={SLOW:g}")
+    log.warning(
+        "the outer rate %g is above %.3g, up to which outer=%r under schedule=%r over %r is stable where a round of"
+        " inner steps comes to rest. If training diverges take %s, or %s",
+        lr, limit, rule.name, rule.schedule, graph.name, ", ".join(cures[:-1]), cures[-1],
+    )  # fmt: skip
 
 
 def _own(schedule: str) -> str:

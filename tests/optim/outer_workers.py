@@ -1,5 +1,7 @@
 """What test_outer.py and its companions run on their workers."""
 
+import logging
+
 import torch
 import workers
 
@@ -228,3 +230,15 @@ def refused(rank):
     except ValueError as error:
         return str(error)
     return ""
+
+
+def advised(rank):
+    """What the constructor logs."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("fused_dlam").addHandler(handler)
+    for options in ({"lr": 0.5}, {"schedule": "midpoint"}, {}):  # the last alone is above its limit
+        model = workers.Tied()
+        build(model, "adamw", 4, {"outer": "mi-dmsgd", "schedule": "awc", **options}).close()
+    return "\n".join(line for line in lines if "outer rate" in line)

@@ -287,6 +287,16 @@ def test_refusals(options, error, words):
         Gossip(torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
+def test_a_rate_that_is_not_stable_for_every_inner_optimizer_is_told():
+    """Where a round comes to rest the way is x - x*: curvature 1. The line names what is stable, which is so."""
+    said = workers.run_together(6, {"advised": (outer.advised,)})["advised"]
+    assert all(text == "" for text in said[1:])
+    assert "0.54" in said[0] and "correction_rate=0.05" in said[0]
+    graph = topology.one_peer_exponential(6)
+    assert fused_dlam.rate_limit("mi-dmsgd", graph, 0.9, schedule="awc") < 0.7
+    assert fused_dlam.rate_limit("mi-dmsgd", graph, 0.9, schedule="awc", correction_rate=0.05) > 0.7
+
+
 def test_an_unstable_outer_method_is_refused():
     said = workers.run_together(4, {"refused": (outer.refused,)})["refused"]
     assert all("unstable" in text and "mi-dmsgd" in text for text in said)
