@@ -26,7 +26,8 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
     @torch._disable_dynamo  # as in GossipSGD
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """The inner optimizer's step and one exchange. Every rank must call it equally often.
+        """The inner optimizer's step and one exchange; with every=H an exchange in each H-th. Every rank must call it
+        equally often, with local_steps=True as often as its own `every` says.
 
         Args:
             closure: passed on to the inner optimizer; with hierarchical= it is called once, before its step.

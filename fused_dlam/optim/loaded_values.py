@@ -149,7 +149,9 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
         optimizer._certificate.recheck(merged)  # type: ignore[attr-defined]
     elif getattr(optimizer, "_rounds", None) is not None:
         _check_memory(merged["outer_memory"])
-        optimizer._rounds.check(merged)  # type: ignore[attr-defined]
+        of = optimizer._rounds.settings_of(merged)  # type: ignore[attr-defined]
+        optimizer._rounds.check(of)  # type: ignore[attr-defined]
+        optimizer._rounds.certificate.recheck(of)  # type: ignore[attr-defined]
     if (
         "method" not in ours and "lr" in merged and not 0.0 <= float(merged["lr"]) < math.inf
     ):  # what else its inner optimizer has is its own

@@ -37,7 +37,7 @@ class Outer:
         self.every = check_every(every)
         if not among(local_steps, (True, False)):
             raise TypeError(f"local_steps must be True or False, not {local_steps!r}")
-        self.unequal, self.method = bool(local_steps), outer
+        self.unequal = bool(local_steps)
         self.on = outer is not None or every > 1 or self.unequal
         if outer is None:
             for name, value in (("lr", lr), ("momentum", momentum)):
@@ -82,7 +82,8 @@ class Outer:
             return None
         certificate = Certificate(rule, graph, allow_unstable)
         rounds = Rounds(rule, self.every, self.unequal, self.settings, certificate)
-        rounds.check({**rounds.entries})
+        rounds.check(self.settings)
+        certificate.check(self.settings)
         return rounds
 
 

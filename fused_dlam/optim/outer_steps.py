@@ -135,5 +135,6 @@ class OuterSteps(GossipOptimizer):
             group.update({**rounds.entries, **{k: group[k] for k in rounds.entries if k in group}})
             group.setdefault(MEMORY, {})
             group.update(zip(COUNTS, rounds.rest, strict=True))
-            rounds.certificate.check(rounds.settings_of(group))
-            rounds.check(group)
+            of = rounds.settings_of(group)
+            rounds.check(of)
+            rounds.certificate.check(of)

@@ -83,15 +83,13 @@ class Rounds:
         """A group's entries as the rule knows them."""
         return {name: group[OUTER + name] for name in ("lr", "momentum", *self.rule.hyper)}
 
-    def check(self, group: Mapping[str, Any]) -> None:
-        """Raises TypeError or ValueError for settings that make no sense, or that are not stable."""
-        of = self.settings_of(group)
+    def check(self, of: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError for settings that make no sense."""
         if not 0.0 <= number("lr", of["lr"]) < math.inf:
             raise ValueError(f"Invalid outer learning rate: {of['lr']}, must be at least 0 and finite")
         if not 0.0 <= number("momentum", of["momentum"]) < 1.0:
             raise ValueError(f"Invalid outer momentum: {of['momentum']}, must be in [0, 1)")
         self.rule.check_hyper({name: of[name] for name in self.rule.hyper})
-        self.certificate.recheck(of)
 
     def agree(self, engine: Engine, step: int) -> None:
         """At a round's end, on all ranks: learns c, the mean number of inner steps over the workers that took any."""
@@ -111,8 +109,9 @@ class Rounds:
         rho, static = contraction(topology, None, compress)
         memories, h = [], []
         for group in groups:
-            self.check(group)
             of, memory = self.settings_of(group), dict(group[MEMORY])
+            self.check(of)
+            self.certificate.recheck(of)
             hyper = {name: of[name] for name in rule.hyper}
             h.append(
                 rule.scalars(
@@ -146,7 +145,7 @@ class Rounds:
         for group in groups:
             group[MEMORY] = dict(group[MEMORY])
         self.taken, self.batches = int(groups[0]["gossip_taken"]), int(groups[0]["gossip_batches"])
-        self.weight, self._agreed = 1.0, None
+        self.weight, self._agreed, anchored = 1.0, None, False
         with torch.no_grad():
             for b in engine.buckets:
                 b.absorb_shards()
@@ -155,10 +154,13 @@ class Rounds:
                         value = saved(slot).get(f"gossip_{name}")
                         if value is not None:
                             slot.view(buffer).copy_(local(value))
+                            anchored = anchored or name == "anchor"
                         elif name == "anchor":
                             slot.view(buffer).copy_(slot.view(b.front))
                         elif not is_memory(name):
                             slot.view(buffer).zero_()
+        if not anchored:  # of the inner optimizer alone, or of a run without rounds
+            self.taken = 0
 
     def move(self, graph: Topology, groups: list[dict[str, Any]]) -> None:
         """Other neighbors, on whose graph the groups were found to be stable (succession.py)."""
