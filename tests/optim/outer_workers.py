@@ -1,7 +1,5 @@
 """What test_outer.py and its companions run on their workers."""
 
-import logging
-
 import torch
 import workers
 
@@ -77,7 +75,7 @@ def train_each(rank, cases):
     return [train(rank, *case) for case in cases]
 
 
-def goes_on(rank, options, every, at, folder):
+def goes_on(rank, schedule, every, at, folder):
     """Two runs of which the second is cut after `at` steps, saved, and gone on with by a new model and optimizer."""
 
     def steps(model, optimizer, numbers):
@@ -88,7 +86,7 @@ def goes_on(rank, options, every, at, folder):
 
     def fresh():
         model = workers.Tied()
-        return model, build(model, "adamw", every, options)
+        return model, build(model, "adamw", every, {"outer": "mi-dmsgd", "schedule": schedule})
 
     whole, optimizer = fresh()
     steps(whole, optimizer, range(2 * every + 5))
@@ -151,14 +149,13 @@ def written(rank, schedule):
         put(model, keep)
         optimizer.synchronize()
     put(model, torch.zeros_like(vector(model)))
-    anchors = torch.cat([b.state[0][: b.flags.start] for b in optimizer._engine.buckets])
     optimizer.zero_grad()
     model.loss(x).backward()
     optimizer.step()
     start = [b.x[: b.flags.start].abs().max().item() for b in optimizer._engine.buckets]
     step()
     optimizer.close()
-    return said, start, float(anchors.abs().max())
+    return said, start
 
 
 def scaled(rank, kind):
@@ -230,15 +227,3 @@ def refused(rank):
     except ValueError as error:
         return str(error)
     return ""
-
-
-def advised(rank):
-    """What the constructor logs."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("fused_dlam").addHandler(handler)
-    for options in ({"lr": 0.5}, {"schedule": "midpoint"}, {}):  # the last alone is above its limit
-        model = workers.Tied()
-        build(model, "adamw", 4, {"outer": "mi-dmsgd", "schedule": "awc", **options}).close()
-    return "\n".join(line for line in lines if "outer rate" in line)

@@ -20,9 +20,11 @@ import outer_workers as outer
 import pytest
 import torch
 import workers
+from everyday import everyday
 
 import fused_dlam
 from fused_dlam import Gossip, topology
+from fused_dlam.optim.outer import advise
 
 ROUNDS = 7
 # inner, every, options, dtype, whether outer_lr is scheduled
@@ -51,6 +53,8 @@ CASES = {
     "int8": ("sgd", 2, {"outer": "mi-dmsgd", "compress": "int8"}, "float32", False),
     "16-bit parameters": ("sgd", 3, {"outer": "dsgd", "lr": 1.0}, "bfloat16", False),
 }  # fmt: skip
+PLAIN = [("dmsgd", "exponential"), ("mi-dmsgd", "one-peer-exponential"), ("pmsgd", "full")]
+MACHINES = [{"outer": "mi-dmsgd"}, {"outer": "mi-dmsgd", "schedule": "awc"}, {}]
 LOSSY = {"float32, awc, 16-bit messages": 1e-2, "int8": 2e-2, "16-bit parameters": 5e-2}
 UNEQUAL = {
     "MI": ("sgd", [1, 4, 2], {"outer": "mi-dmsgd", "local_steps": True}, "float64", False),
@@ -105,21 +109,33 @@ def rule_default(method, name, momentum, graph):
     return h.auto(momentum, graph.slowest_rho, graph.is_static)
 
 
-def names(cases):
-    return [pytest.param(case, id=name.replace(" ", "-")) for name, case in cases.items()]
-
-
 @pytest.fixture(scope="module")
-def runs():
-    """{n: {name: [rank: (path, sent, sizes, distance)]}}: all cases, by one set of processes for each n."""
-    out = {}
-    for n in (3, 4):
-        cases = {**CASES, **{f"unequal {name}": case for name, case in UNEQUAL.items()}}
-        calls = [(inner, every, options, ROUNDS, dtype, scheduled)
-                 for inner, every, options, dtype, scheduled in cases.values()]  # fmt: skip
-        results = workers.run_together(n, {"all": (outer.train_each, calls)})["all"]
-        out[n] = {name: [rank[k] for rank in results] for k, name in enumerate(cases)}
-    return out
+def runs(tmp_path_factory):
+    """{n: {call: [by rank]}}: everything, by one set of processes for each n."""
+    folder, cases = tmp_path_factory.mktemp("outer"), {**CASES, **{f"unequal {k}": case for k, case in UNEQUAL.items()}}
+    train = [(inner, every, options, ROUNDS, dtype, scheduled)
+             for inner, every, options, dtype, scheduled in cases.values()]  # fmt: skip
+    calls = {"cases": (outer.train_each, train)}
+    three = {
+        **{("plain", method): (outer.plain, method, graph, 12) for method, graph in PLAIN},
+        **{("looks", schedule): (outer.looks, schedule) for schedule in ("auto", "awc")},
+        **{("written", schedule): (outer.written, schedule) for schedule in ("atc", "awc")},
+        **{("scaled", kind): (outer.scaled, kind) for kind in ("ours", "torch's")},
+        **{
+            ("goes on", schedule, at): (outer.goes_on, schedule, 4, at, str(folder / f"{schedule}{at}"))
+            for schedule in ("auto", "awc")
+            for at in (3, 4, 6)
+        },
+    }
+    four = {
+        "refused": (outer.refused,),
+        **{("machines", k): (outer.machines, "momentum", 2, options) for k, options in enumerate(MACHINES)},
+    }
+    found = {3: workers.run_together(3, {**calls, **three}), 4: workers.run_together(4, {**calls, **four})}
+    for results in found.values():
+        for k, name in enumerate(cases):
+            results[name] = [rank[k] for rank in results["cases"]]
+    return found
 
 
 @pytest.mark.parametrize("n", [3, 4])
@@ -159,27 +175,22 @@ def test_under_awc_every_step_sends_its_part(runs):
         assert max(sent[every:]) <= sum(sizes) / every + max(sizes)  # the peak: M/H, and no more than a bucket beyond
 
 
-def test_one_step_around_plain_sgd_is_the_method_itself():
+def test_one_step_around_plain_sgd_is_the_method_itself(runs):
     """g = lr grad, so the outer rate 1 makes the method's own step, at a constant rate: 1e-13."""
-    methods = [("dmsgd", "exponential"), ("mi-dmsgd", "one-peer-exponential"), ("pmsgd", "full")]
-    calls = {method: (outer.plain, method, graph, 12) for method, graph in methods}
-    for ranks in workers.run_together(4, calls).values():
-        for own, around in ranks:
+    for method, _ in PLAIN:
+        for own, around in runs[3]["plain", method]:
             assert torch.allclose(own, around, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("at", [3, 4, 6])
 @pytest.mark.parametrize("schedule", ["auto", "awc"])
-def test_a_checkpoint_within_a_round_goes_on_bit_for_bit(schedule, tmp_path):
-    options = {"outer": "mi-dmsgd", "schedule": schedule}
-    calls = {str(at): (outer.goes_on, options, 4, at, str(tmp_path / str(at))) for at in (3, 4, 6)}
-    for name, ranks in workers.run_together(3, calls).items():
-        assert all(ranks), name
+def test_a_checkpoint_within_a_round_goes_on_bit_for_bit(runs, schedule, at):
+    assert all(runs[3]["goes on", schedule, at])
 
 
 @pytest.mark.parametrize("schedule", ["auto", "awc"])
-def test_looking_within_a_round(schedule):
-    ranks = workers.run_together(3, {"looks": (outer.looks, schedule)})["looks"]
-    for views in zip(*ranks, strict=True):
+def test_looking_within_a_round(runs, schedule):
+    for views in zip(*runs[3]["looks", schedule], strict=True):
         mean = sum(own for own, *_ in views) / 3
         distance = math.sqrt(sum(float(((own - mean) ** 2).sum()) for own, *_ in views) / 3)
         for _, averaged, within, outside in views:
@@ -189,26 +200,25 @@ def test_looking_within_a_round(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["atc", "awc"])
-def test_what_a_script_writes_between_rounds_is_no_way_that_was_gone(schedule):
-    for said, start, _ in workers.run_together(2, {"written": (outer.written, schedule)})["written"]:
+def test_what_a_script_writes_between_rounds_is_no_way_that_was_gone(runs, schedule):
+    for said, start in runs[3]["written", schedule]:
         assert start == [0.0] * len(start)
         assert ("synchronize()" in said) == (schedule == "awc")
 
 
 @pytest.mark.parametrize("kind", ["ours", "torch's"])
-def test_an_overflow_is_a_ranks_own_inner_step(kind):
-    ranks = workers.run_together(2, {"scaled": (outer.scaled, kind)})["scaled"]
+def test_an_overflow_is_a_ranks_own_inner_step(runs, kind):
+    ranks = runs[3]["scaled", kind]
     assert ranks[0][0] == [True, False, True, True, True, True]
-    assert ranks[1][0] == [True] * 6
+    assert ranks[1][0] == ranks[2][0] == [True] * 6
     assert torch.isfinite(ranks[0][1]).all()
 
 
-def test_machines_average_gradients_in_every_inner_step():
-    for options in ({"outer": "mi-dmsgd"}, {"outer": "mi-dmsgd", "schedule": "awc"}, {}):
-        ranks = workers.run_together(4, {"machines": (outer.machines, "momentum", 2, options)})["machines"]
-        expected = machine_statement(options)
-        for rank, (path, *_) in enumerate(ranks):
-            np.testing.assert_allclose(path.numpy(), expected[:, rank // 2], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("k", range(len(MACHINES)))
+def test_machines_average_gradients_in_every_inner_step(runs, k):
+    expected = machine_statement(MACHINES[k])
+    for rank, (path, *_) in enumerate(runs[4]["machines", k]):
+        np.testing.assert_allclose(path.numpy(), expected[:, rank // 2], rtol=0, atol=1e-12)
 
 
 def machine_statement(options):
@@ -240,7 +250,7 @@ def machine_statement(options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["auto", "awc"])
+@pytest.mark.parametrize("schedule", everyday(["auto", "awc"], ["awc"]))
 def test_a_lost_peer_is_named(schedule):
     said = workers.run_together(3, {"broken": (outer.broken, schedule)})["broken"]
     assert said[1] == "left"
@@ -287,16 +297,18 @@ def test_refusals(options, error, words):
         Gossip(torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
-def test_a_rate_that_is_not_stable_for_every_inner_optimizer_is_told():
+def test_a_rate_that_is_not_stable_for_every_inner_optimizer_is_told(caplog):
     """Where a round comes to rest the way is x - x*: curvature 1. The line names what is stable, which is so."""
-    said = workers.run_together(6, {"advised": (outer.advised,)})["advised"]
-    assert all(text == "" for text in said[1:])
-    assert "0.54" in said[0] and "correction_rate=0.05" in said[0]
-    graph = topology.one_peer_exponential(6)
+    graph, rule = topology.one_peer_exponential(6), fused_dlam.rules.mi_dmsgd
+    settings = {"momentum": 0.9, "correction_rate": "auto", "correction_gain": 300.0}
+    advise(rule.under("awc"), graph, {"lr": 0.5, **settings})
+    advise(rule, graph, {"lr": 0.7, **settings})
+    assert caplog.text == ""
+    advise(rule.under("awc"), graph, {"lr": 0.7, **settings})
+    assert "0.54" in caplog.text and "correction_rate=0.05" in caplog.text
     assert fused_dlam.rate_limit("mi-dmsgd", graph, 0.9, schedule="awc") < 0.7
     assert fused_dlam.rate_limit("mi-dmsgd", graph, 0.9, schedule="awc", correction_rate=0.05) > 0.7
 
 
-def test_an_unstable_outer_method_is_refused():
-    said = workers.run_together(4, {"refused": (outer.refused,)})["refused"]
-    assert all("unstable" in text and "mi-dmsgd" in text for text in said)
+def test_an_unstable_outer_method_is_refused(runs):
+    assert all("unstable" in text and "mi-dmsgd" in text for text in runs[4]["refused"])
