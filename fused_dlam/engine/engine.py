@@ -277,15 +277,19 @@ class Engine:
         self.place.workers.ledger.end_step()
         self._between_steps(following)
 
+    def rewrite(self, b: Bucket) -> None:
+        """x has changed since the last step wrote this bucket's next message, which has not left."""
+        self._written[b.index] = False
+
     def _follow(self, b: Bucket, step: int) -> Flight:
-        flight = Flight(self, b, step, follows=True, written=self._written[b.index])
+        flight = Flight(self, b, step, follows=True, written=self._written.get(b.index, False))
         flight.to(OPEN)
         return flight
 
     def send_ahead(self, share: float) -> None:
         """Between steps, where the last was completed `ahead`: begins the next exchange of so many of the buckets."""
         for b in self.buckets[: self._due(share)] if self._follows else ():
-            if b.index not in self.flights and b.index in self._written:
+            if b.index not in self.flights:
                 self.flights[b.index] = self._follow(b, self.steps)
 
     def _due(self, share: float) -> int:
@@ -346,6 +350,7 @@ class Engine:
             if b.index in self.flights:
                 self.flights[b.index].drop(begun)
         self._between_steps({})
+        self._follows, self._written = False, {}  # the step that comes may be another, and x is read anew
 
     # -- what a flight asks ------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ class Local:
 
         A method that counts steps (Adam) counts those of each parameter, which may have got its first gradient late.
         """
-        counted = self.rule.counts is not None and not (self.only_averages or b.anchored)
+        counted = self.rule.counts is not None and not self.only_averages
         count = self.counts[b.group] if counted else 0
         alike = not counted or isinstance(count, torch.Tensor) or all(slot.steps == count for slot in b.slots)
         if alike and not self.clips:

@@ -21,12 +21,14 @@ from ..rules.rule import Rule
 from ..theory.stability import rows_for
 from ..topology import Topology, TopologyLike
 from . import options
+from .counter import Counter
 from .frozen import Frozen
 from .gossip_steps import GossipSteps
 from .inner_copies import InnerCopies
 from .old_names import translate
 from .options import Options
 from .outer import Outer, advise
+from .outer_steps import forget_rounds
 from .rounds import MEMORY
 from .shared import GossipOptimizer
 from .succession import Succession
@@ -67,7 +69,8 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         lr, momentum: of the outer method, 0.7 and 0.9 by default. In the inner optimizer's groups they are "outer_lr"
             and "outer_momentum", and the method's own hyper-parameters "outer_...": schedule them there.
         local_steps: ranks may have an `every` of their own, and change it at any time; what they went counts by the
-            mean number of steps over their own. Costs an all-reduce of two numbers per exchange.
+            mean number of steps over their own. Costs an all-reduce of two numbers per exchange. What all ranks call
+            (`averaged`, checkpoints) is then to be called after steps that exchanged.
         allow_unstable: run although the outer method's disagreement between workers grows.
         topology, schedule, group, hierarchical, comm_dtype, fused, bucket_mb, timeout, on_failure, min_workers,
             admit_every, on_members_changed, compress: as in `GossipSGD`. With hierarchical= gradients are averaged
@@ -135,6 +138,8 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
 
         self._options.check_compression(rule, graph)
         self._rounds = chosen.rounds(rule, graph, allow_unstable)
+        for g in optimizer.param_groups:
+            forget_rounds(g)  # of a Gossip around it before
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
         self._entries = dict(
@@ -160,6 +165,8 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         self._running = Engine(rule, graph, place, message, (), fused, comm_dtype, bucket_mb,
                                elastic=survival.goes_on, codec=self._options.compress, anchored=chosen.on)  # fmt: skip
         self._health = Health(self._engine, "skip", lambda slot: f"a parameter of shape {tuple(slot.p.shape)}")
+        if self._rounds is not None:
+            self._rounds.counter = Counter(self, self._engine, MEMORY)
         for g in self.param_groups:
             self._enter(g)
         if self._rounds is not None and place.workers.rank == 0:
@@ -222,13 +229,10 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
 
     def _rest(self) -> Any:
         state = self.inner.state_dict()["state"]
-        return state if self._rounds is None else (state, self._rounds.rest, [g[MEMORY] for g in self.param_groups])
+        return state if self._rounds is None else (state, self._rounds.rest(self.param_groups))
 
     def _take_rest(self, rest: Any) -> None:
         if self._rounds is not None:
-            rest, counts, memories = rest
-            self._rounds.taken, self._rounds.batches = counts
-            for group, memory in zip(self.param_groups, memories, strict=True):
-                group[MEMORY] = dict(memory)
-            self._note(self._rounds)
+            rest, of_rounds = rest
+            self._rounds.take(self.param_groups, of_rounds)
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})

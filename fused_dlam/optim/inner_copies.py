@@ -11,6 +11,7 @@ from ..comm.errors import calling
 from ..engine.buckets import Bucket
 from ..engine.slot import Slot
 from .loaded_values import check_everywhere
+from .outer_steps import forget_rounds
 from .rounds import MEMORY, OUTER, Rounds
 from .shared import GossipOptimizer
 from .state_dict import numbers, restore_copies, restore_memories
@@ -24,6 +25,8 @@ class InnerCopies(GossipOptimizer):
     inner: Optimizer
     _entries: dict[str, Any]
     _rounds: Rounds | None
+    _stepped: int | None
+    _loss: Any
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
@@ -58,7 +61,10 @@ class InnerCopies(GossipOptimizer):
         self._check_own_values("load_state_dict()")
         with calling("optimizer.load_state_dict()"):
             check_everywhere(self, state_dict)
-        before = [{k: g[k] for k in g if k in self._entries or k.startswith(OUTER)} for g in self.param_groups]
+        before = [
+            {k: g[k] for k in g if k in self._entries or (k.startswith(OUTER) and k != MEMORY)}
+            for g in self.param_groups
+        ]
         step = self._step
         state = {
             key: {k: v for k, v in s.items() if not (isinstance(k, str) and k.startswith(OWN))}
@@ -68,9 +74,12 @@ class InnerCopies(GossipOptimizer):
         }
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
         for group, old in zip(self.param_groups, before, strict=True):
+            if self._rounds is None:
+                forget_rounds(group)
             for name, value in old.items():
                 group.setdefault(name, value)
         self._engine.forget(step)
+        self._stepped = self._loss = None
         saved = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
         if self._rounds is not None:
             self._rounds.load(self.param_groups, self._engine, lambda slot: saved[slot])

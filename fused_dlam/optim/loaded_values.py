@@ -140,7 +140,7 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and name in theirs and not isinstance(new, (numbers.Real, torch.Tensor)):
             raise TypeError(f"{name} must be a number, not {new!r}")
-    for name in ("step", "gossip_step", "gossip_taken", "gossip_batches"):
+    for name in ("step", "gossip_step", "gossip_taken", "gossip_went", "gossip_batches"):
         if name in merged and (not isinstance(merged[name], numbers.Integral) or merged[name] < 0):
             raise ValueError(f"Invalid {name}: {merged[name]!r}, must be a whole number from 0 on")
     if "method" in ours:
@@ -148,7 +148,7 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
         options.check(merged, optimizer._rule, optimizer._options)  # type: ignore[attr-defined]
         optimizer._certificate.recheck(merged)  # type: ignore[attr-defined]
     elif getattr(optimizer, "_rounds", None) is not None:
-        _check_memory(merged["outer_memory"])
+        _check_memory(theirs.get("outer_memory", {}))
         of = optimizer._rounds.settings_of(merged)  # type: ignore[attr-defined]
         optimizer._rounds.check(of)  # type: ignore[attr-defined]
         optimizer._rounds.certificate.recheck(of)  # type: ignore[attr-defined]

@@ -91,7 +91,7 @@ def to_common_scale(optimizer: Any) -> float:
     if common is None:
         return 1.0
     scale = getattr(optimizer, "grad_scale", None)
-    optimizer._own_scale = optimizer._step, scale
+    optimizer._own_scale = optimizer._moment, scale
     optimizer.grad_scale = None if common == 1.0 else common
     return common / _own(scale)
 
@@ -99,7 +99,7 @@ def to_common_scale(optimizer: Any) -> float:
 def alone(optimizer: Any) -> None:
     """This worker is alone until it goes on with others: a step that is tried again has its own loss scale."""
     step, scale = optimizer._own_scale
-    if step == optimizer._step:
+    if step == optimizer._moment:
         optimizer.grad_scale = scale
     optimizer._own_scale, optimizer._common_scale = (None, None), None
 
@@ -112,7 +112,7 @@ def _own(scale: Any) -> float:
 def overflowed(optimizer: Any) -> bool:
     """Whether gradients overflowed on any rank, in a step() that a scaler called: agreed on now, unless it was."""
     anywhere = torch.as_tensor(optimizer.found_inf, dtype=torch.float32).clone()
-    if optimizer._overflow_agreed != optimizer._step:
+    if optimizer._overflow_agreed != optimizer._moment:
         optimizer._agree_on_overflow([anywhere], getattr(optimizer, "grad_scale", None))
     optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
     return bool(anywhere)

@@ -11,10 +11,8 @@ from ..engine.health import Health
 from ..engine.message import Message
 from .frozen import Frozen
 from .options import Options
-from .rounds import MEMORY, Rounds, check_every
+from .rounds import COUNTS, MEMORY, OUTER, Rounds, check_every
 from .shared import GossipOptimizer
-
-COUNTS = ("gossip_taken", "gossip_batches")
 
 
 class OuterSteps(GossipOptimizer):
@@ -50,12 +48,17 @@ class OuterSteps(GossipOptimizer):
         there."""
         return self._step if self._rounds is None else self._rounds.batches
 
+    @property
+    def _moment(self) -> Any:
+        """A name of the next step: inner ones have the number of one exchange."""
+        return self._step if self._rounds is None else (self._step, self._rounds.batches)
+
     def _inner_step(self, closure: Callable[[], Any] | None, gradients: bool = True) -> Any:
         """One within a round. Nothing is waited for, and nothing leaves but a part of x."""
         rounds, engine = self._rounds, self._engine
         assert rounds is not None
         loss = self._advance_inner(closure, gradients)
-        self._note(rounds)
+        rounds.note(self.param_groups)
         try:
             engine.send_ahead(rounds.share)
         except ExchangeError as error:
@@ -76,7 +79,7 @@ class OuterSteps(GossipOptimizer):
         if rounds.taken == 0:
             self._start_round()
         loss = self._local_step(closure, gradients, skip)
-        rounds.step()
+        rounds.step(gradients and not skip)
         return loss
 
     def _start_round(self) -> None:
@@ -87,6 +90,7 @@ class OuterSteps(GossipOptimizer):
             assert isinstance(b, AnchoredBucket)
             if b.index not in sent:
                 b.anchor()
+                engine.rewrite(b)
             elif b.moved():
                 raise RuntimeError(
                     "a parameter was changed between two rounds, while the x that it began with was being sent"
@@ -106,7 +110,7 @@ class OuterSteps(GossipOptimizer):
             self._loss = self._advance_inner(closure, gradients)
             self._stepped = self._step
         engine.check_whole()
-        rounds.agree(engine, self._step)
+        rounds.agree(engine, self._step, self._joining)
         if engine.step is None:  # else an attempt at this exchange raised: it goes on from there
             rounds.begin(engine, self._step, groups, self._options.compress)
         for b in engine.buckets:
@@ -119,22 +123,24 @@ class OuterSteps(GossipOptimizer):
         rounds.end(groups)
         for group in groups:
             group["gossip_step"] += 1
-        self._note(rounds)
+        rounds.note(groups)
         loss, self._loss, self._stepped = self._loss, None, None
         return loss
-
-    def _note(self, rounds: Rounds) -> None:
-        """Where this worker is, for checkpoints."""
-        for group in self.param_groups:
-            group.update(zip(COUNTS, rounds.rest, strict=True))
 
     def _enter_round(self, group: dict[str, Any]) -> None:
         """A new group's entries."""
         rounds = self._rounds
         if rounds is not None:
             group.update({**rounds.entries, **{k: group[k] for k in rounds.entries if k in group}})
-            group.setdefault(MEMORY, {})
-            group.update(zip(COUNTS, rounds.rest, strict=True))
+            group[MEMORY] = {}
+            rounds.note([group])
             of = rounds.settings_of(group)
             rounds.check(of)
             rounds.certificate.check(of)
+
+
+def forget_rounds(group: dict[str, Any]) -> None:
+    """Takes out of a group what a run in rounds has left there: another optimizer's, or a checkpoint's."""
+    if "gossip_outer" in group:
+        for name in [name for name in group if name.startswith(OUTER) or name in (*COUNTS, "gossip_outer")]:
+            del group[name]

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,15 +35,18 @@ import torch
 from ..comm.sharded import local
 from ..engine.compressed import is_memory
 from ..engine.engine import Engine
+from ..engine.message import Message
 from ..engine.slot import Slot
 from ..rules.rule import Rule
 from ..rules.scalars import Scalars, number, scalar
 from ..topology import Topology, exchanges
 from .certificate import Certificate
+from .counter import Arguments, Counter
 from .skipping import contraction
 
 OUTER = "outer_"  # how entries of a group begin that are the outer method's
 MEMORY = "outer_memory"
+COUNTS = ("gossip_taken", "gossip_went", "gossip_batches")
 
 
 class Rounds:
@@ -58,8 +62,10 @@ class Rounds:
     def __init__(self, rule: Rule, every: int, unequal: bool, settings: Mapping[str, Any], certificate: Certificate):
         self.rule, self.unequal, self.certificate = rule, unequal, certificate
         self.every = check_every(every)
+        self.counter: Counter  # of a rule that counts steps, once there is an engine
         self.taken = 0  # steps of this round
-        self.batches = 0  # of all rounds
+        self.went = 0  # those of them that were no step without data, or left out for an overflow
+        self.batches = 0  # steps of all rounds
         self.weight = 1.0  # c / c_i
         self._agreed: int | None = None  # the round for which c is known
         self._memories: list[dict[str, Any]] = []  # of the groups, once the present exchange is done
@@ -75,8 +81,9 @@ class Rounds:
         """Of the buckets, those that are on their way before the next inner step, where x is sent."""
         return min(1.0, (self.taken + 1) / self.every)
 
-    def step(self) -> None:
+    def step(self, went: bool) -> None:
         self.taken += 1
+        self.went += went
         self.batches += 1
 
     def settings_of(self, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,61 +98,62 @@ class Rounds:
             raise ValueError(f"Invalid outer momentum: {of['momentum']}, must be in [0, 1)")
         self.rule.check_hyper({name: of[name] for name in self.rule.hyper})
 
-    def agree(self, engine: Engine, step: int) -> None:
-        """At a round's end, on all ranks: learns c, the mean number of inner steps over the workers that took any."""
-        if not self.unequal:
-            return
-        if self._agreed != step:  # else an attempt at this exchange raised, and the others know this rank's number
-            counts = torch.tensor([self.taken, self.taken > 0], dtype=torch.float64)
-            workers = engine.place.workers
-            workers.mean(counts, step)
-            steps, taking = (round(v * workers.size) for v in counts.tolist())
-            mean = steps / taking if taking else 1.0
-            self.weight, self._agreed = (mean / self.taken if self.taken else 1.0), step
+    def agree(self, engine: Engine, step: int, joining: bool) -> None:
+        """At a round's end, on all ranks: learns c, the mean number of inner steps over the workers that went any.
+
+        joining: within `join`, where a mean of ways is over those workers too.
+        """
+        averages = engine.message is Message.GRADIENT
+        if self._agreed == step or not (self.unequal or (joining and averages)):
+            return  # if an attempt at this exchange raised, the others know this rank's number
+        counts = torch.tensor([self.went, self.went > 0], dtype=torch.float64)
+        workers = engine.place.workers
+        workers.mean(counts, step)
+        steps, going = (round(v * workers.size) for v in counts.tolist())
+        self.weight = steps / going / self.went if self.unequal and self.went else 1.0
+        if averages and going:
+            self.weight *= workers.size / going
+        self._agreed = step
 
     def begin(self, engine: Engine, step: int, groups: list[dict[str, Any]], compress: Any) -> None:
         """The exchange begins: fixes its scalars."""
-        topology, rule = engine.topology, self.rule
-        rho, static = contraction(topology, None, compress)
-        memories, h = [], []
+        rule = self.rule
         for group in groups:
-            of, memory = self.settings_of(group), dict(group[MEMORY])
+            of = self.settings_of(group)
             self.check(of)
             self.certificate.recheck(of)
-            hyper = {name: of[name] for name in rule.hyper}
-            h.append(
-                rule.scalars(
-                    lr=scalar(of["lr"]),
-                    momentum=float(of["momentum"]),
-                    weight_decay=0.0,
-                    rho=rho,
-                    hyper=hyper,
-                    memory=memory,
-                    static=static,
-                    exchanges=not rule.rounds or exchanges(topology, step),
-                    mass=engine.masses(step),
-                )  # fmt: skip
-            )
-            memories.append(memory)
-        told = tuple(float(of["lr"]) for of in map(self.settings_of, groups))
+        arguments = partial(self._arguments, engine, step, compress)
+        memories = [dict(group[MEMORY]) for group in groups]
+        h = [rule.scalars(memory=memory, **arguments(group)) for group, memory in zip(groups, memories, strict=True)]
+        self.counter.begin(arguments)
+        told = tuple(float(group[f"{OUTER}lr"]) for group in groups)
         engine.settings = told, (() if self.unequal else (self.every,))
         engine.begin(step)
         scale = self.weight if rule.traveled else 1.0
         engine.set_scalars([Scalars(own, (), scale) for own in h], groups)
         self._memories = memories
 
+    def _arguments(self, engine: Engine, step: int, compress: Any, group: dict[str, Any]) -> Arguments:
+        """What the rule derives a group's scalars from, see `Rule.scalars`, but what it remembers."""
+        of, topology = self.settings_of(group), engine.topology
+        rho, static = contraction(topology, None, compress)
+        return dict(
+            lr=scalar(of["lr"]), momentum=float(of["momentum"]), weight_decay=0.0, rho=rho, static=static,
+            hyper={name: of[name] for name in self.rule.hyper}, mass=engine.masses(step),
+            exchanges=not self.rule.rounds or exchanges(topology, step),
+        )  # fmt: skip
+
     def end(self, groups: list[dict[str, Any]]) -> None:
         """The exchange is done: y = x."""
         for group, memory in zip(groups, self._memories, strict=True):
             group[MEMORY] = memory
-        self.taken, self.weight, self._agreed = 0, 1.0, None
+        self.counter.note()
+        self.taken, self.went, self.weight, self._agreed = 0, 0, 1.0, None
 
     def load(self, groups: list[dict[str, Any]], engine: Engine, saved: Callable[[Slot], Mapping[str, Any]]) -> None:
         """What a checkpoint holds of a round, or the beginning of one at the parameters as they are."""
-        for group in groups:
-            group[MEMORY] = dict(group[MEMORY])
-        self.taken, self.batches = int(groups[0]["gossip_taken"]), int(groups[0]["gossip_batches"])
-        self.weight, self._agreed, anchored = 1.0, None, False
+        counts = dict.fromkeys(COUNTS, 0) | {name: int(groups[0].get(name, 0)) for name in COUNTS}
+        anchored = False
         with torch.no_grad():
             for b in engine.buckets:
                 b.absorb_shards()
@@ -160,17 +168,38 @@ class Rounds:
                         elif not is_memory(name):
                             slot.view(buffer).zero_()
         if not anchored:  # of the inner optimizer alone, or of a run without rounds
-            self.taken = 0
+            counts |= {"gossip_taken": 0, "gossip_went": 0}
+        memories = [group.get(MEMORY, {}) for group in groups]
+        self.take(groups, (tuple(counts.values()), self.every, memories))
+        self.weight, self._agreed = 1.0, None
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.taken, self.went, self.batches
+
+    def note(self, groups: list[dict[str, Any]]) -> None:
+        """Where this worker is, for checkpoints."""
+        for group in groups:
+            group.update(zip(COUNTS, self.counts, strict=True))
+
+    def rest(self, groups: list[dict[str, Any]]) -> Any:
+        """What a newcomer takes of the others, beside the flat buffers."""
+        return self.counts, self.every, [group[MEMORY] for group in groups]
+
+    def take(self, groups: list[dict[str, Any]], rest: Any) -> None:
+        (self.taken, self.went, self.batches), every, memories = rest
+        if not self.unequal:
+            self.every = every
+        for group, memory in zip(groups, memories, strict=True):
+            group[MEMORY] = dict(memory)
+        self.counter.restore()
+        self.note(groups)
 
     def move(self, graph: Topology, groups: list[dict[str, Any]]) -> None:
         """Other neighbors, on whose graph the groups were found to be stable (succession.py)."""
         self.certificate = Certificate(self.rule, graph, self.certificate.allowed)
         for of in groups:
             self.certificate.trust(of)
-
-    @property
-    def rest(self) -> tuple[int, int]:
-        return self.taken, self.batches
 
 
 def check_every(every: Any) -> int:

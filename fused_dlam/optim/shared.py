@@ -30,8 +30,8 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
-    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
-    _own_scale: tuple[int | None, Any] = (None, None)  # a step, and what the loss scale of this rank was in it
+    _overflow_agreed: Any = None  # the step for which all ranks know whether gradients overflowed
+    _own_scale: tuple[Any, Any] = (None, None)  # a step, and what the loss scale of this rank was in it
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
     _closed = False
@@ -51,6 +51,11 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
             )
         return self._running
 
+    @property
+    def _moment(self) -> Any:
+        """A name of the next step, alike on all ranks."""
+        return self._step
+
     def agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any = None) -> None:
         """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it.
 
@@ -69,7 +74,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         self._take_part(True, scaled=True)
         engine = self._engine
         common = mixed_precision.agree(engine.place, found, self._step, scale, engine.averager.size > 1)
-        self._overflow_agreed, self._common_scale = self._step, common
+        self._overflow_agreed, self._common_scale = self._moment, common
 
     @torch.no_grad()
     def synchronize(self) -> None:
