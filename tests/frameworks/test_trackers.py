@@ -150,6 +150,5 @@ def test_hugging_face_trainer(tmp_path):
         Model(), arguments, train_dataset=[{"x": torch.ones(2)}] * STEPS, callbacks=[Callback()],
         optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}),
     )  # fmt: skip
-    trainer.accelerator.device_placement = False  # else it copies the parameters on a CPU, see examples/README.md
     trainer.train()
     assert [(numbers["step"], numbers["lr"]) for numbers in Callback.told] == [(k, 0.1) for k in range(1, STEPS + 1)]
