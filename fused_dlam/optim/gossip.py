@@ -59,7 +59,10 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
 
         local AdamW   Gossip(AdamW(...), every=50)
         DiLoCo        Gossip(AdamW(...), outer="nesterov-pmsgd", every=50, lr=0.7, momentum=0.9)
-        ours, hidden behind the next round    Gossip(AdamW(...), outer="mi-dmsgd", every=50, schedule="awc")
+        ours, hidden  Gossip(AdamW(...), outer="nesterov-mi-dmsgd", every=50, lr=0.7, schedule="awc")
+
+    What a script writes into parameters within a round counts as gone: call `synchronize` on all ranks before a model
+    is loaded, say. A loss scaler's overflow is the rank's own, whose inner step is left out.
 
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
@@ -123,7 +126,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         )
         options.check_place(timeout, group, hierarchical)
         survival = Survival(on_failure, min_workers, admit_every, on_members_changed)
-        rule, message = chosen.rule(schedule, hierarchical) or AVERAGING_RULES[schedule]
+        rule, message = chosen.rule(schedule, hierarchical, comm_dtype) or AVERAGING_RULES[schedule]
         membership, self._comes = enter(survival, timeout, group, hierarchical, rule, fused)
         where = layout(group, hierarchical)
         suits = partial(self._options.check_compression, rule)
@@ -143,7 +146,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         self.inner = optimizer
         self.__setstate__({})  # what Optimizer keeps beside groups and state, which stay the inner optimizer's
         self._entries = dict(
-            gossip_topology=f"{graph.name} over {where.size}", gossip_schedule=rule.schedule if chosen.on else schedule,
+            gossip_topology=self._over(rule, graph), gossip_schedule=rule.schedule if chosen.on else schedule,
             gossip_step=0,
         )  # fmt: skip
         if self._rounds is not None:
@@ -172,6 +175,10 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         if self._rounds is not None and place.workers.rank == 0:
             advise(rule, graph, chosen.settings)
         self._survive(survival, membership, graphs)
+
+    def _over(self, rule: Rule, graph: Topology) -> str:
+        """Where this runs. All-reduce asks no graph."""
+        return f"{graph.name if rule.average == 'neighbors' else 'full'} over {graph.n}"
 
     def __repr__(self) -> str:
         topology, schedule = self._entries["gossip_topology"], self._entries["gossip_schedule"]
@@ -216,7 +223,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
     def _resume(self, graph: Topology) -> None:
         if self._rounds is not None:
             self._rounds.move(graph, self._outer_groups())
-        self._entries["gossip_topology"] = f"{graph.name} over {graph.n}"
+        self._entries["gossip_topology"] = self._over(self._engine.rule, graph)
         for group in self.param_groups:
             group["gossip_topology"] = self._entries["gossip_topology"]
 

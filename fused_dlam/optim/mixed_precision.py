@@ -30,7 +30,8 @@ from ..rules.scalars import Scalar, on_host
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` whose scale is the same on all ranks: each learns of every rank's overflow.
 
-    For a `GossipSGD`; other optimizers are scaled as by torch's. Every rank must use one, and call `step` (or
+    For a `GossipSGD`, or a `Gossip` that exchanges in every step; others are scaled as by torch's: with every=H an
+    inner step is a rank's own, and so are its overflow and its scale. Every rank must use one, and call `step` (or
     `unscale_`) equally often. Costs an all-reduce of 4 bytes per step (8 where gradients are averaged), where torch's
     costs the same.
     """

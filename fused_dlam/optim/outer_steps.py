@@ -48,6 +48,19 @@ class OuterSteps(GossipOptimizer):
         there."""
         return self._step if self._rounds is None else self._rounds.batches
 
+    _anew = False  # whether the next step begins a round because `synchronize` has ended one
+
+    def synchronize(self) -> None:
+        """Ends what was started for the next exchange and drops it, so that parameters may be changed. On all ranks.
+
+        With every=H the round ends too, without an exchange: the next step begins one at the parameters as they are
+        then, what a script loads included. Where ways are averaged by all-reduce (DiLoCo) it begins at their mean.
+        """
+        super().synchronize()
+        if self._rounds is not None:
+            self._rounds.begin_anew(self.param_groups)
+            self._anew = True
+
     @property
     def _moment(self) -> Any:
         """A name of the next step: inner ones have the number of one exchange."""
@@ -84,23 +97,27 @@ class OuterSteps(GossipOptimizer):
 
     def _start_round(self) -> None:
         """What a script has written into parameters between two rounds counts as theirs, and not as a way gone."""
-        engine = self._engine
+        engine, workers = self._engine, self._engine.place.workers
         sent = {index for index, flight in engine.flights.items() if flight.message is not None}
         for b in engine.buckets:
             assert isinstance(b, AnchoredBucket)
             if b.index not in sent:
                 b.anchor()
                 engine.rewrite(b)
+                if self._anew and engine.message is Message.GRADIENT:  # what averages ways alone must begin as one
+                    workers.finite_mean(b.x)
+                    b.publish()
             elif b.moved():
                 raise RuntimeError(
                     "a parameter was changed between two rounds, while the x that it began with was being sent"
                     " (schedule='awc'). Call optimizer.synchronize() on all ranks before changing parameters, for"
-                    " instance before model.load_state_dict(), or use schedule='atc'."
+                    " instance before model.load_state_dict()."
                 )
+        self._anew = False
 
     def _end_round(self, closure: Callable[[], Any] | None, gradients: bool = True) -> Any:
         """The round's last inner step, and its exchange. Called again when that failed it goes on, alone."""
-        with calling(f"step() of batch {self.steps_done}, counting rounds,"):
+        with calling("step() that ends a round"):
             return self._last_step_and_exchange(closure, gradients)
 
     def _last_step_and_exchange(self, closure: Callable[[], Any] | None, gradients: bool) -> Any:

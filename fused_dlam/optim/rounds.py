@@ -143,6 +143,11 @@ class Rounds:
             exchanges=not self.rule.rounds or exchanges(topology, step),
         )  # fmt: skip
 
+    def begin_anew(self, groups: list[dict[str, Any]]) -> None:
+        """What was gone in this round is no way any more."""
+        self.taken, self.went, self.weight, self._agreed = 0, 0, 1.0, None
+        self.note(groups)
+
     def end(self, groups: list[dict[str, Any]]) -> None:
         """The exchange is done: y = x."""
         for group, memory in zip(groups, self._memories, strict=True):

@@ -185,3 +185,23 @@ def thawed_late(rank):
 
 def every_call(rank, calls):
     return {name: globals()[fn](rank, *args) for name, (fn, *args) in calls.items()}
+
+
+def loaded_within(rank, options):
+    """A model is loaded in the midst of a round, after synchronize(): how far from it the next rounds end."""
+    x, optimizer = made(options)
+    for _ in range(4):
+        step(x, optimizer, 1.0 + rank)
+    optimizer.synchronize()
+    x.data.fill_(100.0)
+    for _ in range(4):
+        step(x, optimizer)
+    end = x.detach().clone()
+    optimizer.synchronize()  # whose ways differ, without a load
+    step(x, optimizer, float(rank))
+    optimizer.synchronize()
+    for _ in range(3):
+        step(x, optimizer)
+    again = x.tolist()
+    optimizer.close()
+    return end[0].item(), again

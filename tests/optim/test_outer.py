@@ -255,7 +255,7 @@ def test_a_lost_peer_is_named(schedule):
     said = workers.run_together(3, {"broken": (outer.broken, schedule)})["broken"]
     assert said[1] == "left"
     for text in (said[0], said[2]):
-        assert "step() of batch" in text and "at step" in text and "rank 1" in text, text
+        assert "step() that ends a round" in text and "at step" in text and "rank 1" in text, text
 
 
 def test_one_worker_around_an_average_is_the_inner_optimizer():
@@ -287,7 +287,10 @@ def test_one_worker_around_an_average_is_the_inner_optimizer():
         ({"outer": "mi-dmsgd", "correction_gain": 0.1}, ValueError, "correction_gain"),
         ({"outer": "nesterov-pmsgd", "schedule": "awc"}, ValueError, "nesterov-awc-dmsgd"),
         ({"outer": "mi-dmsgd", "local_steps": "yes"}, TypeError, "local_steps"),
-        ({"outer": "mi-dmsgd", "overlap": True}, TypeError, "overlap"),
+        ({"outer": "mi-dmsgd", "overlap": True}, TypeError, "GossipSGD"),
+        ({"max_grad_norm": 1.0}, TypeError, "GossipSGD"),
+        ({"outer": "DiLoCo"}, ValueError, "nesterov-pmsgd"),
+        ({"outer": "pmsgd", "comm_dtype": torch.bfloat16}, ValueError, "comm_dtype"),
         ({"momentun": 0.9}, TypeError, "momentun"),
     ],
 )

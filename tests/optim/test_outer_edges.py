@@ -15,6 +15,10 @@ import torch
 import workers
 
 MI = {"outer": "mi-dmsgd", "every": 3}
+LOADED = {
+    "DiLoCo": {"outer": "nesterov-pmsgd", "every": 3, "momentum": 0.0, "lr": 1.0},
+    "MI, awc": {"outer": "mi-dmsgd", "every": 3, "momentum": 0.0, "lr": 1.0, "schedule": "awc"},
+}
 BACK = {
     "averages, awc": {"schedule": "awc", "every": 2},
     "averages, atc": {"schedule": "atc", "every": 2},
@@ -34,6 +38,7 @@ def found():
         "join, all-reduce": (edge.joined, {"every": 2, "outer": "pmsgd", "momentum": 0.0, "lr": 1.0}, (4, 2)),
         "weighed": (edge.weighed,),
         "thawed": (edge.thawed_late,),
+        **{("loaded", name): (edge.loaded_within, options) for name, options in LOADED.items()},
     }
     four = {
         **{("back", name): (edge.rolled_back, options) for name, options in BACK.items()},
@@ -51,6 +56,15 @@ def test_an_earlier_steps_checkpoint_goes_on_as_that_step(found, name):
 @pytest.mark.parametrize("synchronizes", [True, False])
 def test_what_was_set_is_what_is_sent(found, synchronizes):
     assert found["late", synchronizes] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_model_loaded_within_a_round_is_where_the_next_begins(found, name):
+    """After synchronize(). Without momentum nothing else moves it; DiLoCo's replicas are equal whatever they were."""
+    (one, again), (two, other) = found["loaded", name]
+    assert one == pytest.approx(100.0, abs=0.7) and one + two == pytest.approx(200.0, abs=1e-9)
+    if name == "DiLoCo":
+        assert one == two == 100.0 and again == other
 
 
 def test_a_step_that_raised_leaves_nothing_undone(found):
