@@ -65,13 +65,7 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
         return loss
 
     def _step_and_mix(self, closure: Callable[[], Any] | None, gradients: bool) -> Any:
-        engine = self._engine
-        skip = self._overflow_elsewhere
-        if gradients:
-            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
-            skip = self._overflowed()
-        self._thaw()
-        engine.refresh()
+        engine, skip = self._engine, self._ready(gradients)
         if engine.silent:  # the inner optimizer's step and nothing else: no digit of a 16-bit parameter is rounded
             loss = self._local_step(closure, gradients, skip)
             if engine.step is not None:  # it had begun with others

@@ -81,19 +81,24 @@ class OuterSteps(GossipOptimizer):
         return loss
 
     def _advance_inner(self, closure: Callable[[], Any] | None, gradients: bool) -> Any:
-        engine, rounds = self._engine, self._rounds
+        rounds = self._rounds
         assert rounds is not None
-        skip = self._overflow_elsewhere
-        if gradients:
-            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
-            skip = self._overflowed()
-        self._thaw()
-        engine.refresh()
+        skip = self._ready(gradients)
         if rounds.taken == 0:
             self._start_round()
         loss = self._local_step(closure, gradients, skip)
         rounds.step(gradients and not skip)
         return loss
+
+    def _ready(self, gradients: bool) -> bool:
+        """Before the inner optimizer's step, of any kind. Returns whether it is left out."""
+        skip = self._overflow_elsewhere
+        if gradients:
+            self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
+            skip = self._overflowed()
+        self._thaw()
+        self._engine.refresh()
+        return skip
 
     def _start_round(self) -> None:
         """What a script has written into parameters between two rounds counts as theirs, and not as a way gone."""
