@@ -127,7 +127,8 @@ class Rounds:
         h = [rule.scalars(memory=memory, **arguments(group)) for group, memory in zip(groups, memories, strict=True)]
         self.counter.begin(arguments)
         told = tuple(float(group[f"{OUTER}lr"]) for group in groups)
-        engine.settings = told, (() if self.unequal else (self.every,))
+        others = tuple(str(self.settings_of(group)) for group in groups)
+        engine.settings = told, (*others, None if self.unequal else self.every)
         engine.begin(step)
         scale = self.weight if rule.traveled else 1.0
         engine.set_scalars([Scalars(own, (), scale) for own in h], groups)
