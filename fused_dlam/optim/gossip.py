@@ -59,7 +59,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
 
         local AdamW   Gossip(AdamW(...), every=50)
         DiLoCo        Gossip(AdamW(...), outer="nesterov-pmsgd", every=50, lr=0.7, momentum=0.9)
-        ours, hidden  Gossip(AdamW(...), outer="nesterov-mi-dmsgd", every=50, lr=0.7, schedule="awc")
+        ours, hidden  Gossip(AdamW(...), outer="nesterov-mi-dmsgd", every=50, lr=0.7, momentum=0.6, schedule="awc")
 
     What a script writes into parameters within a round counts as gone: call `synchronize` on all ranks before a model
     is loaded, say. A loss scaler's overflow is the rank's own, whose inner step is left out.
