@@ -40,7 +40,7 @@ class AnchoredBucket(Bucket):
     def absorb(self, part: slice | None = None, stepped: bool = False) -> None:
         """Of shards alone: what was written into parameters is a part of their way."""
         if part is None:
-            self.bring_home()
+            self.bring_home(all_of_them=False)
             self.absorb_shards()
 
     def moved(self) -> bool:

@@ -174,9 +174,11 @@ class Bucket(Gathering, PerSlot):
         self.bring_home()
         self.collect_all()
 
-    def bring_home(self, values: bool = True) -> None:
+    def bring_home(self, values: bool = True, all_of_them: bool = True) -> None:
         """See rehoming.py."""
         slots = rehoming.away(self)
+        if not all_of_them:
+            slots = [slot for slot in slots if rehoming.can_come(self, slot)]
         if slots:
             rehoming.bring_home(self, slots, values)
 
@@ -244,8 +246,8 @@ class Bucket(Gathering, PerSlot):
         x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
         averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
-        if part is None:
-            self.bring_home()
+        if part is None:  # those of an optimizer that was closed may be another's by now
+            self.bring_home(all_of_them=False)
         if self.low is not None:
             span = part or slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
             x, low = self.x[span], self.low[span]

@@ -70,6 +70,15 @@ def bring_home(b: Bucket, slots: Sequence[Slot], values: bool = True) -> None:
             torch.autograd.graph.increment_version([p])
 
 
+def can_come(b: Bucket, slot: Slot) -> bool:
+    """Whether a parameter that lives elsewhere can come home."""
+    try:
+        _check(b, slot)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _check(b: Bucket, slot: Slot) -> None:
     """Raises RuntimeError for a parameter that cannot be taken home, and says why."""
     p, was = slot.p, slot.data
