@@ -26,7 +26,9 @@ from fused_dlam.tools.plain import BLACK, BLUE, GREEN, OLIVE, ORANGE, PINK, RED,
 Found = dict[tuple[str, int, str, int], dict[str, Any]]  # method, H, split, seed
 RATES = (0.1, 1.0, 10.0, 100.0)  # Gbit/s
 YARDSTICK = ("all-reduce AdamW", 1)
-COLORS = dict(zip(METHODS, (BLACK, SKY, OLIVE, "#777777", ORANGE, RED, PINK, "#7f4f1f", BLUE, GREEN), strict=True))
+COLORS = dict(
+    zip(METHODS, (BLACK, SKY, OLIVE, "#777777", ORANGE, RED, PINK, "#7f4f1f", BLUE, GREEN, "#9467bd"), strict=True)
+)
 
 
 def exchange(method: str, n: int, parameters: float) -> Cost:

@@ -79,6 +79,7 @@ METHODS = {
     "GASLoC": Method("gasloc", MATCH, "auto", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
     "MI-DmSGD, midpoint": Method("mi-dmsgd", ONE_PEER, "midpoint", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
     "MI-DmSGD, awc": Method("mi-dmsgd", ONE_PEER, "awc", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
+    "Nesterov MI, awc": Method("nesterov-mi-dmsgd", ONE_PEER, "awc", momentum(0.9, 0.6, 0.3), inner_of=LOCAL),
 }
 
 

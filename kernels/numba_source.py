@@ -41,7 +41,7 @@ def loop(equations: Equations, d: int | None, types: Types, guard: bool) -> str:
     c holds the scalars: h, the gradient's scale, the weights. s are the state buffers and r the messages. The names
     H, State, send and update must be there, and those of numba_tools.py.
     """
-    _, _, state, fields, messages, halfway = equations
+    _, _, state, fields, messages, halfway, traveled = equations
     real = _NUMPY[types.x]
 
     def read(element: str, dtype: torch.dtype) -> str:
@@ -69,7 +69,10 @@ def loop(equations: Equations, d: int | None, types: Types, guard: bool) -> str:
             f"li = {read('low[i]', types.low)}",
             f"xi = xi if li == {read(write('xi', types.low), types.low)} else li",
         ]
-    load += [f"s = {f'State({old})' if state else '()'}", f"gi = {read('g[i]', types.g)} * scale", *finite("gi")]
+    g = read("g[i]", types.g)
+    if traveled:
+        g = f"({read(write('xi', types.g), types.g)} - {g})"
+    load += [f"s = {f'State({old})' if state else '()'}", f"gi = {g} * scale", *finite("gi")]
     if d != 0:
         load += ["y = send(xi, gi, s, h)", *(["y = (h.theta * (xi + y[0]),)"] if halfway else [])]
     if d is None:

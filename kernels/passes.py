@@ -28,6 +28,9 @@ WORTH_COMPILING = 1 << 20
 class Passes(Protocol):
     """A rule's two passes over flat buffers: `set` the step's scalars, then `pack` and `combine` any number of buffers.
 
+    Of a rule that is `traveled`, g holds the parameters y to which an inner optimizer came from x, and the gradient of
+    the equations is x - y: for 16-bit y, x rounded to their type less y.
+
     All buffers of a call have one length N. x and the state have the master type, g any floating type. `messages` is
     [messages, N] and `received` is [d, messages, N], both in the type of the messages. Both may as well be tuples of
     their rows, which can lie anywhere. d is the number of weights that were set.

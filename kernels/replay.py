@@ -34,6 +34,7 @@ _SOURCE = {
     "sqrt": "sqrt({0}, out={out})",
     "finite": "nan_to_num({0}, nan=0.0, posinf=0.0, neginf=0.0, out={out})",
     "follow": "follow({0}, {1}, out={out})",
+    "narrowed": "{out}.copy_({0}.to({1}.dtype))",
     "copy": "{out}.copy_({0})",
     "fill": "{out}.fill_({s})",
     "round": "{out}.copy_(narrow_.copy_({0}))",  # to the type of the messages (to nearest even) and back

@@ -22,10 +22,13 @@ class Equations(NamedTuple):
     fields: tuple[str, ...]  # of h
     messages: int
     halfway: bool  # the message is h.theta (x + send)
+    traveled: bool  # g is x less what is in its buffer
 
     @classmethod
     def of(cls, rule: Rule) -> Equations:
-        return cls(rule.whole.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages, rule.halfway)
+        return cls(
+            rule.whole.fn, rule.update.fn, rule.state, rule.H._fields, rule.messages, rule.halfway, rule.traveled
+        )
 
 
 class Value:
@@ -134,7 +137,7 @@ def trace(
             scaled. Empty: nowhere.
         low: whether there is a buffer of 16-bit parameters, which x follows where they were written.
     """
-    send, update, state, fields, messages, halfway = equations
+    send, update, state, fields, messages, halfway, traveled = equations
     root = Value({}, "root")
 
     def scalar(source: str) -> Value:
@@ -147,6 +150,8 @@ def trace(
     x, g = buffer("x"), buffer("g", cast_g)
     if low:
         x = root.new("follow", x, buffer("low"))
+    if traveled:  # from x as the inner optimizer found it: rounded to the type of the parameters
+        g = (root.new("narrowed", x, root.new("buffer", scalar="g")) if cast_g else x) - g
     if guard == "before":
         g = g.finite()
     if scaled:

@@ -7,6 +7,7 @@ parameter in pack and combine: DecentLaM 3 and 5 + d, PC-DmSGD 4 and 7 + d. `gat
 
 With GUARD, what is not finite in the gradient or in a message counts for nothing: three instructions for each, in
 registers. low_ptrs is empty, or holds the 16-bit parameters whose master is x: x follows where somebody wrote them.
+With TRAVELED, g_ptr holds the parameters y to which an inner optimizer came from x, and g is x - y.
 
 Letters: x parameter, g gradient, s state buffers, y messages, r received messages, h scalars, d neighbors.
 
@@ -82,14 +83,17 @@ def _finite(value, GUARD: tl.constexpr):
 
 @triton.jit
 def _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-            VECTOR: tl.constexpr, EVEN: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+            VECTOR: tl.constexpr, EVEN: tl.constexpr, GUARD: tl.constexpr, TRAVELED: tl.constexpr):  # fmt: skip
     """This program's offsets, and x, g, s, h as an equation takes them."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
     x = _load(x_ptr, offsets, n, EVEN)
     for k in tl.static_range(len(low_ptrs)):
         low = _load(low_ptrs[k], offsets, n, EVEN)
         x = tl.where(low == x.to(low_ptrs[k].dtype.element_ty).to(tl.float32), x, low)
-    g = _finite(_load(g_ptr, offsets, n, EVEN) * tl.load(scalars_ptr), GUARD)
+    g = _load(g_ptr, offsets, n, EVEN)
+    if TRAVELED:  # from x as the inner optimizer found it, which for 16-bit parameters was rounded
+        g = x.to(g_ptr.dtype.element_ty).to(tl.float32) - g
+    g = _finite(g * tl.load(scalars_ptr), GUARD)
     s = ()
     for k in tl.static_range(len(S.names)):
         s = s + (_load(s_ptrs[k], offsets, n, EVEN),)  # type: ignore[assignment]
@@ -102,9 +106,10 @@ def _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S: tl.constexpr, H: 
 @triton.jit
 def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr, HALFWAY: tl.constexpr,
                  S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EVEN: tl.constexpr,
-                 GUARD: tl.constexpr):  # fmt: skip
+                 GUARD: tl.constexpr, TRAVELED: tl.constexpr):  # fmt: skip
     """y = SEND(x, g, s, h), or halfway between x and that"""
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD,
+                                  TRAVELED)  # fmt: skip
     y = SEND(x, g, s, h)
     if HALFWAY:
         y = (h.theta * (x + y[0]),)
@@ -115,7 +120,8 @@ def _pack_kernel(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: t
 @triton.jit
 def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                     HALFWAY: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-                    EVEN: tl.constexpr, UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr):  # fmt: skip
+                    EVEN: tl.constexpr, UPDATE: tl.constexpr, GUARD: tl.constexpr, SKIP: tl.constexpr,
+                    TRAVELED: tl.constexpr):  # fmt: skip
     """x, s = UPDATE(x, g, s, pull, h) in place, pull[m] = sum_k w[k] (r[k, m] - q[m]).
 
     r_ptrs are the messages of the first neighbor, of the second, and so on. The new x is written to copy_ptrs too, in
@@ -125,7 +131,8 @@ def _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_p
     if SKIP:
         if tl.load(scalars_ptr + SKIP) != 0.0:
             return
-    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD)
+    offsets, x, g, s, h = _inputs(x_ptr, g_ptr, s_ptrs, low_ptrs, scalars_ptr, n, S, H, BLOCK, VECTOR, EVEN, GUARD,
+                                  TRAVELED)  # fmt: skip
     y = SEND(x, g, s, h)
     if HALFWAY:
         y = (h.theta * (x + y[0]),)

@@ -84,7 +84,7 @@ class TritonPasses:
         options = {**OPTIONS, "num_warps": warps}
         constants = {
             "SEND": _equation(rule.whole), "HALFWAY": rule.halfway, "S": Fields(rule.state),
-            "H": Fields(rule.H._fields), "GUARD": guard,
+            "H": Fields(rule.H._fields), "GUARD": guard, "TRAVELED": rule.traveled,
         }  # fmt: skip
         self._packing = Launcher(_pack_kernel, constants, block, options, self._check)
         constants.update(UPDATE=_equation(rule.update))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYTHING = {
-    "rules", "topology", "kernels", "layers", "comm", "theory", "engine", "optim", "tools", "examples", "tutorials", "",
+    "rules", "topology", "kernels", "layers", "comm", "theory", "engine", "optim", "tools", "examples", "tutorials",
+    "frameworks", "",
 }  # fmt: skip
 MAY = {  # room -> the rooms that it may import
     "rules": set(),
@@ -20,8 +21,9 @@ MAY = {  # room -> the rooms that it may import
     "engine": {"rules", "topology", "kernels", "layers", "comm"},
     "optim": {"rules", "topology", "kernels", "layers", "comm", "theory", "engine"},
     "tools": EVERYTHING,
-    "examples": {"", "rules", "topology"},  # public names alone
+    "examples": {"", "rules", "topology", "frameworks"},  # public names alone
     "tutorials": {"", "rules", "topology"},  # the same
+    "frameworks": {"", "rules", "topology"},  # the same
     "": EVERYTHING,  # the public names
 }
 COLLECTIVES = {

@@ -119,7 +119,7 @@ def failure(wait: Watched, error: BaseException) -> ExchangeError:
                 f" {'does' if len(first) == 1 else 'do'} not call {call}: look there first. Others gave up too."
             )
     parts = [f"{wait} failed: {cause}"]
-    if call in STEPS:
+    if call.startswith(STEPS):
         if kind != "other":
             parts.append("For data that run out at different times: `with optimizer.join():`.")
         parts.append(TORN if group.host_waits else LOST)
@@ -135,7 +135,7 @@ def _cause(kind: str, peer: int | None, ranks: Sequence[int], timeout: float, ca
         if kind == "closed":
             return f"rank {peer} closed its connection: it ended or raised. Look at its log first."
         if kind == "late":
-            alike = "" if call in STEPS else ", with the same arguments"
+            alike = "" if call.startswith(STEPS) else ", with the same arguments"
             return (
                 f"nothing came of it in {timeout:g} s (timeout=): rank {peer} is stuck or stopped, or does not call"
                 f" {call} as often as this rank{alike}. Look at its log first."

@@ -5,7 +5,8 @@
 Parameters are never copied; how gradients come here is told in gathering.py.
 
 Two kinds of parameters are not views: 16-bit ones, whose float32 master values are in x, and the shards of FSDP2, whose
-memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back.
+memory FSDP's own buffers alias. They are copies of x. `publish` writes them, `absorb` reads them back. (Around an inner
+optimizer that takes many steps none is a view of x: anchored.py.)
 
 Between the backward pass and step() a gradient is the script's: nothing here writes it. Where it is averaged or scaled
 by a layer before the rule sees it, that happens in a buffer beside it.
@@ -19,10 +20,10 @@ from typing import TypeVar
 
 import torch
 
-from ..comm import sharded
 from ..comm.group import Group
 from ..layers.compression import Codec
 from ..rules.scalars import Scalar
+from . import rehoming
 from .compressed import Compressed
 from .gathering import Gathering
 from .header import SIZE
@@ -45,9 +46,11 @@ class Bucket(Gathering, PerSlot):
     [messages, N] what is sent, `received` [d, messages, N].
 
     Args:
-        gradients: False leaves gradients where they are; x stands in for g, which nothing reads then.
+        gradients: False leaves gradients where they are; x stands in for them, which nothing reads then.
         beside: g is a buffer of its own, for gradients that are averaged or scaled first.
     """
+
+    anchored = False  # see anchored.py
 
     def __init__(
         self,
@@ -72,10 +75,11 @@ class Bucket(Gathering, PerSlot):
         first = params[0]
         dtype = first.dtype.to_real()
         self.x = torch.zeros(self.N, dtype=torch.float32 if dtype in LOW_PRECISION else dtype, device=first.device)
-        self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if dtype in LOW_PRECISION else None
+        apart = dtype in LOW_PRECISION or self.anchored
+        self.low = torch.zeros(self.N, dtype=dtype, device=first.device) if apart else None
         kind = grad_type(first)
         self.grads = torch.zeros(self.N, dtype=kind, device=first.device) if gradients else self.x
-        self.g = torch.zeros_like(self.grads) if gradients and beside else self.grads
+        self.g = torch.zeros_like(self.grads) if beside else self.grads
         self.state: tuple[torch.Tensor, ...] = ()
         self.extra: dict[str, torch.Tensor] = {}  # the layers' buffers
         self.name = ""  # by what is in it, see spikes.py
@@ -87,8 +91,13 @@ class Bucket(Gathering, PerSlot):
         for slot in self.slots:
             self._adopt(slot, gradients)
         self.copies = [slot for slot in self.slots if slot.apart or self.low is not None]
-        apart = [slot for slot in self.slots if slot.apart]
-        self._shards = [slot.data for slot in apart], [slot.view(self.x) for slot in apart]
+        own, theirs = self.front, [slot for slot in self.slots if slot.apart]
+        self._shards = [slot.data for slot in theirs], [slot.view(own) for slot in theirs]
+
+    @property
+    def front(self) -> torch.Tensor:
+        """What `averaged` puts means into."""
+        return self.x
 
     def allocate(self, state: Sequence[str], extra: Sequence[str]) -> None:
         """Room for state and layers."""
@@ -143,37 +152,35 @@ class Bucket(Gathering, PerSlot):
     def _adopt(self, slot: Slot, gradients: bool) -> None:
         p = slot.p
         slot.view(self.x).copy_(slot.data)
+        if self.low is not None and (self.anchored or not slot.apart):
+            slot.view(self.low).copy_(slot.data)
         if not slot.apart:
-            if self.low is not None:
-                slot.view(self.low).copy_(slot.data)
             slot.data = slot.storage(self.x if self.low is None else self.low)
         slot.address = slot.data.data_ptr()
         had = p.grad
         if not slot.apart:
             p.data = slot.data
+        rehoming.own(p, self)
         if not gradients:
             return
-        # `.data` gives the view a version counter of its own: writing the flat buffer does not move it, autograd and
-        # the user do. So the counter tells whether this parameter got a gradient.
-        slot.grad = slot.view(self.grads).data
-        slot.installed = sharded.like(p, slot.grad) if slot.apart else slot.grad
+        slot.lay_gradient(self.grads)
         if had is not None:
             p.grad = had.to(getattr(p, "grad_dtype", None) or p.dtype) if had.layout == torch.strided else had
             self.collect([slot])
 
     def refresh(self) -> None:
-        """Checks that the parameters still live here, and collects stray gradients. Raises RuntimeError if not."""
-        dtype = self.x.dtype if self.low is None else self.low.dtype
-        for slot in self.slots:
-            p = slot.p
-            here = sharded.local(p) if slot.apart else p
-            if here.data_ptr() != slot.address or (p.dtype != dtype and not p.is_complex()):
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} was moved, converted or replaced after the optimizer was"
-                    " built (model.to(...), load_state_dict(assign=True), p.data = ..., or another optimizer built over"
-                    " it). Move the model first, then build the one optimizer; load checkpoints with assign=False."
-                )
+        """Brings parameters home that got other memory, and collects stray gradients. Raises RuntimeError for those
+        that cannot come home, see rehoming.py."""
+        self.bring_home()
         self.collect_all()
+
+    def bring_home(self, values: bool = True, all_of_them: bool = True) -> None:
+        """See rehoming.py."""
+        slots = rehoming.away(self)
+        if not all_of_them:
+            slots = [slot for slot in slots if rehoming.can_come(self, slot)]
+        if slots:
+            rehoming.bring_home(self, slots, values)
 
     def active(self) -> list[bool]:
         """For each slot, whether its parameter has a gradient. As in torch zeros are one, and None is none."""
@@ -239,6 +246,8 @@ class Bucket(Gathering, PerSlot):
         x becomes that value. With `stepped=True` an inner optimizer moved the parameter, and x moves by as much: what
         averaging adds up below the last digit of 16 bits must not be lost at every step.
         """
+        if part is None:  # those of an optimizer that was closed may be another's by now
+            self.bring_home(all_of_them=False)
         if self.low is not None:
             span = part or slice(0, self.flags.start)  # what lies behind, in x alone, may be on its way in a message
             x, low = self.x[span], self.low[span]

@@ -13,6 +13,7 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,7 @@ class Engine:
         clips: whether gradients far longer than usual are shortened, see spikes.py.
         elastic: whether other workers may come, so that one alone has room for them.
         codec: what makes bytes of messages, see compressed.py.
+        anchored: whether an inner optimizer moves the parameters between exchanges, see anchored.py.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class Engine:
         clips: bool = False,
         elastic: bool = False,
         codec: Codec | None = None,
+        anchored: bool = False,
     ):
         self.rule, self.topology, self.place, self.message = rule, topology.as_rows, place, message
         self.message_dtype, self.bucket_mb, self.elastic, self.codec = message_dtype, bucket_mb, elastic, codec
-        self.places = places(codec, self.topology)
+        self.places, self.anchored = places(codec, self.topology), anchored
         self.averager = averager(message, place)
         # How buckets are laid out, for good: also of parameters that come while this worker is alone.
         self.averages, self.parts = self.averager.size > 1, place.parts
@@ -98,6 +101,7 @@ class Engine:
         self.sent = 0  # buckets in line for which it has begun
         self._left = 0  # and those of them whose message has left
         self._follows = False  # whether the next step's exchange starts right after this one
+        self._written: dict[int, bool] = {}  # by bucket: whether this step has written its message
         self._first = True  # the first step is still to come
 
     # -- layout ------------------------------------------------------------------------------------------------------
@@ -143,6 +147,11 @@ class Engine:
         for the GPU in every step."""
         staged = self.on_gpu and self.averager.size == 1 and not self.place.splits
         return self.place.workers.backend in ("gloo", "none") and (staged or not self.on_gpu)
+
+    @property
+    def averages_inside(self) -> bool:
+        """Whether gradients are averaged inside a machine in every inner step, and not by flights."""
+        return self.anchored and self.averages and self.message is not Message.GRADIENT
 
     @property
     def gossips(self) -> bool:
@@ -232,14 +241,14 @@ class Engine:
             flight.to(SENT)
             self._left += 1
 
-    def complete(self, ahead: bool = False, recalls: bool = False) -> None:
+    def complete(self, ahead: float = False, recalls: bool = False) -> None:
         """Sends what is left, then waits for and combines every bucket.
 
         The last bucket is always sent here, and says whether what left before it counts. Whoever hears that it does not
         receives anew, before anything is combined.
 
         Args:
-            ahead: the next step's exchange begins.
+            ahead: the next step's exchange begins, for this share of the buckets.
             recalls: what was sent in the backward pass is not what this step sends.
         """
         assert self.step is not None
@@ -252,21 +261,42 @@ class Engine:
             self.hearing.recall()
         if self.leaving_out is not None:
             self.leaving_out.decide()
-        self._follows = ahead and self.gossips
+        self._follows = ahead > 0 and self.gossips
+        first = self._due(ahead)
         done, following = self.flights, self.following
-        for b in self.buckets:
+        for number, b in enumerate(self.buckets):
             if b is self.buckets[-1] and not self.guesses:
                 self.hearing.listen()
             done[b.index].to(DONE)
-            if self._follows:
-                flight = Flight(self, b, self.step + 1, follows=True, written=done[b.index].next_written)
-                flight.to(OPEN)
-                following[b.index] = flight
+            self._written[b.index] = done[b.index].next_written
+            if self._follows and number < first:
+                following[b.index] = self._follow(b, self.step + 1)
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.following = {}
         self.place.workers.ledger.end_step()
         self._between_steps(following)
+
+    def rewrite(self, b: Bucket) -> None:
+        """x has changed since the last step wrote this bucket's next message, which has not left."""
+        self._written[b.index] = False
+
+    def _follow(self, b: Bucket, step: int) -> Flight:
+        flight = Flight(self, b, step, follows=True, written=self._written.get(b.index, False))
+        flight.to(OPEN)
+        return flight
+
+    def send_ahead(self, share: float) -> None:
+        """Between steps, where the last was completed `ahead`: begins the next exchange of so many of the buckets."""
+        for b in self.buckets[: self._due(share)] if self._follows else ():
+            if b.index not in self.flights:
+                self.flights[b.index] = self._follow(b, self.steps)
+
+    def _due(self, share: float) -> int:
+        """How many buckets begin within a share of all values."""
+        starts = itertools.accumulate((b.N for b in self.buckets), initial=0)
+        total = sum(b.N for b in self.buckets)
+        return sum(start < share * total for start in itertools.islice(starts, len(self.buckets)))
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
@@ -293,7 +323,7 @@ class Engine:
 
         Afterwards x may be read and written, but must be restored before the next step.
         """
-        if self.message.is_x and self.step is None:
+        if self.message.is_x and self.step is None and not self.anchored:
             for flight in self.flights.values():
                 flight.wait()
 
@@ -306,6 +336,8 @@ class Engine:
         Raises RuntimeError if an attempt at a step failed, for nothing can be dropped then.
         """
         self.check_whole()
+        if self.step is None and self.anchored:  # ranks may have come unlike far within a round
+            self.send_ahead(1.0)
         begun = self.step is not None and self.sent > 0
         if self.guesses:
             mine = torch.tensor([float(begun)])
@@ -318,6 +350,7 @@ class Engine:
             if b.index in self.flights:
                 self.flights[b.index].drop(begun)
         self._between_steps({})
+        self._follows, self._written = False, {}  # the step that comes may be another, and x is read anew
 
     # -- what a flight asks ------------------------------------------------------------------------------------------
 
@@ -375,4 +408,6 @@ class Engine:
         """A bucket's flat buffers that make up the optimizer's state, by name."""
         named = dict(zip(self.rule.state, b.state, strict=True)) | b.extra
         named |= {} if b.compressed is None else b.compressed.kept
+        if b.anchored:
+            return {**named, "anchor": b.x}
         return named if b.low is None else {**named, "master": b.x}

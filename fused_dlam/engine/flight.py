@@ -102,12 +102,12 @@ class Flight:
                 b.absorb()
             with lane.outbound(b.streams):
                 self._send()
-        if message is Message.PARAMETERS and self.follows:
+        if message is Message.PARAMETERS and self.follows and not e.anchored:
             self._sent = Observed(b, values=not b.x.is_cuda, gradients=False)
         yield OPEN  # from here on this step's gradient and scalars are there
 
         # Also in a skipped step, where another rank's may have left in the backward pass: all take part, none uses it.
-        if e.averager.size > 1 and (e.guesses or not e.skipped):
+        if self._averages and (e.guesses or not e.skipped):
             with lane.outbound(b.streams):
                 self._start_average()
         yield AVERAGING
@@ -163,10 +163,17 @@ class Flight:
         """Whether the gradient is there to be sent without a wait of the host."""
         return self.average is None or self.average.arrived
 
+    @property
+    def _averages(self) -> bool:
+        return self.engine.averager.size > 1 and not self.engine.averages_inside
+
     def _start_average(self) -> None:
         e, b = self.engine, self.b
         self._active = b.active()
-        b.set_aside(self._active, e.factor, e.guard)
+        if not b.anchored:
+            b.set_aside(self._active, e.factor, e.guard)
+        elif e.guard:
+            b.g.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         b.raise_flags(self._active, e.recalls)
         self.average = e.averager.start_mean(b.g, self.step)
 
@@ -180,7 +187,7 @@ class Flight:
         if self._prepared:
             return
         self._prepared = True
-        if self.average is None and self.b.g is not self.b.grads:
+        if self.average is None and self.b.g is not self.b.grads and not self.b.anchored:
             # Nobody is left to average with, and the passes unscale by the loss scale that was common to all.
             self.b.set_aside(self.active(), self.engine.factor, finite=False)
         for layer, group, scale in self.engine.local.before(self.b):
@@ -331,7 +338,7 @@ class Flight:
         begun: whether any rank has begun to average or to send for this step; then all do so for every bucket.
         """
         e = self.engine
-        if begun and e.averager.size > 1 and self.average is None:
+        if begun and self._averages and self.average is None:
             self.average = e.averager.start_mean(self.b.g, self.step)
         if self.average is not None:
             self.average.wait_received()

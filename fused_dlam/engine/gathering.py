@@ -79,6 +79,7 @@ class Gathering:
         fresh = []
         for slot in slots:
             grad, arrived, slot.fresh = slot.p.grad, slot.fresh, None
+            slot.keep_gradient(self.grads)
             if grad is None or grad is slot.installed or slot.grad is None:
                 continue
             if grad.layout != torch.strided:
@@ -101,6 +102,8 @@ class Gathering:
         """At the start of step(): what is in the views by now, and what the script has put in their places."""
         if self._fresh:
             self.gather()
+        for slot in self.slots:
+            slot.keep_gradient(self.grads)
         self.collect([slot for slot in self.slots if slot.p.grad is not slot.installed])
 
     def zero_grad(self, set_to_none: bool) -> None:
@@ -110,6 +113,7 @@ class Gathering:
         self._forget_fresh()
         for slot in self.slots:
             slot.fresh = None
+            slot.keep_gradient(self.grads)
             if set_to_none or slot.p.grad is None:
                 slot.p.grad = None
             else:

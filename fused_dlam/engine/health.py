@@ -69,18 +69,25 @@ class Health:
 
     def _flat(self, b: Bucket) -> torch.Tensor:
         """What is looked at: gradients, or what an inner optimizer made of the parameters; without the padding."""
-        return (b.x if self.engine.message.only_averages else b.grads)[: b.flags.start]
+        return (b.front if self._steps_itself else b.grads)[: b.flags.start]
 
     def _counts(self, slot: Slot) -> bool:
         """Without a gradient there may be an old one in its place."""
-        return self.engine.message.only_averages or slot.p.grad is not None
+        return self._steps_itself or slot.p.grad is not None
+
+    @property
+    def _steps_itself(self) -> bool:
+        """Whether there is an inner optimizer."""
+        return self.engine.message.only_averages or self.engine.anchored
 
     @property
     def _what(self) -> str:
-        return "after the inner optimizer's step" if self.engine.message.only_averages else "the gradient of"
+        return "after the inner optimizer's step" if self._steps_itself else "the gradient of"
 
     @property
     def _fate(self) -> str:
+        if self.engine.anchored:
+            return "they go back to where this round began, and no other rank gets them"
         if self.engine.message.only_averages:
             return "no other rank gets them, and nothing puts them right here"
         what = "their whole message's gradient counts" if self.engine.local.clips else "they count"

@@ -122,7 +122,8 @@ class Hearing:
         elif other.settings != own.settings:
             self._tell(
                 f"rank {peer}",
-                f"{where}: rank {peer} has another momentum, weight decay or other hyper-parameter than this rank.",
+                f"{where}: rank {peer} has another momentum, weight decay, `every` or other hyper-parameter than this"
+                " rank.",
             )
 
     def _tell(self, about: str, text: str) -> None:

@@ -10,7 +10,9 @@ import torch
 from ..comm import sharded
 from ..comm.streams import Lane
 from ..comm.transfer import connect
+from .anchored import AnchoredBucket
 from .buckets import Bucket, grad_type
+from .message import Message
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -40,11 +42,12 @@ def build(
     shards: int = 1,
     gradients: bool = True,
     beside: bool = False,
+    kind: type[Bucket] = Bucket,
 ) -> list[Bucket]:
     """Buckets over `params`, in reverse order: the backward pass fills the first bucket first.
 
     They are numbered from `start`, and their lengths are multiples of `shards`. A bucket is full from
-    `limit(bytes of all)` bytes on. `gradients`, `beside`: see `Bucket`.
+    `limit(bytes of all)` bytes on. `gradients`, `beside`: see `Bucket`. kind: of buckets.
     """
     kinds: dict[tuple, list[torch.Tensor]] = {}
     for p in reversed(list(params)):
@@ -59,23 +62,27 @@ def build(
             chunk.append(p)
             filled += size
             if filled >= full:
-                buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients, beside))
+                buckets.append(kind(chunk, start + len(buckets), group, shards, gradients, beside))
                 chunk, filled = [], 0
         if chunk:
-            buckets.append(Bucket(chunk, start + len(buckets), group, shards, gradients, beside))
+            buckets.append(kind(chunk, start + len(buckets), group, shards, gradients, beside))
     return buckets
 
 
 def enter(engine: Engine, params: Iterable[torch.Tensor], group: int) -> list[Bucket]:
     """Buckets of an engine's parameter group, with room for all that its steps need, and its devices connected."""
-    gradients = not engine.message.only_averages or engine.averages
+    inside = engine.averages_inside if engine.anchored else engine.averages
+    gradients = not (engine.message.only_averages or engine.anchored) or inside
     beside = engine.averages or engine.local.changes_gradients
+    if engine.anchored and engine.message is Message.GRADIENT:  # averages the way from the anchor
+        beside = True
     sends = engine.elastic or not engine.silent
     full = full_from(engine.bucket_mb, sends, early=not engine.message.needs_gradient)
-    new = build(params, full, len(engine.buckets), group, engine.parts, gradients, beside)
+    new = build(params, full, len(engine.buckets), group, engine.parts, gradients, beside,
+                AnchoredBucket if engine.anchored else Bucket)  # fmt: skip
     extra = [name for layer in engine.layers for name in layer.state]
     for b in new:
-        b.watched = engine.message.is_x
+        b.watched = engine.message.is_x and not engine.anchored
         b.allocate(engine.rule.state, extra)
         engine.make_room(b)
         if b.x.device not in engine.lanes:

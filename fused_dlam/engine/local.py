@@ -88,7 +88,11 @@ class Local:
 
     def low_of(self, b: Bucket) -> torch.Tensor | None:
         """16-bit parameters, which a script may have written, for passes. An inner optimizer's steps are absorbed."""
-        return None if self.only_averages else b.low
+        return None if self.only_averages or b.anchored else b.low
+
+    def gradient_of(self, b: Bucket) -> torch.Tensor:
+        """What passes are given as the gradient: around an inner optimizer the parameters."""
+        return b.low if self.rule.traveled and b.low is not None else b.g
 
     def shortened(self, b: Bucket, active: list[bool]) -> Shortened:
         """How a bucket's gradient is shortened, see spikes.py."""
@@ -129,12 +133,17 @@ class Local:
     def pack(self, b: Bucket, span: slice, message: torch.Tensor) -> None:
         low = self.low_of(b)
         self.passes_of(b).pack(
-            b.x[span], b.g[span], tuple(t[span] for t in b.state), message[:, span], None if low is None else low[span]
+            b.x[span],
+            self.gradient_of(b)[span],
+            tuple(t[span] for t in b.state),
+            message[:, span],
+            None if low is None else low[span],
         )
 
     def combine(self, b: Bucket, span: slice, received: torch.Tensor, copies: tuple[torch.Tensor, ...]) -> None:
         low, state = self.low_of(b), tuple(t[span] for t in b.state)
-        self.passes_of(b).combine(b.x[span], b.g[span], state, received, copies, None if low is None else low[span])
+        g = self.gradient_of(b)[span]
+        self.passes_of(b).combine(b.x[span], g, state, received, copies, None if low is None else low[span])
 
     def before(self, b: Bucket) -> list[tuple[Layer, dict[str, Any], Scalar]]:
         """The layers that see a bucket's gradient before the rule, its group, and the gradient's scale."""

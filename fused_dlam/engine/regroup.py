@@ -64,7 +64,7 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     """From the next step on this is the place, and the graph."""
     # In the order in which they were built: a newcomer knows no other, and a loss may come while one is agreed on.
     engine.buckets.sort(key=lambda b: b.index)
-    engine.flights, engine.topology = {}, graph.as_rows
+    engine.flights, engine._follows, engine._written, engine.topology = {}, False, {}, graph.as_rows
     if place is not engine.place:  # a newcomer's first
         _replace(engine, place)
     engine.averager = averager(engine.message, place)
@@ -115,10 +115,11 @@ def settle(engine: Engine, new: Sequence[int]) -> None:
         for t in b.extra.values():  # of layers, whose exact averages keep them equal
             workers.finite_mean(t)
         if place.splits:  # a machine's ranks are equal; perhaps not all of them had combined this bucket
-            for t in (b.x, *b.state, *b.extra.values()):
+            for t in (b.x, *b.state, *b.extra.values(), *((b.low,) if b.anchored else ())):
                 place.inside.broadcast(t)
         b.remember_nothing(workers)  # of messages to others
-        b.publish()
+        if not b.anchored or workers.rank in new:  # who is within a round stays on its way
+            b.publish()
     engine.note_layout()
 
 

@@ -27,6 +27,7 @@ class Slot:
         self.address = 0  # where that is
         self.grad: torch.Tensor | None = None  # the view in the flat gradient
         self.installed: torch.Tensor | None = None  # what p.grad is then: the view, or a DTensor over it
+        self.grad_address = 0  # where that is
         self.arrived_at: int | None = None  # the gradient's version when autograd had accumulated it, in this step
         # What arrived and its version then, while it is still to be copied into the view.
         self.fresh: tuple[weakref.ref[torch.Tensor], int] | None = None
@@ -55,6 +56,22 @@ class Slot:
         memory = memory[self.offset * size : (self.offset + self.numel) * size]
         dtype = flat.dtype.to_complex() if self.p.is_complex() else flat.dtype
         return torch.empty(0, dtype=dtype, device=flat.device).set_(memory, 0, self.shape, self.stride)
+
+    def lay_gradient(self, flat: torch.Tensor) -> None:
+        """Makes the view in the flat gradient."""
+        # `.data` gives it a version counter of its own: writing the flat buffer does not move that, autograd and the
+        # user do. So the counter tells whether this parameter got a gradient.
+        self.grad = self.view(flat).data
+        self.grad_address = self.grad.data_ptr()
+        self.installed = sharded.like(self.p, self.grad) if self.apart else self.grad
+
+    def keep_gradient(self, flat: torch.Tensor) -> None:
+        """Makes it anew if a script has given the view other memory: `p.grad.data = t`, or `model.to("cpu:0")`. What
+        was `p.grad` is then a gradient like any other, to be copied into the view."""
+        if self.grad is not None and self.grad.data_ptr() != self.grad_address:
+            self.lay_gradient(flat)
+            if self.arrived_at is not None:
+                self.arrived_at = -1  # what left in the backward pass was the old view
 
     def stateful(self, flat: torch.Tensor) -> torch.Tensor:
         """The view as others are to see it in the optimizer's state: of a sharded parameter, a DTensor over it."""

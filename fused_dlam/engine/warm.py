@@ -21,10 +21,11 @@ def warm(engine: Engine, b: Bucket) -> None:
     peers = [engine.peers(step) for step in foreseen(engine.topology)]
     degrees = sorted({len(p.sources) for p in peers})
     low, passes = () if b.low is None else (b.low,), engine.local.passes_of(b)
+    g = engine.local.gradient_of(b)
     for copies in (low, (b.messages[0], *low)) if engine.message.is_x and len(b.messages) else (low,):
-        passes.warm(b.x, b.g, b.state, b.messages, b.received, degrees, copies, engine.local.low_of(b))
+        passes.warm(b.x, g, b.state, b.messages, b.received, degrees, copies, engine.local.low_of(b))
     if b.compressed is not None:
         b.compressed.warm()
     if EVERYBODY in peers and b.messages.dtype != b.x.dtype:  # exact steps send the full precision
         full = (b.x,) * engine.rule.messages
-        passes.warm(b.x, b.g, b.state, full, (full,), (1,), low, engine.local.low_of(b))
+        passes.warm(b.x, g, b.state, full, (full,), (1,), low, engine.local.low_of(b))

@@ -5,4 +5,5 @@ torchrun --nproc-per-node 4 -m fused_dlam.examples.gossip --amp        the same 
 torchrun --nproc-per-node 4 -m fused_dlam.examples.gossip --amp --resume
 torchrun --nproc-per-node 4 -m fused_dlam.examples.accelerated         with Hugging Face Accelerate
 torchrun --nproc-per-node 4 -m fused_dlam.examples.dashboard           curves for TensorBoard
+torchrun --nproc-per-node 4 -m fused_dlam.examples.detection           an object detector; needs torchvision
 """

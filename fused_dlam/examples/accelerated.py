@@ -2,57 +2,58 @@
 
     accelerate launch --num_processes 4 -m fused_dlam.examples.accelerated
 
-What Accelerate 1.15 does, and what that leaves to be done by hand:
+`GossipAccelerator` is an `Accelerator` whose `prepare` wraps no model in DistributedDataParallel; `accumulate(model)`
+holds messages back, and `save_state` has every worker's state ([what differs](../frameworks/accelerate.py)). An
+`Accelerator` as it is ends at the first step with an error that says so.
 
-- `prepare(model)` wraps a model in DistributedDataParallel, which gossip has no use for: its workers differ.
-  `prepare_model(model, evaluation_mode=True)` only moves it to the device and puts its forward pass under autocast.
-- `accumulate(optimizer)` in place of `accumulate(model)`: it asks for `no_sync`, which `GossipSGD` has.
-- Its GradScaler (float16) follows one rank's overflows; `fused_dlam.GradScaler` takes its place.
+- Schedulers that are prepared step once per process, as ever in Accelerate: this one is not.
 - `accelerator.clip_grad_norm_` works, but keeps messages back until `step`; `max_grad_norm=` does not.
-
-What does not work:
-
-- `save_state` and `save_model`: with safetensors, their default, Accelerate takes parameters for copies of one tensor,
-  for they are views of one flat buffer, and drops all but one ("Removed shared tensor"); without, it writes the model
-  and optimizer of worker 0 alone, and `load_state` gives them to all. `fused_dlam.save_checkpoint` has every worker's.
-- Plug-ins that own gradients or parameters: DeepSpeed, FSDP, Megatron-LM and DDP's communication hooks.
+- `save_model` saves a worker's own model: call it within `averaged`, on all ranks, for the mean.
+- DeepSpeed, FSDP and Megatron-LM, which own gradients or parameters, are refused.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from fused_dlam import GossipSGD, GradScaler, save_checkpoint
+from fused_dlam import GossipSGD
+from fused_dlam.frameworks.accelerate import GossipAccelerator
 
 from .gossip import digits, network
 
 
 def train(args: argparse.Namespace) -> float:
     """One worker's part of the training; returns the test accuracy in percent."""
-    accelerator = Accelerator(
-        mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate, cpu=not torch.cuda.is_available()
+    accelerator = GossipAccelerator(
+        mixed_precision=args.precision,
+        gradient_accumulation_steps=args.accumulate,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # the order is the epoch's, see set_epoch
+        cpu=not torch.cuda.is_available(),
     )
-    accelerator.scaler = GradScaler(accelerator.device.type, enabled=args.precision == "fp16")
     torch.manual_seed(0)
     training, test = digits()
-    model = accelerator.prepare_model(network(), evaluation_mode=True)
-    gossip = GossipSGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
-    scheduler = CosineAnnealingLR(gossip, args.epochs)  # not prepared, which would step it once per process
-    optimizer, loader, tests = accelerator.prepare(
-        gossip, DataLoader(training, args.batch_size, shuffle=True), DataLoader(test, args.batch_size)
+    net = network().to(accelerator.device)
+    gossip = GossipSGD(net.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
+    model, optimizer, loader, tests = accelerator.prepare(
+        net, gossip, DataLoader(training, args.batch_size, shuffle=True), DataLoader(test, args.batch_size)
     )
-    torch.manual_seed(1 + accelerator.process_index)  # of dropout
+    scheduler = CosineAnnealingLR(gossip, args.epochs)
+    accelerator.register_for_checkpointing(scheduler)
+    if args.resume:
+        accelerator.load_state(args.out / "last")  # as many workers go on bit for bit, others from the mean
 
     accuracy = 0.0
-    for epoch in range(args.epochs):
+    for epoch in range(scheduler.last_epoch, args.epochs):
+        torch.manual_seed(1000 * epoch + accelerator.process_index)  # of dropout
+        loader.set_epoch(epoch)
         model.train()
         for images, labels in loader:
-            with accelerator.accumulate(gossip):
+            with accelerator.accumulate(model):
                 accelerator.backward(nn.functional.cross_entropy(model(images), labels))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -63,11 +64,11 @@ def train(args: argparse.Namespace) -> float:
         with torch.no_grad(), gossip.averaged(model):
             for images, labels in tests:
                 right.append(accelerator.gather_for_metrics(model(images).argmax(1) == labels))
-            accelerator.save(model.state_dict(), args.out / "model.pt")  # on worker 0: they are equal here
+            accelerator.save(net.state_dict(), args.out / "model.pt")  # on worker 0: they are equal here
         accuracy = 100 * torch.cat(right).float().mean().item()
         accelerator.print(f"epoch {epoch + 1}: test accuracy {accuracy:.1f} %", flush=True)
 
-        save_checkpoint(args.out / f"epoch{epoch + 1}", model, gossip, scheduler=scheduler)
+        accelerator.save_state(args.out / "last")
     return accuracy
 
 
@@ -79,6 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start; cosine to zero")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--out", type=Path, default=Path("digits"), help="folder of checkpoints and model")
+    parser.add_argument("--resume", action="store_true", help="go on from the last epoch that was saved in --out")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     return args

@@ -5,7 +5,8 @@ are not the optimizer's (frozen ones, an EMA's, those of a replaced layer).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 
@@ -88,15 +89,35 @@ def beside(model: torch.nn.Module, held: set[int]) -> tuple[dict[str, torch.Tens
     return dict(named.values()), left
 
 
-def agree(place: Place, what: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError on all ranks if they would average different tensors, naming the first that differs."""
+def named(model: torch.nn.Module | None, name: str) -> torch.Tensor | None:
+    """A model's parameter or buffer of a name, None if it has none any more."""
+    try:
+        found = reduce(getattr, name.split("."), model)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def agree(place: Place, what: Mapping[str, torch.Tensor], replaced: Sequence[str] = ()) -> None:
+    """Raises ValueError on all ranks if they would average different tensors, naming the first that differs.
+
+    replaced: parameters of the model that were the optimizer's and are other objects now: these are refused, too.
+    """
     names = f"{len(what)} tensors beside the optimizer's parameters ({', '.join(what) or 'no model'})"
     facts = {"what averaged() averages": names}
     facts.update({f"the shape and type of {name}, which averaged() averages": _form(t) for name, t in what.items()})
+    facts["parameters that were replaced since the optimizer was built"] = ", ".join(replaced) or "none"
     # A number each in the common case: the names of a large model are long.
     number = int.from_bytes(hashlib.sha256(repr([*facts.items()]).encode()).digest()[:7], "little")
     most, least = place.largest(torch.tensor([number, -number]), "comparing what is to be averaged", None).tolist()
     if most == -least:
+        if replaced:
+            raise ValueError(
+                f"averaged(): the model's {', '.join(replaced[:8])}{' and others' if len(replaced) > 8 else ''} were"
+                " replaced by other objects since the optimizer was built, which trains the old ones: by a new layer,"
+                " load_state_dict(assign=True), or a model.to() that makes new parameters. Change the model first, then"
+                " build the optimizer; give a new layer to add_param_group()"
+            )
         return
     error = ValueError("the workers do not agree on what averaged() averages: pass the same model on every rank")
     for group in (place.inside, place.workers):  # both, on all ranks: those of one machine may agree

@@ -22,15 +22,16 @@ class Counter:
     """Counts of one optimizer's parameters. Where a GPU knows whether a step was skipped, the group's count is there,
     and is everybody's."""
 
-    def __init__(self, optimizer: Optimizer, engine: Engine):
+    def __init__(self, optimizer: Optimizer, engine: Engine, memory: str = "memory"):
         self.optimizer, self.engine = optimizer, engine
+        self.memory = memory  # the entry of a group in which the rule's is
 
     def begin(self, arguments: Callable[[dict[str, Any]], Arguments]) -> None:
         """Before the groups' memories are those after this step. arguments: of `Rule.scalars`, from a group."""
         rule, groups = self.engine.rule, self.optimizer.param_groups
         if rule.counts is None:
             return
-        memories = [dict(group["memory"]) for group in groups]
+        memories = [dict(group[self.memory]) for group in groups]
         self.engine.local.counts = [memory.get(rule.counts, 0) for memory in memories]
         self.engine.local.scalars_at = lambda g, count: rule.scalars_at(
             count, memory=memories[g], **arguments(groups[g])
@@ -45,14 +46,14 @@ class Counter:
             if unsure and not isinstance(count, Tensor):
                 slot.steps = min(slot.steps, count)
             if isinstance(count, Tensor) or slot.steps == count:
-                group["memory"].pop(f"steps of {j}", None)
+                group[self.memory].pop(f"steps of {j}", None)
             else:
-                group["memory"][f"steps of {j}"] = slot.steps
+                group[self.memory][f"steps of {j}"] = slot.steps
 
     def restore(self) -> None:
         """After a checkpoint was loaded."""
         for group, slot, j, count in self._each():
-            slot.steps = int(group["memory"].get(f"steps of {j}", count))
+            slot.steps = int(group[self.memory].get(f"steps of {j}", count))
 
     def _each(self) -> Iterator[tuple[dict[str, Any], Slot, int, Any]]:
         counts = self.engine.rule.counts
@@ -62,4 +63,4 @@ class Counter:
         for group in self.optimizer.param_groups:
             for j, p in enumerate(group["params"]):
                 if p in slots:
-                    yield group, slots[p], j, group["memory"].get(counts, 0)
+                    yield group, slots[p], j, group[self.memory].get(counts, 0)

@@ -11,8 +11,10 @@ from ..comm.errors import calling
 from ..engine.buckets import Bucket
 from ..engine.slot import Slot
 from .loaded_values import check_everywhere
+from .outer_steps import forget_rounds
+from .rounds import MEMORY, OUTER, Rounds
 from .shared import GossipOptimizer
-from .state_dict import restore_copies, restore_memories
+from .state_dict import numbers, restore_copies, restore_memories
 
 OWN = "gossip_"  # how names begin of what is not the inner optimizer's
 
@@ -22,25 +24,34 @@ class InnerCopies(GossipOptimizer):
 
     inner: Optimizer
     _entries: dict[str, Any]
+    _rounds: Rounds | None
+    _stepped: int | None
+    _loss: Any
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Gossip holds a process group and cannot be copied: copy its state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, with the exchange's step, for 16-bit parameters master values, and with compress= what
-        is remembered of messages."""
+        """The inner optimizer's, with the exchange's step, for 16-bit parameters master values, with compress= what is
+        remembered of messages, and of an outer method x, its state and how far its round is."""
         for b in self._engine.buckets:
             b.absorb()
         state_dict = self.inner.state_dict()
         state = dict(state_dict["state"])
         for key, (b, slot) in self._slots(state_dict).items():
             own = {} if b.compressed is None else dict(b.compressed.kept)
-            if b.low is not None and self._engine.place.workers.size > 1:
+            if b.anchored:
+                own = dict(self._engine.buffers(b))
+            elif b.low is not None and self._engine.place.workers.size > 1:
                 own["master"] = b.x
             if own:
                 shown = {f"{OWN}{name}": slot.stateful(buffer).clone() for name, buffer in own.items()}
                 state[key] = {**state.get(key, {}), **shown}
-        return {**state_dict, "state": state}
+        groups = [
+            {k: [list(pair) for pair in numbers(v).items()] if k == MEMORY else v for k, v in group.items()}
+            for group in state_dict["param_groups"]
+        ]
+        return {**state_dict, "state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this topology, or one of the inner optimizer alone. On all ranks.
@@ -50,7 +61,10 @@ class InnerCopies(GossipOptimizer):
         self._check_own_values("load_state_dict()")
         with calling("optimizer.load_state_dict()"):
             check_everywhere(self, state_dict)
-        before = [{k: g[k] for k in self._entries} for g in self.param_groups]
+        before = [
+            {k: g[k] for k in g if k in self._entries or (k.startswith(OUTER) and k != MEMORY)}
+            for g in self.param_groups
+        ]
         step = self._step
         state = {
             key: {k: v for k, v in s.items() if not (isinstance(k, str) and k.startswith(OWN))}
@@ -60,12 +74,17 @@ class InnerCopies(GossipOptimizer):
         }
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
         for group, old in zip(self.param_groups, before, strict=True):
+            if self._rounds is None:
+                forget_rounds(group)
             for name, value in old.items():
                 group.setdefault(name, value)
         self._engine.forget(step)
+        self._stepped = self._loss = None
         saved = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
+        if self._rounds is not None:
+            self._rounds.load(self.param_groups, self._engine, lambda slot: saved[slot])
         with torch.no_grad():
-            for b in self._engine.buckets:
+            for b in self._engine.buckets if self._rounds is None else ():
                 restore_copies(b, lambda slot: saved[slot].get(f"{OWN}master"))
             restore_memories(self._engine, lambda slot: saved[slot], OWN)
 

@@ -29,8 +29,8 @@ class Joining:
     _joining = False  # within `join`
     _join_factor = 1.0  # of the gradients: where they are averaged, the mean is over the ranks that have one
     _overflow_elsewhere = False  # in a step for the others' sake, whether a scaler found an overflow there
-    _told: int | None = None  # the step for which this rank has said whether it has a gradient
-    _overflow_agreed: int | None
+    _told: Any = None  # the step for which this rank has said whether it has a gradient
+    _overflow_agreed: Any
     _common_scale: float | None
 
     if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Joining:
         def _engine(self) -> Engine: ...
         @property
         def _step(self) -> int: ...
+        @property
+        def _moment(self) -> Any: ...
 
         def _advance(self, *, gradients: bool) -> Any: ...
         def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -116,10 +118,10 @@ class Joining:
 
         Returns 0 if no rank has a gradient, SCALED if any has a scaled one, else 1.
         """
-        if not self._joining or self._told == self._step:
+        if not self._joining or self._told == self._moment:
             return 1
         place, averager = self._engine.place, self._engine.averager
-        self._told = self._step
+        self._told = self._moment
         if averager.size > 1:
             share = torch.tensor([float(gradients)], dtype=torch.float64)
             averager.mean(share)

@@ -97,7 +97,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
             theirs = {"layers": theirs["slowmo"] if isinstance(theirs["slowmo"], str) else "", **theirs}
         if theirs.get("lars") is not None and "lars" not in ours and "method" in ours:
             raise ValueError(f"the checkpoint is of LARS: build with layers=[Lars({theirs['lars']})]")
-        for what in ("method", "layers", *PLACE):
+        for what in ("method", "layers", "gossip_outer", *PLACE):
             if not {what} <= theirs.keys() & ours.keys():
                 continue
             if type(theirs[what]) is not type(ours[what]) or theirs[what] != ours[what]:
@@ -109,7 +109,8 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> Non
                         " optimizer.consensus_state_dict(), or use fused_dlam.save_checkpoint and"
                         " load_checkpoint(mean=True)"
                         if what in PLACE
-                        else f": build it with {what}= as there, or load the model alone: its state means nothing here"
+                        else f": build it with {what.removeprefix('gossip_')}= as there, or load the model alone: its"
+                        " state means nothing here"
                     )
                 )
         if "method" not in ours and {"method", "memory"} <= set(theirs):
@@ -139,14 +140,21 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and name in theirs and not isinstance(new, (numbers.Real, torch.Tensor)):
             raise TypeError(f"{name} must be a number, not {new!r}")
-    for name in ("step", "gossip_step"):
+    for name in ("step", "gossip_step", "gossip_taken", "gossip_went", "gossip_batches"):
         if name in merged and (not isinstance(merged[name], numbers.Integral) or merged[name] < 0):
             raise ValueError(f"Invalid {name}: {merged[name]!r}, must be a whole number from 0 on")
     if "method" in ours:
         _check_memory(merged["memory"])
         options.check(merged, optimizer._rule, optimizer._options)  # type: ignore[attr-defined]
         optimizer._certificate.recheck(merged)  # type: ignore[attr-defined]
-    elif "lr" in merged and not 0.0 <= float(merged["lr"]) < math.inf:  # what else its inner optimizer has is its own
+    elif getattr(optimizer, "_rounds", None) is not None:
+        _check_memory(theirs.get("outer_memory", {}))
+        of = optimizer._rounds.settings_of(merged)  # type: ignore[attr-defined]
+        optimizer._rounds.check(of)  # type: ignore[attr-defined]
+        optimizer._rounds.certificate.recheck(of)  # type: ignore[attr-defined]
+    if (
+        "method" not in ours and "lr" in merged and not 0.0 <= float(merged["lr"]) < math.inf
+    ):  # what else its inner optimizer has is its own
         raise ValueError(f"Invalid learning rate: {merged['lr']}")
 
 

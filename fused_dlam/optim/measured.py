@@ -80,10 +80,15 @@ class Measured:
         For what a script decides by, as a validation loss that a scheduler follows. With on_failure="continue" it is
         that of those who are left; a collective of the script's own would end there.
 
-        Raises TypeError for integers, ValueError on all ranks if shapes or types differ, before values are sent.
+        Raises TypeError for integers and for what is no tensor, ValueError on all ranks if shapes or types differ,
+        before values are sent.
         """
         self._check_connected()
-        own = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        try:
+            own = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        except (RuntimeError, TypeError, ValueError) as error:
+            what = f"mean() takes a number or a tensor, not {type(value).__name__}"
+            raise TypeError(f"{what}; several losses go as one: torch.stack(list(losses.values()))") from error
         has_mean(own)
         with calling("optimizer.mean()"):
             return self._together(lambda: self._mean_of(own.detach().clone()))
@@ -110,7 +115,8 @@ class Measured:
         self._settle()
         total = torch.zeros(1, dtype=torch.float64)
         for b in self._engine.buckets:
-            x = b.x[: b.flags.start]  # what is behind the last parameter is no parameter
+            # What is behind the last parameter is no parameter.
+            x = b.front[: b.flags.start].to(b.x.dtype)
             mean = x.clone()
             place.workers.mean(mean)
             total += torch.linalg.vector_norm(mean.sub_(x), dtype=torch.float64).square().cpu()

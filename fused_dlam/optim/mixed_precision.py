@@ -30,7 +30,8 @@ from ..rules.scalars import Scalar, on_host
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` whose scale is the same on all ranks: each learns of every rank's overflow.
 
-    For a `GossipSGD`; other optimizers are scaled as by torch's. Every rank must use one, and call `step` (or
+    For a `GossipSGD`, or a `Gossip` that exchanges in every step; others are scaled as by torch's: with every=H an
+    inner step is a rank's own, and so are its overflow and its scale. Every rank must use one, and call `step` (or
     `unscale_`) equally often. Costs an all-reduce of 4 bytes per step (8 where gradients are averaged), where torch's
     costs the same.
     """
@@ -91,7 +92,7 @@ def to_common_scale(optimizer: Any) -> float:
     if common is None:
         return 1.0
     scale = getattr(optimizer, "grad_scale", None)
-    optimizer._own_scale = optimizer._step, scale
+    optimizer._own_scale = optimizer._moment, scale
     optimizer.grad_scale = None if common == 1.0 else common
     return common / _own(scale)
 
@@ -99,7 +100,7 @@ def to_common_scale(optimizer: Any) -> float:
 def alone(optimizer: Any) -> None:
     """This worker is alone until it goes on with others: a step that is tried again has its own loss scale."""
     step, scale = optimizer._own_scale
-    if step == optimizer._step:
+    if step == optimizer._moment:
         optimizer.grad_scale = scale
     optimizer._own_scale, optimizer._common_scale = (None, None), None
 
@@ -112,7 +113,7 @@ def _own(scale: Any) -> float:
 def overflowed(optimizer: Any) -> bool:
     """Whether gradients overflowed on any rank, in a step() that a scaler called: agreed on now, unless it was."""
     anywhere = torch.as_tensor(optimizer.found_inf, dtype=torch.float32).clone()
-    if optimizer._overflow_agreed != optimizer._step:
+    if optimizer._overflow_agreed != optimizer._moment:
         optimizer._agree_on_overflow([anywhere], getattr(optimizer, "grad_scale", None))
     optimizer._overflow_agreed = None  # a checkpoint may go back to this very step
     return bool(anywhere)

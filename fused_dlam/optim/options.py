@@ -270,7 +270,7 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, opt
     """
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
     split = [(p.placements, p.device_mesh.size()) if is_sharded(p) else "" for p in params]  # type: ignore[attr-defined]
-    names = [*FIRST, *(k for k in group if k not in (*FIRST, "params", "memory"))]
+    names = [*FIRST, *(k for k in group if k not in (*FIRST, "params", "memory", "outer_memory"))]
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),

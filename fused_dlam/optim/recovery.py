@@ -63,6 +63,7 @@ class Recovery:
         self._stale = False  # whether this worker came back in the midst of its loop
         self._before = tuple(number for number in view.members if number not in view.new)
         self._store_failed = False
+        self._looked = -1  # steps over `admit_every`, when it was last asked who waits
         self._tries = 0  # how often in a row this worker has broken a step to let somebody in
         self.empty = False  # whether this worker was let in, and has not taken a neighbor's state yet
         self.came_at: int | None = None  # the step at which this worker came to a run that was under way
@@ -107,7 +108,8 @@ class Recovery:
         """
         every, view = self.chosen.admit_every, self.membership.view
         first = self.membership.me == view.members[0] and self.next is None
-        due = every and self.optimizer._step % every == 0
+        due = bool(every) and self.optimizer.steps_done // every != self._looked
+        self._looked = self.optimizer.steps_done // (every or 1)
         if not (first and (due or 0 < self._tries < TRIES)) or self._store_failed or self.membership.machines:
             return None
         try:

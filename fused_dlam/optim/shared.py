@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,24 +17,28 @@ from ..engine import regroup
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
-from .averaged import Averaged, agree, beside
+from .averaged import Averaged, agree, beside, named
 from .joining import Joining
 from .measured import Measured
+from .replaced import Seen, untrained
 from .state_dict import copied, entries, tensors, unplaced
 from .surviving import Surviving
+from .tracking import Tracked
 
 
-class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
+class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     """The part of `GossipSGD` and `Gossip` that looks at all workers at once."""
 
     _step_supports_amp_scaling = True  # GradScaler calls step() whatever it found, and says so in found_inf
-    _overflow_agreed: int | None = None  # the step for which all ranks know whether gradients overflowed
-    _own_scale: tuple[int | None, Any] = (None, None)  # a step, and what the loss scale of this rank was in it
+    _overflow_agreed: Any = None  # the step for which all ranks know whether gradients overflowed
+    _own_scale: tuple[Any, Any] = (None, None)  # a step, and what the loss scale of this rank was in it
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
     _closed = False
+    _own_overflows = False  # whether a rank may leave out a step of its own
     _averaging = False  # whether this is within `averaged`
     _said: Set[str] = frozenset()  # lines that `averaged` has logged
+    _seen: Seen | None = None  # the models that `averaged` was given
 
     _running: Engine | None = None  # not in copies: pickling and deepcopy keep what torch's optimizers keep
 
@@ -46,12 +51,17 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
             )
         return self._running
 
+    @property
+    def _moment(self) -> Any:
+        """A name of the next step, alike on all ranks."""
+        return self._step
+
     def agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any = None) -> None:
         """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it.
 
         scale: the loss scale that this rank's gradients have; None: none, they are unscaled.
         """
-        if self._unsettled:  # step() settles who takes part first, and agrees then
+        if self._own_overflows or self._unsettled:  # step() settles who takes part first, and agrees then
             return
         try:
             self._agree_on_overflow(found, scale)
@@ -64,7 +74,7 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
         self._take_part(True, scaled=True)
         engine = self._engine
         common = mixed_precision.agree(engine.place, found, self._step, scale, engine.averager.size > 1)
-        self._overflow_agreed, self._common_scale = self._step, common
+        self._overflow_agreed, self._common_scale = self._moment, common
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -155,7 +165,9 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
         All ranks must enter it together, with models of one form. Costs a copy of what is averaged. Within it step()
         is refused, for what it did would be undone.
 
-        Raises ValueError, on all ranks, if their models differ; RuntimeError within another `averaged`.
+        Raises ValueError, on all ranks, if their models differ, or if parameters of the model were replaced by other
+        objects since the optimizer was built; RuntimeError within another `averaged`. That is noticed of a model that
+        was averaged before, and where the optimizer was given named parameters; else a line in the log is all.
         """
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"averaged takes the model, a torch.nn.Module, not {type(model).__name__}")
@@ -183,41 +195,53 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
 
     def _put_means(self, model: torch.nn.Module | None, back: ExitStack) -> None:
         engine, place = self._engine, self._engine.place
-        others = {} if model is None else self._beside(model)
-        agree(place, others)
+        others, replaced = ({}, []) if model is None else (self._beside(model), self._replaced(model))
+        agree(place, others, replaced)
         self._settle()
         for b in engine.buckets if place.workers.size > 1 else ():
-            own = b.x.clone()
+            own = b.front.clone()
             back.callback(_put, b, own)
-            mean = own.clone()
+            mean = own.to(b.x.dtype, copy=True)
             place.workers.mean(mean)
-            b.x.copy_(mean)
-            b.publish()
-        for tensor in others.values():
+            _put(b, mean)
+        for name, tensor in others.items():
             one = Averaged(tensor)
             own = one.read()
             mean = one.mean(own, place)
-            back.callback(_write, one, own)
+            back.callback(_write, model, name, one, own)
             one.write(mean)
 
     def _beside(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What of a model is averaged beside the flat buffers, by name."""
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        mine = {id(p): p for group in self.param_groups for p in group["params"]}
         others, left = beside(model, {id(slot.p) for b in self._engine.buckets for slot in b.slots})
-        if not mine & {id(p) for p in model.parameters()}:
+        if not mine.keys() & {id(p) for p in model.parameters()}:
+            strange = untrained(model, mine.values())
             self._say(
                 "averaged(): none of the model's parameters is the optimizer's, so all of them are averaged by"
-                " themselves. Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
+                " themselves. "
+                + (
+                    "But they have gradients, and the optimizer's have none: if the optimizer is to train this model,"
+                    " its parameters were replaced since, and it trains nothing. Build the optimizer after that"
+                    if strange
+                    else "Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
+                ),
+                logging.WARNING if strange else logging.INFO,
             )
         if left:
             self._say(f"averaged() leaves alone what has no mean: {', '.join(left)}")
         return others
 
-    def _say(self, line: str) -> None:
+    def _replaced(self, model: torch.nn.Module) -> list[str]:
+        if self._seen is None:
+            self._seen = Seen()
+        return self._seen.replaced(model, self.param_groups)
+
+    def _say(self, line: str, level: int = logging.INFO) -> None:
         """Logs a line once: evaluation comes again and again."""
         if line not in self._said:
             self._said = {*self._said, line}
-            log.info("%s", line)
+            log.log(level, "%s", line)
 
     @torch.no_grad()
     def consensus_state_dict(self) -> dict[str, Any]:
@@ -249,10 +273,14 @@ class GossipOptimizer(Measured, Joining, Surviving, Optimizer):
 
 def _put(b: Bucket, own: torch.Tensor) -> None:
     with torch.no_grad():
-        b.x.copy_(own)
-        b.publish()
+        b.front.copy_(own)
+        b.publish(low=not b.anchored)
+        b.bring_home(values=False)  # a model.to() within the context has taken the means with it
 
 
-def _write(one: Averaged, own: torch.Tensor) -> None:
+def _write(model: torch.nn.Module | None, name: str, one: Averaged, own: torch.Tensor) -> None:
     with torch.no_grad():
         one.write(own)
+        now = named(model, name)
+        if now is not None and now.shape == own.shape and one.places is None:
+            Averaged(now).write(own)  # a model.to() within the context has made another tensor or other memory of it

@@ -146,7 +146,7 @@ def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, A
     messages.
     """
     for name, value in tensors(state_dict):
-        if name.rpartition(".")[2] in centered:
+        if name.rpartition(".")[2].removeprefix("gossip_") in centered:
             value.zero_()
     state = {
         key: {k: v for k, v in s.items() if not is_memory(k)} if isinstance(s, dict) else s

@@ -123,6 +123,7 @@ class Rule:
         self.hyper = {key: h if isinstance(h, Hyper) else Hyper(h) for key, h in (hyper or {}).items()}
         self.derive, self.counts, self.rounds = derive, counts, rounds
         self.schedule = "awc" if send is send_parameter else "atc"
+        self.traveled = False
         self._try()
         if schedule != "auto":
             self._follow(schedule)
@@ -262,9 +263,20 @@ class Rule:
         check_schedule(schedule)
         if schedule in ("auto", self.schedule):
             return self
+        other = self._copy()
+        other._follow(schedule)
+        return other
+
+    def outer(self) -> Rule:
+        """This rule around an inner optimizer: passes are given, for g, the parameters y to which that came from x, and
+        g = x - y."""
+        other = self._copy()
+        other.traveled = True
+        return other
+
+    def _copy(self) -> Rule:
         other = object.__new__(type(self))  # copy.copy would take the way of pickle, and return this one
         vars(other).update(vars(self))
-        other._follow(schedule)
         return other
 
     def _follow(self, schedule: str) -> None:

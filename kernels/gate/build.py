@@ -61,7 +61,7 @@ def build(
         "SEND": rule.whole, "HALFWAY": rule.halfway, "UPDATE": update or rule.update,
         "S": Fields(rule.state), "H": Fields(rule.H._fields),
         "BLOCK": block, "VECTOR": vector, "EVEN": even,
-        "GUARD": guard,
+        "GUARD": guard, "TRAVELED": rule.traveled,
         "SKIP": SKIP if case.pass_ == "skips" else 0,
     }  # fmt: skip
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}

@@ -71,7 +71,7 @@ class Worker:
         )
         if case["mode"] == CONTINUE:
             more |= dict(admit_every=2, on_members_changed=lambda members: self.say(RECOVERED))
-        if case["optimizer"] == "gossip":
+        if case["optimizer"] in ("gossip", "outer"):
             inner = torch.optim.SGD(self.model.parameters(), lr=0.02, momentum=0.9)
             inner.register_step_post_hook(lambda *_: self.count())
             return fused_dlam.Gossip(inner, **more)
@@ -188,7 +188,7 @@ class Worker:
     def look(self):
         """At the end: what there is to be told."""
         optimizer, told = self.optimizer, self.told
-        if self.case["optimizer"] != "gossip":
+        if self.case["optimizer"] not in ("gossip", "outer"):
             taken = {slot.steps for b in optimizer._engine.buckets for slot in b.slots}
             told["own"] = taken.pop() if len(taken) == 1 else sorted(taken)
         told |= {"steps": optimizer.steps_done, "members": optimizer.members}

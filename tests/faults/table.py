@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "overlap": {"overlap": True},
     "awc": {"schedule": "awc"},
     "gossip": {},
+    "outer": {"outer": "mi-dmsgd", "every": 2, "schedule": "awc"},  # Gossip, in rounds
     "hierarchical": {"hierarchical": True},  # 2 machines x 2 ranks
 }
 MORE = {"pmsgd": {"method": "pmsgd"}}
@@ -68,7 +69,7 @@ def _table():
             yield case("stop", "sent", [1], name, mode, resume="ended")
             for act in ("return", "finish", "raise", "exit") if name == "default" else ("return",):
                 yield case(act, "between", [1], name, mode)
-        for name in ("default", "gossip", "hierarchical"):
+        for name in ("default", "gossip", "outer", "hierarchical"):
             for place, victims in (("averaged", [1]), ("averaged", [0]), ("distance", [1])):
                 yield case("kill", place, victims, name, mode)
             for place, victims in (("saving", [1]), ("saving", [0]), ("before-saving", [1])):
@@ -118,6 +119,6 @@ EVERYDAY = {
     "kill-0-settings-default-raise", "kill-1+2-sent-overlap-continue-5workers", "store-between-default-continue",
     "stop-1-sent-default-raise-until-ended", "stop-1-sent-default-continue-until-recovered",
     "return-1-between-default-raise", "late-1-last-default-raise-3workers", "kill-1-sent-hierarchical-raise",
-    "kill-1-sent-awc-continue-streamed",
+    "kill-1-sent-awc-continue-streamed", "kill-1-sent-outer-continue",
 }  # fmt: skip
 assert EVERYDAY <= {case["id"] for case in CASES}

@@ -29,9 +29,10 @@ def update_with_a_sum(x, g, s, pull, h):
 def _atomic_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                    HALFWAY: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
                    VECTOR: tl.constexpr, EVEN: tl.constexpr, UPDATE: tl.constexpr, GUARD: tl.constexpr,
-                   SKIP: tl.constexpr):  # fmt: skip
+                   SKIP: tl.constexpr,
+                   TRAVELED: tl.constexpr):  # fmt: skip
     _combine_kernel(x_ptr, g_ptr, s_ptrs, r_ptrs, copy_ptrs, low_ptrs, scalars_ptr, n, SEND, HALFWAY, S, H, BLOCK,
-                    VECTOR, EVEN, UPDATE, GUARD, SKIP)  # fmt: skip
+                    VECTOR, EVEN, UPDATE, GUARD, SKIP, TRAVELED)  # fmt: skip
     tl.atomic_add(scalars_ptr, 1.0)
 
 

@@ -201,6 +201,18 @@ def test_the_guard_costs_no_traffic(rule, types):
         assert (without.code.loads, without.code.stores) == (guarded.code.loads, guarded.code.stores)
 
 
+@pytest.mark.parametrize("low", ["fp32", "bf16"])
+@pytest.mark.parametrize("rule", [rules.mi_dmsgd, rules.mi_dmsgd.under("awc")], ids=lambda rule: rule.schedule)
+def test_an_outer_step_is_one_pass_over_anchor_and_parameters(rule, low):
+    """It takes y for the gradient, and writes the new x to y too: no buffer for the way that was gone."""
+    inner, outer = (Case(r, rule.schedule, "emit", low, low, 1) for r in (rule, rule.outer()))
+    built = build(outer, "sm_90")
+    assert judge(outer, "sm_90", built).failures == []
+    narrowing = [line for line in built.asm["ptx"].splitlines() if re.search(r"\bcvt\S*\.bf16\S*\.f32\b", line)]
+    assert bool(narrowing) == (low == "bf16") and all(re.search(r"\bcvt\.rn\.", line) for line in narrowing)
+    assert outer.floor.bytes == inner.floor.bytes
+
+
 LOW = [rules.pc_dmsgd, rules.da_dmsgd, rules.dsgd]
 
 

@@ -53,7 +53,14 @@ class Case(NamedTuple):
     def kernel(self):
         """Equal where the same kernel serves: for rules with the same equations and scalars, too."""
         rule, length = self.rule, (self.n == 1, self.n % 16 == 0, self.odd)
-        equations = (rule.whole, rule.halfway, rule.state, rule.H._fields, self.d is not None and rule.update)
+        equations = (
+            rule.whole,
+            rule.halfway,
+            rule.state,
+            rule.H._fields,
+            rule.traveled,
+            self.d is not None and rule.update,
+        )
         return equations, length, self.message if self.d != 0 or self.copy else None, *self[4:]
 
 

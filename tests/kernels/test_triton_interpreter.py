@@ -59,6 +59,8 @@ SAME = [(m, m, d) for m in TYPES for d in (0, 1, 2, 3, 6)]
 def test_every_rule_against_float64(rule, n, cases):
     roundings = 2 + 4 * pack_floor(rule, "fp32", "fp32").divisions
     for message, gradient, d in cases:
+        if rule.traveled and gradient != torch.float32:
+            continue  # rounds x to it, which the interpreter does towards zero; test_gate.py reads the machine code
         p = Problem(rule, n, d, message, gradient, seed=d)
         passes = p.passes()
         own = p.pack(passes)

@@ -42,7 +42,8 @@ for rule in list(RULES):
             RULES.append(rule.under("awc"))
     except ValueError:
         pass
-IDS = [f"{rule.name}-{rule.schedule}" for rule in RULES]
+RULES += [rules.mi_dmsgd.outer(), rules.mi_dmsgd.under("awc").outer()]
+IDS = [f"{rule.name}-{rule.schedule}{'-outer' * rule.traveled}" for rule in RULES]
 
 WEIGHTS = (0.3, 0.1, 0.2, 0.05, 0.15, 0.125)
 TYPES = (torch.float32, torch.bfloat16)
@@ -85,7 +86,10 @@ class Problem:
         """float64: the messages, the new x and state, and the size of the numbers that were added up."""
         rule, s = self.rule, self.scalars
         h = rule.H(*(float(np.float32(v)) for v in s.h))
-        x, g = self.x.double(), self.g.double() * s.grad_scale
+        x, g = self.x.double(), self.g.double()
+        if rule.traveled:  # from x as it lay in the type of the parameters
+            g = self.x.to(self.g.dtype).double() - g
+        g = g * s.grad_scale
         state = rule.State(*(t.double() for t in self.state))
         weights = torch.tensor(s.weights, dtype=torch.float32).double().view(-1, 1, 1)
         pull = (weights * (self.received.double() - own.double())).sum(0)

@@ -74,6 +74,21 @@ def test_where_methods_with_local_steps_are_stable():
                 assert f"{growth:.4f}" == figure, (row[0], method)
 
 
+def test_where_outer_methods_are_stable():
+    """To the three digits of the table; bold is what the optimizer refuses. And the bound on random pairs."""
+    header, *rows = table("| outer method, momentum |")
+    lines = README[README.index("| outer method, momentum |") :].splitlines()[2:]
+    for (cell, setting, *figures), line in zip(rows, lines, strict=False):
+        method, momentum = cell.replace("`", "").split(", ")
+        key, _, value = setting.partition("=")
+        options = {key: value.strip('"') if '"' in value else float(value)} if key else {}
+        for graph, figure in zip(header[2:], figures, strict=True):
+            growth = consensus_growth(method, topology.get(graph, 8), float(momentum), **options)
+            assert f"{growth:.3f}" == figure and (f"**{figure}**" in line) == (growth >= 1), (cell, setting, graph)
+    for beta, n, limit in ((0.5, 8, "1.62"), (0.9, 8, "0.44"), (0.9, 10**6, "0.38")):
+        assert f"{2 * (1 - beta**2) / (1 - beta / (n - 1)):.2f}" == limit and limit in README
+
+
 def test_what_bias_is_left():
     problem = Regression(8)
     header, *rows = table("| | `dmsgd` |")

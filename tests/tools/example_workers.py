@@ -49,6 +49,7 @@ def accelerated(rank, cases, folder):
 
     from fused_dlam.examples import accelerated as example
     from fused_dlam.examples.gossip import network
+    from fused_dlam.frameworks.accelerate import GossipAccelerator
 
     accuracies = []
     for argv in cases:
@@ -58,19 +59,87 @@ def accelerated(rank, cases, folder):
     for argv in cases:
         model = network()
         gossip = fused_dlam.GossipSGD(model.parameters(), lr=0.1)
-        fused_dlam.load_checkpoint(f"{example.arguments(argv).out}/epoch3", model, gossip)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(gossip, 3)
+        fused_dlam.load_checkpoint(f"{example.arguments(argv).out}/last", model, gossip, object0=scheduler)
         own.append({name: value.clone() for name, value in model.state_dict().items()})
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    wrapped = type(accelerator.prepare(torch.nn.Linear(2, 2))).__name__
-    accelerator.free_memory()
+    plain = Accelerator(cpu=True)
+    refused = {"step": plain_prepare(plain), "prepare": "", "kept": ""}
+    accelerator = GossipAccelerator(cpu=True, gradient_accumulation_steps=2)
+    try:
+        accelerator.prepare(torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2)))
+    except ValueError as error:
+        refused["prepare"] = str(error)
+    try:
+        accelerator.save_state(folder)
+    except ValueError as error:
+        refused["kept"] = str(error)
     return {
         "accuracies": accuracies,
         "own": own,
-        "wrapped": wrapped,
+        "refused": refused,
         "accumulated": accumulate(rank, accelerator),
+        "uneven": uneven(rank, accelerator),
         "overflow": overflow(rank, accelerator),
         "saved": save_state(rank, accelerator, folder),
     }
+
+
+def accelerated_in_parts(rank, argv):
+    """The example, ended by an error after its second epoch, and resumed."""
+    start_accelerate(rank)
+    from accelerate.state import AcceleratorState
+
+    from fused_dlam.examples import accelerated as example
+
+    saved = example.GossipAccelerator.save_state
+    seen = []
+
+    def ends(accelerator, folder):
+        saved(accelerator, folder)
+        seen.append(folder)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(example.GossipAccelerator, "save_state", ends):
+        try:
+            example.train(example.arguments(argv))
+        except KeyboardInterrupt:
+            AcceleratorState._reset_state()
+    models = []
+    built = example.network
+    with mock.patch.object(example, "network", lambda: models.append(built()) or models[-1]):
+        example.train(example.arguments([*argv, "--resume"]))
+    return {name: value.clone() for name, value in models[0].state_dict().items()}
+
+
+def plain_prepare(accelerator):
+    """What an Accelerator as it is makes of it: the error of the first step."""
+    model = torch.nn.Linear(3, 3)
+    model, optimizer = accelerator.prepare(model, fused_dlam.GossipSGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(2, 3)).sum())
+    try:
+        optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    finally:
+        accelerator.free_memory()
+
+
+def uneven(rank, accelerator):
+    """Rank 1 has two batches more: steps of all, and how far apart the workers are in the end."""
+    accelerator.free_memory()
+    accelerator.gradient_accumulation_steps = 1
+    model = torch.nn.Linear(3, 3)
+    gossip = fused_dlam.GossipSGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, gossip)
+    with accelerator.join_uneven_inputs([model]):
+        for _ in range(3 + 2 * rank):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.full((2, 3), 1.0 + rank)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+    accelerator.free_memory()
+    return gossip.param_groups[0]["step"]
 
 
 def accumulate(rank, accelerator):
@@ -80,13 +149,12 @@ def accumulate(rank, accelerator):
     for model in models:
         torch.nn.init.constant_(model.weight, 0.1)
         torch.nn.init.zeros_(model.bias)
-    model = accelerator.prepare_model(models[0], evaluation_mode=True)
-    gossip, plain = (fused_dlam.GossipSGD(m.parameters(), lr=0.1) for m in models)
-    optimizer = accelerator.prepare(gossip)
+    gossip, plain = (fused_dlam.GossipSGD(m.parameters(), lr=0.1, bucket_mb=1e-5) for m in models)
+    model, optimizer = accelerator.prepare(models[0], gossip)
     early = []
     for k in range(6):
         for half in range(2):
-            with accelerator.accumulate(gossip):
+            with accelerator.accumulate(model):
                 before = gossip.messages_sent
                 accelerator.backward((model(x[k, half]) - y[k, half]).square().mean())
                 early.append(gossip.messages_sent - before)
@@ -117,18 +185,29 @@ def overflow(rank, accelerator):
 
 
 def save_state(rank, accelerator, folder):
-    """What save_state and load_state make of workers that differ."""
-    model = accelerator.prepare_model(torch.nn.Linear(3, 3), evaluation_mode=True)
-    optimizer = accelerator.prepare(fused_dlam.GossipSGD(model.parameters(), lr=0.1))
-    accelerator.backward(model(torch.full((1, 3), 1.0 + rank)).square().sum())
-    optimizer.step()
-    before = model.weight.detach().clone()
-    momentum = optimizer.state[model.weight]["momentum_buffer"].clone()
-    for safe in (True, False):
-        accelerator.save_state(f"{folder}/{safe}", safe_serialization=safe)
-    accelerator.wait_for_everyone()
-    accelerator.load_state(f"{folder}/False")
-    return before, momentum, model.weight.detach().clone(), optimizer.state[model.weight]["momentum_buffer"].clone()
+    """What save_state and load_state make of workers that differ: before, and after a step more and loading."""
+    accelerator.free_memory()
+    net = torch.nn.Linear(3, 3)
+    gossip = fused_dlam.GossipSGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(gossip, 1)
+    model, optimizer, scheduler = accelerator.prepare(net, gossip, scheduler)
+
+    def step():
+        optimizer.zero_grad()
+        accelerator.backward(model(torch.full((1, 3), 1.0 + rank)).square().sum())
+        optimizer.step()
+        scheduler.step()
+        momentum, rate = optimizer.state[net.weight]["momentum_buffer"].clone(), gossip.param_groups[0]["lr"]
+        return net.weight.detach().clone(), momentum, torch.tensor(rate)
+
+    first = step()
+    accelerator.save_state(folder)
+    second = step()
+    accelerator.load_state(folder)
+    again = step()
+    with gossip.averaged(net):
+        accelerator.save_model(model, f"{folder}/model")
+    return first, second, again, accelerator.save_state(f"{folder}/last")
 
 
 def dashboard(rank, argv):

@@ -3,13 +3,11 @@
 import copy
 import io
 import itertools
-import os
 
 import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import fused_dlam
 from fused_dlam import GossipSGD
 
 
@@ -188,46 +186,3 @@ def timeline(rank, folder):
     timeline.draw({"my step": found}).savefig(f"{folder}/{rank}.png")
     profiler.export_chrome_trace(f"{folder}/{rank}.json")
     return [span.what for span in found], timeline.summary("my step", found), len(glob.glob(f"{folder}/{rank}.*"))
-
-
-def trainer(rank, folder):
-    """The recipe for Hugging Face's Trainer: (steps, weights before, weights after, error of the plain way)."""
-    n = str(dist.get_world_size())
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    import transformers
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(4, 2)
-
-        def forward(self, x, labels):
-            logits = self.layer(x)
-            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    data = [{"x": torch.randn(4), "labels": torch.tensor(k % 2)} for k in range(32)]
-
-    def build(**more):
-        arguments = transformers.TrainingArguments(
-            folder, use_cpu=True, per_device_train_batch_size=4, num_train_epochs=2, report_to=[], save_strategy="no",
-            disable_tqdm=True, logging_strategy="no",
-        )  # fmt: skip
-        return transformers.Trainer(Net(), arguments, train_dataset=data, **more)
-
-    error = None
-    try:
-        plain = build(optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}))
-        plain.train()
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    mine = build(optimizer_cls_and_kwargs=(fused_dlam.GossipSGD, {"lr": 0.1}))
-    prepare = mine.accelerator.prepare_model
-    mine.accelerator.prepare_model = lambda model, **_: prepare(model, evaluation_mode=True)
-    mine.accelerator.device_placement = False
-    before = mine.model.layer.weight.detach().clone()
-    mine.train()
-    gossip = mine.optimizer
-    gossip = getattr(gossip, "optimizer", gossip)
-    return mine.state.global_step, before, mine.model.layer.weight.detach().clone(), gossip.consensus_distance(), error

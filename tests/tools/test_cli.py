@@ -148,7 +148,7 @@ GRAPHS = [
     ("symmetric-exponential", 8, 0.9, set()),
     ("one-peer-exponential", 8, 0.5, D2),
     ("torus", 12, 0.95, D2),
-    ("base-k", 8, 0.9, {*LAM, "noloco", *D2}),
+    ("base-k", 8, 0.9, {*LAM, *D2}),
 ]
 
 

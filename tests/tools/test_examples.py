@@ -6,7 +6,7 @@
   worker; one of ddp.py within 1e-2, for DDP rebuilds its buckets after its first step, which changes the order of sums
   (6e-8 apart without autocast; 0 with find_unused_parameters=True, which leaves the buckets alone);
 - gossip goes on from DDP's checkpoints; the model it saves for use is the workers' mean, to float32's rounding;
-- torchrun starts it; with Accelerate two workers learn the same, and its docstring is true;
+- torchrun starts it; with Accelerate two workers learn the same, accumulate, save, go on, join, and are told of DDP;
 - TensorBoard's event file holds the distances that all workers measured, and the bytes that a step sends.
 """
 
@@ -183,17 +183,37 @@ def test_accelerate_with_a_scaler_is_no_rank_alone(accelerated):
         torch.testing.assert_close(x, torch.full((4,), 1 - 0.1 * (1 + 1.9 + 2.71)), rtol=1e-6, atol=1e-6)
 
 
-def test_what_does_not_work_with_accelerate(accelerated):
-    """prepare(model) is DDP; save_state drops parameters, or load_state gives worker 0's, and its momentum, to all."""
+def test_accelerate_saves_and_loads_every_worker(accelerated):
+    """A step after loading is the step that was taken before, bit for bit; workers differ. save_model within `averaged`
+    saves all of the mean."""
     from safetensors.torch import load_file
 
     ranks, folder = accelerated
-    assert len(load_file(folder / "state" / "True" / "model.safetensors")) == 1  # weight or bias, of the two
-    assert all(rank["wrapped"] == "DistributedDataParallel" for rank in ranks)
-    (before0, momentum0, *after0), (before1, momentum1, *after1) = (rank["saved"] for rank in ranks)
-    assert not torch.equal(momentum0, momentum1)
-    for after in (after0, after1):
-        assert torch.equal(after[0], before0) and torch.equal(after[1], momentum0)
+    (first, second, again, path), (other, another, *_) = (rank["saved"] for rank in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(second, again, strict=True)) and path == str(folder / "state" / "last")
+    assert not torch.equal(first[1], other[1])
+    saved = load_file(folder / "state" / "model" / "model.safetensors")
+    assert saved.keys() == {"weight", "bias"}
+    torch.testing.assert_close(saved["weight"], (second[0] + another[0]) / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_accelerate_joins_uneven_data(accelerated):
+    assert [rank["uneven"] for rank in accelerated[0]] == [5, 5]
+
+
+def test_what_is_refused_with_accelerate(accelerated):
+    for errors in (rank["refused"] for rank in accelerated[0]):
+        assert "DistributedDataParallel" in errors["step"] and "DistributedDataParallel" in errors["prepare"]
+        assert "there are 0 and 0" in errors["kept"]
+
+
+def test_accelerate_goes_on_from_a_checkpoint(accelerated, tmp_path):
+    """Two epochs and one more are three, bit for bit."""
+    ranks, _ = accelerated
+    line = ["--epochs", "3", "--out", str(tmp_path)]
+    two, three = run_workers(workers.accelerated_in_parts, 2, line, deadline=120)
+    for whole, parts in zip((rank["own"][0] for rank in ranks), (two, three), strict=True):
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
 # -- TensorBoard -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,12 @@ def gossip(params, **options):
     return fused_dlam.Gossip(torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
 
 
+def outer(params, **options):
+    """Rounds of two steps around an inner optimizer."""
+    options = {"bucket_mb": BUCKET_MB, "hierarchical": False, "outer": "mi-dmsgd", "every": 2} | options
+    return fused_dlam.Gossip(torch.optim.SGD(params, lr=0.05, momentum=0.9), **options)
+
+
 def train(
     make=gossip_sgd,
     *,

@@ -1,0 +1,207 @@
+"""What test_outer_edges.py runs on its workers: small scripts over one parameter with gradients that are told."""
+
+import torch
+import workers
+
+import fused_dlam
+from fused_dlam import Gossip
+
+
+def made(options, values=0.0, size=4, lr=1.0, dtype=torch.float64, inner=None):
+    x = torch.nn.Parameter(torch.full((size,), values, dtype=dtype))
+    inner = torch.optim.SGD([x], lr=lr) if inner is None else inner([x])
+    return x, Gossip(inner, **options)
+
+
+def step(x, optimizer, gradient=0.0):
+    x.grad = None if gradient is None else torch.full_like(x, gradient)
+    optimizer.step()
+
+
+def rolled_back(rank, options):
+    """Averages alone; then the same steps once more, from a checkpoint of earlier ones."""
+    x, optimizer = made(options, lr=0.0)
+    optimizer.synchronize()
+    x.data.fill_(2.0**rank)
+    for _ in range(2):
+        step(x, optimizer)
+    saved, value = optimizer.state_dict(), x.detach().clone()
+    for _ in range(4):
+        step(x, optimizer)
+    right = x.detach().clone()
+    for _ in range(2):
+        step(x, optimizer)
+    optimizer.synchronize()
+    x.data.copy_(value)
+    optimizer.load_state_dict(saved)
+    for _ in range(4):
+        step(x, optimizer)
+    optimizer.close()
+    return right.tolist(), x.tolist()
+
+
+def written_late(rank, synchronizes):
+    """A parameter whose narrow message was written by the last step, and has not left, is set by the script."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(2000, dtype=torch.float64)) for _ in range(3)]
+    options = dict(schedule="awc", outer="dsgd", lr=1.0, every=3, comm_dtype=torch.float32, bucket_mb=1e-3)
+    optimizer = Gossip(torch.optim.SGD(params, lr=0.0), **options)
+
+    def go(n):
+        for _ in range(n):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+
+    go(6)
+    if synchronizes:
+        optimizer.synchronize()
+    with torch.no_grad():
+        params[0].fill_(rank + 1.0)  # in the last bucket
+    go(3)
+    optimizer.close()
+    return float(params[0][0])
+
+
+def of_another_kind(rank):
+    """Checkpoints of the inner optimizer alone, of a `Gossip` without rounds, and the other way round."""
+    out = []
+    for make in (
+        lambda p: torch.optim.AdamW(p, lr=0.1),
+        lambda p: Gossip(torch.optim.AdamW(p, lr=0.1), schedule="midpoint"),
+    ):
+        p = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        other = make([p])
+        p.grad = torch.ones_like(p)
+        other.step()
+        saved = other.state_dict()
+        x, optimizer = made({"outer": "mi-dmsgd", "every": 3}, 1.0, inner=lambda p: torch.optim.AdamW(p, lr=0.2))
+        step(x, optimizer, 1.0)
+        optimizer.load_state_dict(saved)
+        group = optimizer.param_groups[0]
+        out.append((group["lr"], group["gossip_taken"], group["outer_memory"], optimizer.steps_done))
+        for _ in range(3):
+            step(x, optimizer, 1.0)
+        out.append(group["gossip_step"])
+        rounds = optimizer.state_dict()
+        optimizer.close()
+        y, plain = made({"schedule": "midpoint"}, 1.0, inner=lambda p: torch.optim.AdamW(p, lr=0.2))
+        plain.load_state_dict(rounds)
+        out.append(sorted(name for name in plain.param_groups[0] if "outer" in name or "taken" in name))
+        plain.close()
+    return out
+
+
+def tried_again(rank):
+    """The round's last step raises after the inner step; a checkpoint of the round's start is loaded in its place."""
+    x, optimizer = made({"outer": "dmsgd", "every": 2}, lr=0.5)
+    saved = optimizer.state_dict()
+    step(x, optimizer, 1.0)
+    optimizer.param_groups[0]["outer_momentum"] = 1.5
+    try:
+        step(x, optimizer, 1.0)
+    except ValueError:
+        pass
+    optimizer.synchronize()
+    x.data.zero_()
+    optimizer.load_state_dict(saved)
+    for _ in range(2):
+        step(x, optimizer, 1.0)
+    done = optimizer.steps_done
+    optimizer.close()
+    return done, x[0].item()
+
+
+def rebuilt(rank):
+    """Another optimizer around the same inner one has its own settings, and remembers nothing."""
+    x = torch.nn.Parameter(torch.zeros(3))
+    inner = torch.optim.SGD([x], lr=1.0)
+    found = []
+    for lr in (0.7, 0.1):
+        optimizer = Gossip(inner, outer="mi-dmsgd", lr=lr, momentum=lr, every=2)
+        group = optimizer.param_groups[0]
+        found.append((group["outer_lr"], group["outer_momentum"], dict(group["outer_memory"]), group["gossip_taken"]))
+        for _ in range(3):
+            step(x, optimizer, 1.0)
+        optimizer.close()
+    return found
+
+
+def joined(rank, options, batches, rate=1.0):
+    """How far this rank went in each of its steps with data; what rounds counted; where it ends."""
+    x, optimizer = made(options, lr=rate)
+    moved, seen = [], []
+    with optimizer.join():
+        for _ in range(batches[rank]):
+            before = x[0].item()
+            step(x, optimizer, 1.0)
+            moved.append(before - x[0].item())
+            seen.append(optimizer.param_groups[0].get("gossip_went"))
+    end = x[0].item()
+    optimizer.close()
+    return moved, seen, end
+
+
+def joined_machines(rank, options, batches):
+    with workers.machines_of(2):
+        return joined(rank, {**options, "hierarchical": True}, batches)
+
+
+def weighed(rank):
+    """The weights of two ranks, one of which leaves a step out for an overflow."""
+    x, optimizer = made({"every": 2, "local_steps": True}, dtype=torch.float32, lr=0.125)
+    scaler = fused_dlam.GradScaler("cpu", init_scale=4.0)
+    weights, agree = [], optimizer._rounds.agree
+    optimizer._rounds.agree = lambda *a: (agree(*a), weights.append(optimizer._rounds.weight))
+    for k in range(2):
+        x.grad = torch.full_like(x, float("inf") if rank == 0 and k == 0 else 4.0)
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.close()
+    return weights
+
+
+def thawed_late(rank):
+    """The first step of a parameter that was frozen for 40 rounds, around one that was not, by an outer AdamW."""
+    early, late = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    late.requires_grad_(False)
+    inner = torch.optim.SGD([early, late], lr=1.0)
+    optimizer = Gossip(inner, outer="adamw", lr=0.01, every=1, local_steps=True)
+
+    def go():
+        for p in (early, late):
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+
+    for _ in range(40):
+        go()
+    late.requires_grad_(True)
+    go()
+    saved = optimizer.state_dict()["param_groups"][0]["outer_memory"]
+    optimizer.close()
+    return -late[0].item(), dict(map(tuple, saved))
+
+
+def every_call(rank, calls):
+    return {name: globals()[fn](rank, *args) for name, (fn, *args) in calls.items()}
+
+
+def loaded_within(rank, options):
+    """A model is loaded in the midst of a round, after synchronize(): how far from it the next rounds end."""
+    x, optimizer = made(options)
+    for _ in range(4):
+        step(x, optimizer, 1.0 + rank)
+    optimizer.synchronize()
+    x.data.fill_(100.0)
+    for _ in range(4):
+        step(x, optimizer)
+    end = x.detach().clone()
+    optimizer.synchronize()  # whose ways differ, without a load
+    step(x, optimizer, float(rank))
+    optimizer.synchronize()
+    for _ in range(3):
+        step(x, optimizer)
+    again = x.tolist()
+    optimizer.close()
+    return end[0].item(), again

@@ -1,0 +1,115 @@
+"""Promises of `Gossip` in rounds where scripts do what is unusual:
+
+- after a checkpoint of an earlier step, and after parameters were set, what is sent is what is there, to that step's
+  neighbors;
+- checkpoints of optimizers without rounds load, and the other way round, and leave nothing behind;
+- a step that raised leaves nothing undone in the one that follows;
+- within `join()` means are over the ranks that have data, and a step without data, or left out for an overflow, counts
+  for nothing;
+- a parameter that comes late has bias corrections of its own.
+"""
+
+import outer_edge_workers as edge
+import pytest
+import torch
+import workers
+
+MI = {"outer": "mi-dmsgd", "every": 3}
+LOADED = {
+    "DiLoCo": {"outer": "nesterov-pmsgd", "every": 3, "momentum": 0.0, "lr": 1.0},
+    "MI, awc": {"outer": "mi-dmsgd", "every": 3, "momentum": 0.0, "lr": 1.0, "schedule": "awc"},
+}
+BACK = {
+    "averages, awc": {"schedule": "awc", "every": 2},
+    "averages, atc": {"schedule": "atc", "every": 2},
+    "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc", "every": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    two = {
+        ("late", True): (edge.written_late, True),
+        ("late", False): (edge.written_late, False),
+        "tried again": (edge.tried_again,),
+        "another kind": (edge.of_another_kind,),
+        "rebuilt": (edge.rebuilt,),
+        "join, unequal": (edge.joined, {"every": 4, "local_steps": True}, (8, 1)),
+        "join, all-reduce": (edge.joined, {"every": 2, "outer": "pmsgd", "momentum": 0.0, "lr": 1.0}, (4, 2)),
+        "weighed": (edge.weighed,),
+        "thawed": (edge.thawed_late,),
+        **{("loaded", name): (edge.loaded_within, options) for name, options in LOADED.items()},
+    }
+    four = {
+        **{("back", name): (edge.rolled_back, options) for name, options in BACK.items()},
+        "join, machines": (edge.joined_machines, {"every": 3}, (4, 1, 4, 1)),
+    }
+    return {**workers.run_together(2, two), **workers.run_together(4, four)}
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_an_earlier_steps_checkpoint_goes_on_as_that_step(found, name):
+    for right, again in found["back", name]:
+        assert right == again
+
+
+@pytest.mark.parametrize("synchronizes", [True, False])
+def test_what_was_set_is_what_is_sent(found, synchronizes):
+    assert found["late", synchronizes] == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_model_loaded_within_a_round_is_where_the_next_begins(found, name):
+    """After synchronize(). Without momentum nothing else moves it; DiLoCo's replicas are equal whatever they were."""
+    (one, again), (two, other) = found["loaded", name]
+    assert one == pytest.approx(100.0, abs=0.7) and one + two == pytest.approx(200.0, abs=1e-9)
+    if name == "DiLoCo":
+        assert one == two == 100.0 and again == other
+
+
+def test_a_step_that_raised_leaves_nothing_undone(found):
+    """Two steps of 0.5 on both ranks; a momentum of zero at the start: x = -0.7, by the outer rate."""
+    for done, x in found["tried again"]:
+        assert done == 2 and x == pytest.approx(-0.7, abs=1e-12)
+
+
+def test_checkpoints_of_optimizers_without_rounds(found):
+    for rank in found["another kind"]:
+        for k in (0, 3):
+            lr, taken, memory, done = rank[k]
+            assert (lr, taken, memory) == (0.1, 0, {}) and done == 0
+            assert rank[k + 1] == (1 if k == 0 else 2)  # one exchange more than the checkpoint's
+            assert rank[k + 2] == []
+
+
+def test_a_second_optimizer_has_its_own_settings(found):
+    for rank in found["rebuilt"]:
+        assert rank == [(0.7, 0.7, {}, 0), (0.1, 0.1, {}, 0)]
+
+
+def test_join_weighs_by_steps_with_data(found):
+    """Rank 0 takes 4 steps in each round, rank 1 one in the first alone: both go c = 2.5 there; then 4 and 0."""
+    ends = [end for _, _, end in found["join, unequal"]]
+    assert ends == pytest.approx([-2.5 - 2.0] * 2, abs=1e-12)
+
+
+def test_join_averages_ways_over_those_who_have_data(found):
+    """Both go 2 in the first round; in the second rank 0 alone, and the mean is its own."""
+    ends = [end for _, _, end in found["join, all-reduce"]]
+    assert ends == pytest.approx([-4.0] * 2, abs=1e-12)
+
+
+def test_join_with_machines_averages_over_those_who_have_data(found):
+    for rank in (0, 2):
+        moved, _, _ = found["join, machines"][rank]
+        assert moved == pytest.approx([1.0] * 4, abs=1e-12)
+
+
+def test_a_step_left_out_for_an_overflow_counts_for_nothing(found):
+    assert found["weighed"] == [[1.5], [0.75]]
+
+
+def test_a_parameter_that_comes_late_has_its_own_bias_corrections(found):
+    for first, memory in found["thawed"]:
+        assert first == pytest.approx(0.01, rel=1e-4)
+        assert memory["adam_steps"] == 41 and torch.tensor(memory["steps of 1"]) == 1
