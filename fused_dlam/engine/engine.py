@@ -262,14 +262,14 @@ class Engine:
         if self.leaving_out is not None:
             self.leaving_out.decide()
         self._follows = ahead > 0 and self.gossips
-        first = self._due(ahead)
+        first = self._due(ahead) if self._follows else 0
         done, following = self.flights, self.following
         for number, b in enumerate(self.buckets):
             if b is self.buckets[-1] and not self.guesses:
                 self.hearing.listen()
             done[b.index].to(DONE)
             self._written[b.index] = done[b.index].next_written
-            if self._follows and number < first:
+            if number < first:
                 following[b.index] = self._follow(b, self.step + 1)
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need

@@ -39,11 +39,12 @@ class InnerCopies(GossipOptimizer):
         state_dict = self.inner.state_dict()
         state = dict(state_dict["state"])
         for key, (b, slot) in self._slots(state_dict).items():
-            own = {} if b.compressed is None else dict(b.compressed.kept)
             if b.anchored:
                 own = dict(self._engine.buffers(b))
-            elif b.low is not None and self._engine.place.workers.size > 1:
-                own["master"] = b.x
+            else:
+                own = {} if b.compressed is None else dict(b.compressed.kept)
+                if b.low is not None and self._engine.place.workers.size > 1:
+                    own["master"] = b.x
             if own:
                 shown = {f"{OWN}{name}": slot.stateful(buffer).clone() for name, buffer in own.items()}
                 state[key] = {**state.get(key, {}), **shown}

@@ -135,11 +135,9 @@ class OuterSteps(GossipOptimizer):
         rounds.agree(engine, self._step, self._joining)
         if engine.step is None:  # else an attempt at this exchange raised: it goes on from there
             rounds.begin(engine, self._step, groups, self._options.compress)
-        for b in engine.buckets:
-            b.absorb_shards()
-            if engine.message is Message.GRADIENT:
-                assert isinstance(b, AnchoredBucket)
-                b.travel(rounds.weight)
+        for b in engine.buckets if engine.message is Message.GRADIENT else ():
+            assert isinstance(b, AnchoredBucket)
+            b.travel(rounds.weight)
         self._health.look(self._step)
         engine.complete(1 / rounds.every if engine.message.leaves_early else 0.0)
         rounds.end(groups)

@@ -146,32 +146,37 @@ class Rounds:
 
     def begin_anew(self, groups: list[dict[str, Any]]) -> None:
         """What was gone in this round is no way any more."""
-        self.taken, self.went, self.weight, self._agreed = 0, 0, 1.0, None
+        self._empty()
         self.note(groups)
+
+    def _empty(self) -> None:
+        self.taken, self.went, self.weight, self._agreed = 0, 0, 1.0, None
 
     def end(self, groups: list[dict[str, Any]]) -> None:
         """The exchange is done: y = x."""
         for group, memory in zip(groups, self._memories, strict=True):
             group[MEMORY] = memory
         self.counter.note()
-        self.taken, self.went, self.weight, self._agreed = 0, 0, 1.0, None
+        self._empty()
 
     def load(self, groups: list[dict[str, Any]], engine: Engine, saved: Callable[[Slot], Mapping[str, Any]]) -> None:
         """What a checkpoint holds of a round, or the beginning of one at the parameters as they are."""
-        counts = dict.fromkeys(COUNTS, 0) | {name: int(groups[0].get(name, 0)) for name in COUNTS}
+        counts = {name: int(groups[0].get(name, 0)) for name in COUNTS}
         anchored = False
         with torch.no_grad():
             for b in engine.buckets:
                 b.absorb_shards()
                 for slot in b.slots:
                     for name, buffer in engine.buffers(b).items():
+                        if is_memory(name):  # see `restore_memories`
+                            continue
                         value = saved(slot).get(f"gossip_{name}")
                         if value is not None:
                             slot.view(buffer).copy_(local(value))
                             anchored = anchored or name == "anchor"
                         elif name == "anchor":
                             slot.view(buffer).copy_(slot.view(b.front))
-                        elif not is_memory(name):
+                        else:
                             slot.view(buffer).zero_()
         if not anchored:  # of the inner optimizer alone, or of a run without rounds
             counts |= {"gossip_taken": 0, "gossip_went": 0}

@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("torchvision")
 
 import detection_workers as workers  # noqa: E402
+from bitwise import assert_equal  # noqa: E402
 from torchvision.ops import box_iou  # noqa: E402
 from workers import run_together  # noqa: E402
 
@@ -91,22 +92,6 @@ def test_the_ema_is_behind_the_model(trained):
         assert kept["ema"]["n_averaged"] == 3 * 16
         name = "roi_heads.box_predictor.cls_score.weight"
         assert not torch.equal(kept["ema"][f"module.{name}"], kept["net"][name])
-
-
-def assert_equal(a, b, place):
-    assert type(a) is type(b), place
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), place
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a:
-            assert_equal(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), place
-        for i, (u, v) in enumerate(zip(a, b, strict=True)):
-            assert_equal(u, v, f"{place}.{i}")
-    else:
-        assert a == b, place
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(trained):

@@ -19,6 +19,7 @@ from pathlib import Path
 import example_workers as workers
 import pytest
 import torch
+from bitwise import assert_equal
 
 from fused_dlam import examples
 from fused_dlam.tools.launch import run_workers
@@ -43,23 +44,6 @@ def test_five_lines_from_ddp_to_gossip():
 
 def load(folder, name="checkpoint"):
     return [torch.load(folder / f"{name}{rank}.pt") for rank in range(N)]
-
-
-def assert_equal(a, b, place=""):
-    """Bit for bit, in every entry."""
-    assert type(a) is type(b), place
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), place
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), place
-        for key in a:
-            assert_equal(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), place
-        for i, (u, v) in enumerate(zip(a, b, strict=True)):
-            assert_equal(u, v, f"{place}.{i}")
-    else:
-        assert a == b, place
 
 
 @pytest.fixture(scope="module")
