@@ -7,6 +7,7 @@ A message is a head, five float64, and a body of a fixed length:
     ASK       -                            to be answered, by the thread that listens, whatever the script does
     ANSWER    -
     BYE       -                            the last head on this line. Whoever hears it says it, too
+    HEARD     -                            that the sender had withdrawn from a round has been read
 
 gloo moves nothing before a receive is posted, so one is always posted for the next head and one for the next body.
 Messages of one line come in the order in which they were sent. Threads hold a line and its post, not the mailbox: that
@@ -32,7 +33,7 @@ from .errors import kind_of
 if TYPE_CHECKING:
     from .post import Post
 
-MESSAGE, STATE, ASK, ANSWER, BYE = range(5)
+MESSAGE, STATE, ASK, ANSWER, BYE, HEARD = range(6)
 HEAD, BODY = 1, 2  # tags
 SOON = 0.5  # seconds in which a body is read that has come
 FOREVER = timedelta(days=365)  # a wait of gloo's that runs out closes all connections of its group
@@ -71,6 +72,7 @@ class Line:
         self.left = False  # whether it has closed its mailbox after all had come to that
         self.round, self.inside, self.closing = 0, False, False  # where it stands
         self.came = 0  # the largest round that it has entered, if only to give up
+        self.unheard = False  # whether it may not know yet that this rank has withdrawn from a round
         self.step, self.arrived = -1, time.monotonic()  # of its last message; of none the step is -1
         self.heard = time.monotonic()  # when its last head came
         self.asked: float | None = None  # since when it has not answered
@@ -106,7 +108,7 @@ class Line:
         self._out.put(state)
 
     def say(self, kind: int) -> None:
-        """Sends an ASK, an ANSWER or a BYE. Calling this within a collection of garbage is safe for a BYE."""
+        """Sends a head that says all by its kind. Calling this within a collection of garbage is safe for a BYE."""
         if kind != BYE:
             with self.post.changed:
                 if kind in self._queued:
@@ -203,13 +205,19 @@ class Line:
 
     def _note(self, head: Head) -> None:
         """After what the head announces is done: who sees its step, or its round, sees the messages before it."""
+        withdrew = False
         with self.post.changed:
             if head.kind == MESSAGE and not self.silent:  # else nobody has got it
                 self.step, self.arrived = int(head.step), time.monotonic()
+            elif head.kind == HEARD:
+                self.unheard = False
             elif head.kind == STATE:
+                withdrew = head.number < self.round
                 self.round, self.inside, self.closing = int(head.number), bool(head.step), bool(head.which)
                 self.came = max(self.came, self.round)
             self.post.changed.notify_all()
+        if withdrew:
+            self.say(HEARD)  # behind where this rank stands, if it has entered that round
         if head.kind == BYE:
             self.post.lose(self, "has left")
 

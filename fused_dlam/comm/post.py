@@ -9,7 +9,8 @@ and for good: it is told so by a BYE, which it finds when it runs again, and the
 
 What all do together is done in rounds. A rank that enters a round pushes nothing, and says so on all its lines; when
 all neighbors have said the same, everything that was pushed to it has come, for messages of one line come in order. A
-rank that has left the round takes a neighbor for full that is still within it.
+rank that has left the round takes a neighbor for full that is still within it. One that withdraws takes all for full
+until they have heard so: from then on they do not enter that round, and that they had is known here.
 
 Threads that wait in gloo must have ended before the interpreter does (leaving.py tells why), but for those that nothing
 wakes (breaks.py). A BYE is answered by a BYE, so they end within milliseconds, whatever the other scripts do. Where a
@@ -177,8 +178,8 @@ class Post:
                 line.tell(state)
 
     def held(self, line: Line) -> bool:
-        """Whether a neighbor is within a round that this rank has left, or withdrawn from."""
-        return line.inside and line.round <= max(self.round, self.gave_up)
+        """Whether a neighbor is, or may be, within a round that this rank has left, or withdrawn from."""
+        return line.unheard or (line.inside and line.round <= max(self.round, self.gave_up))
 
     def meet(self, deadline: float, busy: Callable[[], bool] = lambda: False, closing: bool = False) -> None:
         """Enters the next round, and returns when all neighbors that live have entered it.
@@ -206,6 +207,8 @@ class Post:
             self.gave_up = self.round
             self.round -= 1
             self.inside = self.closing = False
+            for line in self.lines.values():
+                line.unheard = True  # it may have entered at this moment
         self.tell()
         if not late:
             raise self.error(f"what was asked of others has not been answered within {deadline:g} s, though they run")

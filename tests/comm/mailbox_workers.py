@@ -279,12 +279,20 @@ def who_does_not_come(rank):
 
 def some_gave_up(rank):
     """0-1-2-3: rank 0 is within drained() when 1 and 3 give it up, for 2 does not come. What 1 may push to 0 then, that
-    it cannot try again, and that all close it together, rank 0 last: (pushed, told, masses at the end, lost)."""
+    it may once 0 has left, that it cannot try drained() again, and that all close it together, rank 0 last:
+    (pushed, told, masses at the end, lost)."""
     W = np.eye(4) / 2 + (np.eye(4, k=1) + np.eye(4, k=-1)) / 4 + np.diag([0.25, 0, 0, 0.25])
     box, store = Mailbox(torch.ones(3), lambda n: Topology(W, "path"), timeout=60.0), default_store("some gave up")
     p, pushed, told = 1.0, None, None
     if rank == 0:
-        with box.drained():
+        line = box._post.lines[1]
+        hand_over = line._hand_over
+
+        def slowly(head, body=None):  # that it is within drained() comes to rank 1 after rank 1 has given it up
+            time.sleep(0.3)
+            hand_over(head, body)
+
+        with mock.patch.object(line, "_hand_over", slowly), box.drained():
             store.set("inside", "")
             dist.barrier()
             dist.barrier()
@@ -307,6 +315,11 @@ def some_gave_up(rank):
                     pass
             except RuntimeError as error:
                 told = str(error)
+        if rank == 1:
+            end = time.monotonic() + 30
+            while not box.push(torch.ones(3), p, to=0) and time.monotonic() < end:
+                time.sleep(0.001)
+            p /= 2
     dist.barrier()
     if rank == 0:  # the others close it meanwhile
         time.sleep(0.2)

@@ -85,7 +85,8 @@ def _load_with_a_default(ptr, offsets, EVICT: tl.constexpr = ""):
 @triton.jit
 def _kernel_with_a_default(x_ptr, g_ptr, s_ptrs, y_ptrs, low_ptrs, scalars_ptr, n, SEND: tl.constexpr,
                            HALFWAY: tl.constexpr, S: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-                           VECTOR: tl.constexpr, EVEN: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
+                           VECTOR: tl.constexpr, EVEN: tl.constexpr, GUARD: tl.constexpr,
+                           TRAVELED: tl.constexpr):  # fmt: skip
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptrs[0] + offsets, _load_with_a_default(x_ptr, offsets))
 
