@@ -18,7 +18,10 @@ from fused_dlam import topology
 PAGE = Path(__file__).resolve().parents[2] / "fused_dlam" / "frameworks" / "torchtitan.md"
 WORDS, LENGTH, CLIP = 11, 6, 0.5
 STEPS, HALF = 5, 3  # workers differ at either, see `rests`
-WAYS = [("adamw", "save_checkpoint"), ("mi-dmsgd", "worker_state"), ("adamw", "torch"), ("mi-dmsgd", "torch")]
+WAYS = [("adamw", "save_checkpoint"), ("mi-dmsgd", "worker_state"), ("adamw", "torch"), ("mi-dmsgd", "torch"),
+        ("rounds", "save_checkpoint"), ("rounds", "torch")]  # fmt: skip
+CASES = [("adamw", "atc"), ("adamw", "awc"), ("dmsgd", "atc"), ("rounds", "atc"), ("rounds", "awc")]
+OUTER = {"outer": "dmsgd", "every": 2, "lr": 0.7, "momentum": 0.8}  # two rounds, and half of one
 
 
 def rests(n):
@@ -81,7 +84,8 @@ def build(kind, mesh, **options):
     """(model, optimizer, scheduler)"""
     model = sharded(mesh)
     options = {"topology": rests, "hierarchical": mesh, "timeout": 60.0, **options}
-    if kind == "adamw":
+    if kind in ("adamw", "rounds"):
+        options |= OUTER if kind == "rounds" else {}
         inner = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
         optimizer = fused_dlam.Gossip(inner, **options)
     else:
@@ -109,7 +113,7 @@ def train(model, optimizer, scheduler, data):
 def trained(rank):
     """What this rank holds of the parameters after every step, by kind and schedule."""
     mesh, out = mesh_of_four(), {}
-    for kind, schedule in (("adamw", "atc"), ("adamw", "awc"), ("dmsgd", "atc")):
+    for kind, schedule in CASES:
         out[kind, schedule] = torch.stack(train(*build(kind, mesh, schedule=schedule), batches(rank)))
     return out
 

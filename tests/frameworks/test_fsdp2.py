@@ -1,7 +1,7 @@
 """Promises of fused_dlam/frameworks/torchtitan.md, with 2 x 2 real processes over gloo, all in float64:
 
-- a transformer under FSDP2, clipping, warm-up, AdamW (atc, awc) and DmSGD, unlike data: each rank's shards after every
-  step are within 1e-11 of a dense oracle in which a worker is one model with the mean gradient of its ranks;
+- a transformer under FSDP2, clipping, warm-up, AdamW (atc, awc), DmSGD, and rounds of AdamW with DmSGD around them (atc,
+  awc), unlike data: each rank's shards after every step are within 1e-11 of a dense oracle in which a worker is one model with the mean gradient of its ranks;
 - a run that was saved half-way, in each of three ways, and resumed is the uninterrupted one, bit for bit;
 - workers with unlike numbers of batches, and unlike ranks in one, end with equally many steps;
 - the example runs as it is printed, twice; its file of the mean is the mean of what the workers have;
@@ -40,6 +40,7 @@ def oracle(kind, schedule):
     data = [list(workers.batches(rank)) for rank in range(N)]
     X = np.tile(torch.nn.utils.parameters_to_vector(params).detach().numpy(), (2, 1))
     m, v, path = np.zeros_like(X), np.zeros_like(X), []
+    anchor, outer = X, np.zeros_like(X)
     for k in range(workers.STEPS):
         G = np.zeros_like(X)
         for i in range(2):
@@ -49,20 +50,28 @@ def oracle(kind, schedule):
             g = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, params)]).numpy()
             G[i] = g * min(1.0, workers.CLIP / (np.linalg.norm(g) + 1e-6))
         warm = min(1.0, (k + 1) / 4)
-        if kind == "adamw":  # as Loshchilov and Hutter state it
+        if kind != "dmsgd":  # as Loshchilov and Hutter state it
             m, v = 0.9 * m + 0.1 * G, 0.999 * v + 0.001 * G * G
             adam = m / (1 - 0.9 ** (k + 1)) / (np.sqrt(v / (1 - 0.999 ** (k + 1))) + 1e-8)
             D = -0.01 * warm * (adam + 0.1 * X)
         else:
             m = 0.9 * m + G
             D = -0.05 * warm * m
-        W = workers.rests(2).weights(k)
+        if kind == "rounds":
+            X = X + D
+            if (k + 1) % workers.OUTER["every"]:
+                path.append(X)
+                continue
+            outer = workers.OUTER["momentum"] * outer + (anchor - X)
+            X, D = anchor, -workers.OUTER["lr"] * outer
+        W = workers.rests(2).weights(k // workers.OUTER["every"] if kind == "rounds" else k)
         X = W @ X + D if schedule == "awc" else W @ (X + D)
+        anchor = X
         path.append(X)
     return torch.from_numpy(np.stack(path))
 
 
-@pytest.mark.parametrize("case", [("adamw", "atc"), ("adamw", "awc"), ("dmsgd", "atc")])
+@pytest.mark.parametrize("case", workers.CASES)
 def test_the_loop_follows_the_oracle(ranks, case):
     expected = oracle(*case)
     assert (expected[-1, 0] - expected[-1, 1]).abs().max() > 1e-3, "the workers differ"
