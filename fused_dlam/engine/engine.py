@@ -13,7 +13,6 @@ have (a missing gradient, an overflow): otherwise its neighbors would hang.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from ..rules.rule import Rule
 from ..rules.scalars import Scalar, Scalars
 from ..topology import Peers, Topology
 from . import layout
+from .ahead import Ahead
 from .buckets import Bucket
 from .compressed import places
 from .flight import AVERAGING, DONE, EVERYBODY, NOBODY, OPEN, SENT, Flight
@@ -91,7 +91,7 @@ class Engine:
         self.flags = 0
         self.stale = False  # in the first step of a worker that came back, whose settings are of before
         self.steps = 0  # of the last step that has begun, plus one
-        self.hearing = Hearing(self)
+        self.hearing, self.ahead = Hearing(self), Ahead(self)
         self.leaving_out: LeavingOut | None = None  # what decides on exchanges that come late
         self.local = Local(rule, self.layers, fused, self.guard, message.only_averages, clips)
         self.flights: dict[int, Flight] = {}  # by bucket: of this step, or between steps of the next
@@ -100,8 +100,6 @@ class Engine:
         self.skip: Scalar = 0.0
         self.sent = 0  # buckets in line for which it has begun
         self._left = 0  # and those of them whose message has left
-        self._follows = False  # whether the next step's exchange starts right after this one
-        self._written: dict[int, bool] = {}  # by bucket: whether this step has written its message
         self._first = True  # the first step is still to come
 
     # -- layout ------------------------------------------------------------------------------------------------------
@@ -261,42 +259,20 @@ class Engine:
             self.hearing.recall()
         if self.leaving_out is not None:
             self.leaving_out.decide()
-        self._follows = ahead > 0 and self.gossips
-        first = self._due(ahead) if self._follows else 0
+        first = self.ahead.expect(ahead)
         done, following = self.flights, self.following
         for number, b in enumerate(self.buckets):
             if b is self.buckets[-1] and not self.guesses:
                 self.hearing.listen()
             done[b.index].to(DONE)
-            self._written[b.index] = done[b.index].next_written
+            self.ahead.note(done[b.index])
             if number < first:
-                following[b.index] = self._follow(b, self.step + 1)
+                following[b.index] = self.ahead.follow(b, self.step + 1)
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.following = {}
         self.place.workers.ledger.end_step()
         self._between_steps(following)
-
-    def rewrite(self, b: Bucket) -> None:
-        """x has changed since the last step wrote this bucket's next message, which has not left."""
-        self._written[b.index] = False
-
-    def _follow(self, b: Bucket, step: int) -> Flight:
-        flight = Flight(self, b, step, follows=True, written=self._written.get(b.index, False))
-        flight.to(OPEN)
-        return flight
-
-    def send_ahead(self, share: float) -> None:
-        """Between steps, where the last was completed `ahead`: begins the next exchange of so many of the buckets."""
-        for b in self.buckets[: self._due(share)] if self._follows else ():
-            if b.index not in self.flights:
-                self.flights[b.index] = self._follow(b, self.steps)
-
-    def _due(self, share: float) -> int:
-        """How many buckets begin within a share of all values."""
-        starts = itertools.accumulate((b.N for b in self.buckets), initial=0)
-        total = sum(b.N for b in self.buckets)
-        return sum(start < share * total for start in itertools.islice(starts, len(self.buckets)))
 
     def end(self) -> None:
         """Ends a step in which there is nothing to send and nothing to combine."""
@@ -337,7 +313,7 @@ class Engine:
         """
         self.check_whole()
         if self.step is None and self.anchored:  # ranks may have come unlike far within a round
-            self.send_ahead(1.0)
+            self.ahead.send(1.0)
         begun = self.step is not None and self.sent > 0
         if self.guesses:
             mine = torch.tensor([float(begun)])
@@ -350,7 +326,7 @@ class Engine:
             if b.index in self.flights:
                 self.flights[b.index].drop(begun)
         self._between_steps({})
-        self._follows, self._written = False, {}  # the step that comes may be another, and x is read anew
+        self.ahead.forget()
 
     # -- what a flight asks ------------------------------------------------------------------------------------------
 
@@ -393,16 +369,6 @@ class Engine:
     def sends_as_it_lies(self, b: Bucket) -> bool:
         """Whether the message is a buffer that is there already."""
         return self.message.is_x and self.message_dtype in (None, b.x.dtype)
-
-    def next_message(self, flight: Flight) -> tuple[torch.Tensor, ...]:
-        """Where the next step's message goes, if that is the new x in another type: the pass that computes x writes
-        it."""
-        b = flight.b
-        if not (self._follows and self.message.is_x) or self.sends_as_it_lies(b):
-            return ()
-        peers = self.peers(flight.step + 1)
-        due = peers is not EVERYBODY and (peers.sources or peers.destinations)
-        return (b.messages[0],) if due else ()
 
     def buffers(self, b: Bucket) -> Mapping[str, torch.Tensor]:
         """A bucket's flat buffers that make up the optimizer's state, by name."""

@@ -357,7 +357,7 @@ class Flight:
 
     def _combine(self) -> None:
         e, b, d = self.engine, self.b, len(self.peers.sources)
-        next_message = e.next_message(self)
+        next_message = e.ahead.message(self)
         self.next_written = bool(next_message)
         copies = (*next_message, *(() if b.low is None else (b.low,)))  # of the new x, in types of their own
         after = e.local.after(b)

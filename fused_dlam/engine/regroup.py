@@ -64,7 +64,8 @@ def enter(engine: Engine, place: Place, graph: Topology) -> None:
     """From the next step on this is the place, and the graph."""
     # In the order in which they were built: a newcomer knows no other, and a loss may come while one is agreed on.
     engine.buckets.sort(key=lambda b: b.index)
-    engine.flights, engine._follows, engine._written, engine.topology = {}, False, {}, graph.as_rows
+    engine.flights, engine.topology = {}, graph.as_rows
+    engine.ahead.forget()
     if place is not engine.place:  # a newcomer's first
         _replace(engine, place)
     engine.averager = averager(engine.message, place)

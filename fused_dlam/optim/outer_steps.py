@@ -73,7 +73,7 @@ class OuterSteps(GossipOptimizer):
         loss = self._advance_inner(closure, gradients)
         rounds.note(self.param_groups)
         try:
-            engine.send_ahead(rounds.share)
+            engine.ahead.send(rounds.share)
         except ExchangeError as error:
             if self._recovery is None or not error.lost:
                 raise
@@ -108,7 +108,7 @@ class OuterSteps(GossipOptimizer):
             assert isinstance(b, AnchoredBucket)
             if b.index not in sent:
                 b.anchor()
-                engine.rewrite(b)
+                engine.ahead.rewrite(b)
                 if self._anew and engine.message is Message.GRADIENT:  # what averages ways alone must begin as one
                     workers.finite_mean(b.x)
                     b.publish()

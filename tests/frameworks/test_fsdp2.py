@@ -1,7 +1,8 @@
 """Promises of fused_dlam/frameworks/torchtitan.md, with 2 x 2 real processes over gloo, all in float64:
 
-- a transformer under FSDP2, clipping, warm-up, AdamW (atc, awc), DmSGD, and rounds of AdamW with DmSGD around them (atc,
-  awc), unlike data: each rank's shards after every step are within 1e-11 of a dense oracle in which a worker is one model with the mean gradient of its ranks;
+- a transformer under FSDP2, clipping, warm-up, AdamW (atc, awc), DmSGD, and rounds of AdamW with DmSGD around them
+  (atc, awc), unlike data: each rank's shards after every step are within 1e-11 of a dense oracle in which a worker is
+  one model with the mean gradient of its ranks;
 - a run that was saved half-way, in each of three ways, and resumed is the uninterrupted one, bit for bit;
 - workers with unlike numbers of batches, and unlike ranks in one, end with equally many steps;
 - the example runs as it is printed, twice; its file of the mean is the mean of what the workers have;
