@@ -11,11 +11,12 @@ sys.path[:0] = map(str, FOLDERS)
 # Three processes run tests at once, and start more: threads of each beside them cost 14 % of the processors' time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Slow tests that are tables of many rows, of half a minute and more each. SLOW_SHARE=2 takes every second row of them,
-# by its name, and SLOW_TURN=1 in place of 0 the other ones: CI has no time for both, and takes them by turns.
+# Slow tests that are tables, of half a minute and more each. SLOW_SHARE=2 takes every second row of them, by its name,
+# and SLOW_TURN=1 in place of 0 the other ones: CI has no time for both, and takes them by turns.
 TABLES = (
-    "faults/test_table.py", "kernels/test_cpu_values.py", "kernels/test_guard.py", "rules/test_field.py",
-    "rules/test_laws.py", "rules/test_papers.py", "theory/test_limits.py", "tutorials/test_pages.py",
+    "comm/test_mailbox_endings.py", "comm/test_piece_faults.py", "faults/test_table.py", "kernels/test_cpu_values.py",
+    "kernels/test_guard.py", "optim/test_processes.py", "rules/test_field.py", "rules/test_laws.py",
+    "rules/test_papers.py", "theory/test_limits.py", "tutorials/test_pages.py",
 )  # fmt: skip
 
 
