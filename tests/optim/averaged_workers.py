@@ -5,6 +5,7 @@ import logging
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.optim.swa_utils import AveragedModel
 from workers import machines_of
 
@@ -97,6 +98,25 @@ def layouts(rank):
 
     inside, log = logged(twice)
     return before, inside, everything(model), strides == [t.stride() for t in model.buffers() if not t.is_sparse], log
+
+
+def equal(rank):
+    """Frozen parameters and buffers before and within it, on three of the ranks."""
+    group = dist.new_group([0, 1, 2])
+    if rank == 3:
+        return None
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(31, 33), torch.nn.BatchNorm1d(33), torch.nn.Linear(33, 3))
+    model[0].requires_grad_(False)
+    model[1].running_var.copy_(torch.rand(33) * 1e-30)
+    model.register_buffer("short", torch.randn(999).bfloat16())
+    model.register_buffer("waves", torch.randn(99, dtype=torch.complex64))
+    optimizer = fused_dlam.GossipSGD([*model[1].parameters(), *model[2].parameters()], lr=0.1, group=group)
+    beside = [name for name in everything(model) if name not in ("1.weight", "1.bias", "2.weight", "2.bias")]
+    own = everything(model)
+    with optimizer.averaged(model):
+        inside = everything(model)
+    return [{name: values[name] for name in beside} for values in (own, inside)]
 
 
 def same(a, b):

@@ -3,7 +3,8 @@
 - buffers of any layout and type are the mean of all ranks inside, and bit-equal to before afterwards, in the layout
   that they had; memory that is there twice is averaged once; float8 and sparse are left alone, which is logged once;
 - whatever fails, in the averaging or in the body, every rank has its own values back bit for bit;
-- parameters that are not exchanged (frozen, replaced, an EMA's) are averaged like buffers;
+- parameters that are not exchanged (frozen, replaced, an EMA's) are averaged like buffers, and stay bit-equal where
+  they are equal on all ranks, whose number is 3;
 - ranks with different models get the same ValueError, and no wrong mean;
 - inside, `averaged` is refused, a flag tells step(), and the distance is 0;
 - `mean` gives all ranks the mean of their values, two machines' ranks too, and leaves the values alone; integers and
@@ -23,7 +24,8 @@ N = 4
 
 @pytest.fixture(scope="module")
 def ranks():
-    names = ("layouts", "body", "ema", "not_exchanged", "within", "distances", "machines", "different", "means")
+    names = ("layouts", "body", "ema", "not_exchanged", "within", "distances", "machines", "different", "means",
+             "equal")  # fmt: skip
     calls = {name: (getattr(workers, name),) for name in names}
     calls.update({f"failures {d}": (workers.failures, d) for d in (torch.float32, torch.bfloat16)})
     return run_together(N, calls, deadline=120)
@@ -50,6 +52,12 @@ def test_the_mean_of_every_layout_and_type(ranks):
             elif value.numel():
                 own = torch.stack([b[name].to(torch.complex128) for b, *_ in ranks["layouts"]])
                 assert torch.equal(value.to(torch.complex128), own.mean(0)), name
+
+
+def test_what_is_equal_on_three_ranks_stays_as_it_is(ranks):
+    for own, inside in ranks["equal"][:3]:
+        assert workers.same(own, inside)
+    assert ranks["equal"][3] is None
 
 
 def test_what_has_no_mean_is_told_once(ranks):
