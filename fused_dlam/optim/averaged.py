@@ -57,7 +57,7 @@ class Averaged:
         themselves may be, by 1e-16.)
 
         Where some ranks' values are not finite (one NaN batch leaves them in BatchNorm's statistics), it is that of the
-        others.
+        others; where nobody's is (a mask of -inf) each keeps its own.
         """
         flat = torch.view_as_real(own) if own.is_complex() else own
         wide = flat.to(torch.float64, copy=True)
@@ -66,10 +66,10 @@ class Averaged:
         self._mean_of(first, place)
         if not first.isfinite().all():  # on all ranks: a mean is the same bits everywhere
             share = mine.to(wide.dtype)
-            wide = torch.where(mine, wide, 0.0)
+            finite = torch.where(mine, wide, 0.0)
             self._mean_of(share, place)
-            self._mean_of(wide, place)
-            first = wide / share
+            self._mean_of(finite, place)
+            first = torch.where(share > 0, finite / share, wide)
         mean = first.to(flat.dtype)
         return torch.view_as_complex(mean) if own.is_complex() else mean
 

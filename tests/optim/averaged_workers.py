@@ -110,6 +110,7 @@ def equal(rank):
     model[0].requires_grad_(False)
     model[1].running_var.copy_(torch.rand(33) * 1e-30)
     model.register_buffer("short", torch.randn(999).bfloat16())
+    model.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
     model.register_buffer("waves", torch.randn(99, dtype=torch.complex64))
     optimizer = fused_dlam.GossipSGD([*model[1].parameters(), *model[2].parameters()], lr=0.1, group=group)
     beside = [name for name in everything(model) if name not in ("1.weight", "1.bias", "2.weight", "2.bias")]

@@ -4,7 +4,7 @@
   that they had; memory that is there twice is averaged once; float8 and sparse are left alone, which is logged once;
 - whatever fails, in the averaging or in the body, every rank has its own values back bit for bit;
 - parameters that are not exchanged (frozen, replaced, an EMA's) are averaged like buffers, and stay bit-equal where
-  they are equal on all ranks, whose number is 3;
+  they are equal on all ranks, whose number is 3, a mask of -inf too;
 - ranks with different models get the same ValueError, and no wrong mean;
 - inside, `averaged` is refused, a flag tells step(), and the distance is 0;
 - `mean` gives all ranks the mean of their values, two machines' ranks too, and leaves the values alone; integers and
