@@ -32,18 +32,18 @@ class Ahead:
         self.goes = share > 0 and self.engine.gossips
         return self._due(share) if self.goes else 0
 
-    def follow(self, b: Bucket, step: int) -> Flight:
-        """A bucket's exchange in a step that has not begun."""
-        flight = Flight(self.engine, b, step, follows=True, written=self._written.get(b.index, False))
-        flight.to(OPEN)
-        return flight
+    def follow(self, b: Bucket, step: int, flights: dict[int, Flight]) -> None:
+        """Begins a bucket's exchange in a step that has not begun, once, and keeps it: one that is interrupted has
+        receives that are posted, and perhaps its message sent. Done again it would be a message late from then on."""
+        if b.index not in flights:
+            flights[b.index] = Flight(self.engine, b, step, follows=True, written=self._written.get(b.index, False))
+            flights[b.index].to(OPEN)
 
     def send(self, share: float) -> None:
         """Between steps: begins the next exchange of this share of all values, where it goes ahead."""
         engine = self.engine
         for b in engine.buckets[: self._due(share)] if self.goes else ():
-            if b.index not in engine.flights:
-                engine.flights[b.index] = self.follow(b, engine.steps)
+            self.follow(b, engine.steps, engine.flights)
 
     def _due(self, share: float) -> int:
         """How many buckets begin within a share of all values."""

@@ -267,7 +267,7 @@ class Engine:
             done[b.index].to(DONE)
             self.ahead.note(done[b.index])
             if number < first:
-                following[b.index] = self.ahead.follow(b, self.step + 1)
+                self.ahead.follow(b, self.step + 1, following)
         for flight in done.values():
             flight.wait_sent()  # when step() returns this rank may leave: its neighbors have what they need
         self.following = {}
@@ -288,7 +288,7 @@ class Engine:
 
     def check_whole(self) -> None:
         """Raises RuntimeError if an earlier attempt at the present step failed, see `Flight.to`."""
-        for flight in self.flights.values():
+        for flight in (*self.flights.values(), *self.following.values()):
             if flight.failure:
                 flight.to(DONE)
 

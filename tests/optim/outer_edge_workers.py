@@ -1,10 +1,13 @@
 """What test_outer_edges.py runs on its workers: small scripts over one parameter with gradients that are told."""
 
+from unittest import mock
+
 import torch
 import workers
 
 import fused_dlam
 from fused_dlam import Gossip
+from fused_dlam.comm.transfer import Transfer
 
 
 def made(options, values=0.0, size=4, lr=1.0, dtype=torch.float64, inner=None):
@@ -38,6 +41,40 @@ def rolled_back(rank, options):
         step(x, optimizer)
     optimizer.close()
     return right.tolist(), x.tolist()
+
+
+def interrupted(rank, kind, number):
+    """What the steps of two workers say after rank 1 was interrupted while it sent ahead, for the `number`th time."""
+    params = [torch.nn.Parameter(torch.zeros(2000, dtype=torch.float64)) for _ in range(3)]
+    options = dict(schedule="awc", bucket_mb=1e-3, timeout=2.0)
+    if kind == "GossipSGD":
+        optimizer = fused_dlam.GossipSGD(params, lr=0.1, method="dmsgd", **options)
+    else:
+        inner = torch.optim.SGD(params, lr=0.1)
+        optimizer = Gossip(inner, **options, **({"outer": "dsgd", "every": 3} if kind == "rounds" else {}))
+    send, sent, said = Transfer.send, 0, []
+
+    def stopping(self, message):
+        nonlocal sent
+        sent += optimizer._engine.ahead.goes
+        if sent == number:
+            sent += 1
+            raise KeyboardInterrupt
+        send(self, message)
+
+    with mock.patch.object(Transfer, "send", stopping if rank == 1 else send):
+        for _ in range(9):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            try:
+                optimizer.step()
+            except KeyboardInterrupt:
+                said.append("interrupted")
+            except (RuntimeError, fused_dlam.ExchangeError) as error:
+                said.append(str(error))
+                break
+    optimizer.close()
+    return said
 
 
 def written_late(rank, synchronizes):

@@ -3,7 +3,8 @@
 - after a checkpoint of an earlier step, and after parameters were set, what is sent is what is there, to that step's
   neighbors;
 - checkpoints of optimizers without rounds load, and the other way round, and leave nothing behind;
-- a step that raised leaves nothing undone in the one that follows;
+- a step that raised leaves nothing undone in the one that follows; one that was interrupted while it sent the next
+  message ahead is not done a second time in silence: it raises;
 - within `join()` means are over the ranks that have data, and a step without data, or left out for an overflow, counts
   for nothing;
 - a parameter that comes late has bias corrections of its own.
@@ -25,6 +26,8 @@ BACK = {
     "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc", "every": 2},
 }
 
+INTERRUPTED = [("rounds", 1), ("rounds", 2), ("rounds", 3), ("average", 2), ("GossipSGD", 2)]
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -32,6 +35,7 @@ def found():
         ("late", True): (edge.written_late, True),
         ("late", False): (edge.written_late, False),
         "tried again": (edge.tried_again,),
+        **{("interrupted", *case): (edge.interrupted, *case) for case in INTERRUPTED},
         "another kind": (edge.of_another_kind,),
         "rebuilt": (edge.rebuilt,),
         "join, unequal": (edge.joined, {"every": 4, "local_steps": True}, (8, 1)),
@@ -51,6 +55,14 @@ def found():
 def test_an_earlier_steps_checkpoint_goes_on_as_that_step(found, name):
     for right, again in found["back", name]:
         assert right == again
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_what_was_interrupted_is_not_sent_twice(found, case):
+    other, victim = found[("interrupted", *case)]
+    assert victim[0] == "interrupted" and len(victim) == 2
+    assert "an earlier attempt at step" in victim[1] and "restart all ranks from a checkpoint" in victim[1]
+    assert len(other) == 1 and "rank 1" in other[0]
 
 
 @pytest.mark.parametrize("synchronizes", [True, False])
