@@ -25,6 +25,7 @@ class InnerCopies(GossipOptimizer):
     inner: Optimizer
     _entries: dict[str, Any]
     _rounds: Rounds | None
+    _anew: bool
     _stepped: int | None
     _loss: Any
 
@@ -83,7 +84,8 @@ class InnerCopies(GossipOptimizer):
         self._stepped = self._loss = None
         saved = {slot: state_dict["state"].get(key, {}) for key, (_, slot) in self._slots(state_dict).items()}
         if self._rounds is not None:
-            self._rounds.load(self.param_groups, self._engine, lambda slot: saved[slot])
+            # What all-reduce averages begins at the mean of what is loaded, unless that is the middle of a round.
+            self._anew = not self._rounds.load(self.param_groups, self._engine, lambda slot: saved[slot])
         with torch.no_grad():
             for b in self._engine.buckets if self._rounds is None else ():
                 restore_copies(b, lambda slot: saved[slot].get(f"{OWN}master"))

@@ -143,6 +143,8 @@ def _check_group(optimizer: GossipOptimizer, ours: dict[str, Any], theirs: dict[
     for name in ("step", "gossip_step", "gossip_taken", "gossip_went", "gossip_batches"):
         if name in merged and (not isinstance(merged[name], numbers.Integral) or merged[name] < 0):
             raise ValueError(f"Invalid {name}: {merged[name]!r}, must be a whole number from 0 on")
+    if not isinstance(merged.get("gossip_every", 1), numbers.Integral) or merged.get("gossip_every", 1) < 1:
+        raise ValueError(f"Invalid gossip_every: {merged['gossip_every']!r}, must be a whole number from 1 on")
     if "method" in ours:
         _check_memory(merged["memory"])
         options.check(merged, optimizer._rule, optimizer._options)  # type: ignore[attr-defined]

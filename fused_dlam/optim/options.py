@@ -262,6 +262,10 @@ def _known_by(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value  # for == to be one truth value
 
 
+#: Entries of a group that ranks may differ in: where each is in a round, whose overflows are its own.
+OWN = ("params", "memory", "outer_memory", "gossip_every", "gossip_taken", "gossip_went", "gossip_batches")
+
+
 def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, options: Options) -> dict[str, str]:
     """What all ranks must have in common.
 
@@ -270,7 +274,7 @@ def facts(group: dict[str, Any], params: list[torch.Tensor], engine: Engine, opt
     """
     shapes = [(tuple(p.shape), tuple(p.stride()), str(p.dtype).removeprefix("torch.")) for p in params]
     split = [(p.placements, p.device_mesh.size()) if is_sharded(p) else "" for p in params]  # type: ignore[attr-defined]
-    names = [*FIRST, *(k for k in group if k not in (*FIRST, "params", "memory", "outer_memory"))]
+    names = [*FIRST, *(k for k in group if k not in (*FIRST, *OWN))]
     return {
         "the number of parameters": str(len(params)),
         "parameter shapes, strides or types": str(shapes),

@@ -11,7 +11,7 @@ from ..engine.health import Health
 from ..engine.message import Message
 from .frozen import Frozen
 from .options import Options
-from .rounds import COUNTS, MEMORY, OUTER, Rounds, check_every
+from .rounds import COUNTS, EVERY, MEMORY, OUTER, Rounds, check_every
 from .shared import GossipOptimizer
 
 
@@ -41,6 +41,7 @@ class OuterSteps(GossipOptimizer):
                 raise ValueError("every= was 1 at construction, without outer=: build with the number that is meant")
             return
         self._rounds.every = check_every(every)
+        self._rounds.note(self.param_groups)
 
     @property
     def steps_done(self) -> int:
@@ -59,12 +60,18 @@ class OuterSteps(GossipOptimizer):
         super().synchronize()
         if self._rounds is not None:
             self._rounds.begin_anew(self.param_groups)
-            self._anew = True
+            self._anew, self._stepped, self._loss = True, None, None
 
     @property
     def _moment(self) -> Any:
         """A name of the next step: inner ones have the number of one exchange."""
         return self._step if self._rounds is None else (self._step, self._rounds.batches)
+
+    @property
+    def _position(self) -> str:
+        if self._rounds is None or self._rounds.unequal:
+            return super()._position
+        return f"step {self._rounds.batches} (exchange {self._step})"
 
     def _inner_step(self, closure: Callable[[], Any] | None, gradients: bool = True) -> Any:
         """One within a round. Nothing is waited for, and nothing leaves but a part of x."""
@@ -132,7 +139,7 @@ class OuterSteps(GossipOptimizer):
             self._loss = self._advance_inner(closure, gradients)
             self._stepped = self._step
         engine.check_whole()
-        rounds.agree(engine, self._step, self._joining)
+        rounds.agree(engine, self._step, self._joining, groups)
         if engine.step is None:  # else an attempt at this exchange raised: it goes on from there
             rounds.begin(engine, self._step, groups, self._options.compress)
         for b in engine.buckets if engine.message is Message.GRADIENT else ():
@@ -162,5 +169,6 @@ class OuterSteps(GossipOptimizer):
 def forget_rounds(group: dict[str, Any]) -> None:
     """Takes out of a group what a run in rounds has left there: another optimizer's, or a checkpoint's."""
     if "gossip_outer" in group:
-        for name in [name for name in group if name.startswith(OUTER) or name in (*COUNTS, "gossip_outer")]:
+        group["gossip_step"] = group.get("gossip_batches", 0)  # a step is a batch again
+        for name in [name for name in group if name.startswith(OUTER) or name in (*COUNTS, EVERY, "gossip_outer")]:
             del group[name]

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from ..comm.sharded import local
+from ..comm.watch import log
 from ..engine.compressed import is_memory
 from ..engine.engine import Engine
 from ..engine.message import Message
@@ -47,6 +48,8 @@ from .skipping import contraction
 OUTER = "outer_"  # how entries of a group begin that are the outer method's
 MEMORY = "outer_memory"
 COUNTS = ("gossip_taken", "gossip_went", "gossip_batches")
+EVERY = "gossip_every"
+APART = 1e-5  # of the squared length of x: workers that differ by 0.3 %. Other processors' roundings are 1e-7
 
 
 class Rounds:
@@ -98,13 +101,18 @@ class Rounds:
             raise ValueError(f"Invalid outer momentum: {of['momentum']}, must be in [0, 1)")
         self.rule.check_hyper({name: of[name] for name in self.rule.hyper})
 
-    def agree(self, engine: Engine, step: int, joining: bool) -> None:
+    def agree(self, engine: Engine, step: int, joining: bool, groups: list[dict[str, Any]]) -> None:
         """At a round's end, on all ranks: learns c, the mean number of inner steps over the workers that went any.
+
+        Raises ValueError on all where an outer method that averages by all-reduce is not one on them.
 
         joining: within `join`, where a mean of ways is over those workers too.
         """
         averages = engine.message is Message.GRADIENT
+        if averages and self._agreed != step:
+            self._check_alike(engine, groups)
         if self._agreed == step or not (self.unequal or (joining and averages)):
+            self._agreed = step
             return  # if an attempt at this exchange raised, the others know this rank's number
         counts = torch.tensor([self.went, self.went > 0], dtype=torch.float64)
         workers = engine.place.workers
@@ -114,6 +122,25 @@ class Rounds:
         if averages and going:
             self.weight *= workers.size / going
         self._agreed = step
+
+    def _check_alike(self, engine: Engine, groups: list[dict[str, Any]]) -> None:
+        """An all-reduce of ways tells nobody what it was made with, and lets workers that differ stay as far apart."""
+        workers = engine.place.workers
+        if workers.size == 1:
+            return
+        facts = {} if self.unequal else {"every": str(self.every)}
+        facts["outer settings"] = str([self.settings_of(group) for group in groups])
+        workers.compare(facts, "comparing outer settings", "Set the same on all ranks.")
+        own = sum(_squared_length(b.x[: b.flags.start]) for b in engine.buckets)
+        lengths = workers.largest(torch.tensor([own, -own], dtype=torch.float64), "comparing where the round began")
+        most, least = lengths.tolist()
+        if most + least > APART * most:
+            raise ValueError(
+                "the workers began this round with parameters that are not the same, and"
+                f" {self.rule.name} averages the ways from there alone: they would stay as far apart. Load a model on"
+                " all ranks, or before the optimizer is built; optimizer.synchronize() on all of them begins a round at"
+                " their mean"
+            )
 
     def begin(self, engine: Engine, step: int, groups: list[dict[str, Any]], compress: Any) -> None:
         """The exchange begins: fixes its scalars."""
@@ -159,8 +186,9 @@ class Rounds:
         self.counter.note()
         self._empty()
 
-    def load(self, groups: list[dict[str, Any]], engine: Engine, saved: Callable[[Slot], Mapping[str, Any]]) -> None:
-        """What a checkpoint holds of a round, or the beginning of one at the parameters as they are."""
+    def load(self, groups: list[dict[str, Any]], engine: Engine, saved: Callable[[Slot], Mapping[str, Any]]) -> bool:
+        """What a checkpoint holds of a round, and returns True; or the beginning of one at the parameters as they
+        are."""
         counts = {name: int(groups[0].get(name, 0)) for name in COUNTS}
         anchored = False
         with torch.no_grad():
@@ -179,10 +207,15 @@ class Rounds:
                         else:
                             slot.view(buffer).zero_()
         if not anchored:  # of the inner optimizer alone, or of a run without rounds
-            counts |= {"gossip_taken": 0, "gossip_went": 0}
+            counts = {"gossip_taken": 0, "gossip_went": 0, "gossip_batches": int(groups[0]["gossip_step"])}
         memories = [group.get(MEMORY, {}) for group in groups]
-        self.take(groups, (tuple(counts.values()), self.every, memories))
+        every = groups[0].get(EVERY, self.every)
+        if every != self.every:
+            log.warning("every=%d, as saved, not %d: set optimizer.every after loading to change it", every, self.every)
+            self.every = every
+        self.take(groups, (tuple(counts.values()), every, memories))
         self.weight, self._agreed = 1.0, None
+        return anchored
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -191,7 +224,7 @@ class Rounds:
     def note(self, groups: list[dict[str, Any]]) -> None:
         """Where this worker is, for checkpoints."""
         for group in groups:
-            group.update(zip(COUNTS, self.counts, strict=True))
+            group.update({**dict(zip(COUNTS, self.counts, strict=True)), EVERY: self.every})
 
     def rest(self, groups: list[dict[str, Any]]) -> Any:
         """What a newcomer takes of the others, beside the flat buffers."""
@@ -211,6 +244,11 @@ class Rounds:
         self.certificate = Certificate(self.rule, graph, self.certificate.allowed)
         for of in groups:
             self.certificate.trust(of)
+
+
+def _squared_length(x: torch.Tensor) -> float:
+    real = torch.view_as_real(x) if x.is_complex() else x
+    return float(torch.linalg.vector_norm(real, dtype=torch.float64)) ** 2
 
 
 def check_every(every: Any) -> int:

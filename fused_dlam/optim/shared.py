@@ -52,6 +52,11 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         return self._running
 
     @property
+    def _position(self) -> str:
+        """Where this rank is, which must be where all are when they save."""
+        return f"step {self._step}"
+
+    @property
     def _moment(self) -> Any:
         """A name of the next step, alike on all ranks."""
         return self._step

@@ -120,13 +120,90 @@ def of_another_kind(rank):
         for _ in range(3):
             step(x, optimizer, 1.0)
         out.append(group["gossip_step"])
-        rounds = optimizer.state_dict()
+        rounds, done = optimizer.state_dict(), optimizer.steps_done
         optimizer.close()
         y, plain = made({"schedule": "midpoint"}, 1.0, inner=lambda p: torch.optim.AdamW(p, lr=0.2))
         plain.load_state_dict(rounds)
+        assert plain.steps_done == done
         out.append(sorted(name for name in plain.param_groups[0] if "outer" in name or "taken" in name))
         plain.close()
     return out
+
+
+class Apart:
+    """Two workers of an outer method by all-reduce, of which the second is made unlike the first."""
+
+    @staticmethod
+    def every(x, optimizer):
+        optimizer.every = 3
+
+    @staticmethod
+    def rate(x, optimizer):
+        optimizer.param_groups[0]["outer_lr"] = 0.5
+
+    @staticmethod
+    def loaded(x, optimizer):
+        x.data.fill_(1.01)
+
+
+def apart(rank, how):
+    """What the next rounds say, and the parameters after `synchronize` and a round, on both."""
+    x, optimizer = made({"outer": "nesterov-pmsgd", "every": 2, "timeout": 5.0}, 1.0, lr=0.1)
+    for _ in range(2):
+        step(x, optimizer, 1.0)
+    if rank == 1:
+        getattr(Apart, how)(x, optimizer)
+    said = []
+    for _ in range(3 if rank == 1 and how == "every" else 2):
+        try:
+            step(x, optimizer, 1.0)
+        except ValueError as error:
+            said.append(str(error))
+    optimizer.every, optimizer.param_groups[0]["outer_lr"] = 2, 0.7
+    optimizer.synchronize()
+    for _ in range(2):
+        step(x, optimizer, 1.0)
+    optimizer.close()
+    return said, x.tolist()
+
+
+def resumed(rank, options, at, every):
+    """The steps after a checkpoint that another optimizer has loaded, which was built with every=2; and its `every`."""
+    x, optimizer = made({"every": 3, **options}, 0.1 * (rank + 1), lr=0.1)
+    optimizer.every = every
+
+    def path(optimizer, x):
+        out = []
+        for k in range(at, at + 6):
+            step(x, optimizer, torch.sin(torch.tensor(1.0 + rank + k)).item())
+            out.append(x.tolist())
+        return out
+
+    for k in range(at):
+        step(x, optimizer, torch.cos(torch.tensor(1.0 + rank * k)).item())
+    saved, values = optimizer.state_dict(), x.detach().clone()
+    right = path(optimizer, x)
+    optimizer.close()
+    x, again = made({"every": 2, **options}, lr=0.1)
+    again.synchronize()
+    x.data.copy_(values)
+    again.load_state_dict(saved)
+    found = again.every, path(again, x) == right
+    again.close()
+    return found
+
+
+def saved_apart(rank, folder):
+    """What saving says where rank 1 has taken an inner step more."""
+    x, optimizer = made({"outer": "mi-dmsgd", "every": 4, "timeout": 20.0})
+    for _ in range(5 + rank):
+        step(x, optimizer, 1.0)
+    try:
+        fused_dlam.save_checkpoint(folder, torch.nn.ParameterList([x]), optimizer)
+    except ValueError as error:
+        return str(error)
+    finally:
+        optimizer.close()
 
 
 def tried_again(rank):

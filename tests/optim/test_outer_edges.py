@@ -2,7 +2,10 @@
 
 - after a checkpoint of an earlier step, and after parameters were set, what is sent is what is there, to that step's
   neighbors;
-- checkpoints of optimizers without rounds load, and the other way round, and leave nothing behind;
+- checkpoints of optimizers without rounds load, and the other way round, and leave nothing behind; on three workers
+  a run that is resumed in mid-round is the uninterrupted one, bit for bit, `every` included;
+- workers in unlike places of a round are not saved: a ValueError on all;
+- where ways are averaged by all-reduce unlike settings, and workers that began apart, are a ValueError on all;
 - a step that raised leaves nothing undone in the one that follows; one that was interrupted while it sent the next
   message ahead is not done a second time in silence: it raises;
 - within `join()` means are over the ranks that have data, and a step without data, or left out for an overflow, counts
@@ -26,29 +29,38 @@ BACK = {
     "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc", "every": 2},
 }
 
+RESUMED = {
+    "DiLoCo": {"outer": "nesterov-pmsgd"},
+    "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc"},
+    "averages": {},
+    "unequal": {"outer": "mi-dmsgd", "local_steps": True},
+}
 INTERRUPTED = [("rounds", 1), ("rounds", 2), ("rounds", 3), ("average", 2), ("GossipSGD", 2)]
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     two = {
         ("late", True): (edge.written_late, True),
         ("late", False): (edge.written_late, False),
         "tried again": (edge.tried_again,),
         **{("interrupted", *case): (edge.interrupted, *case) for case in INTERRUPTED},
         "another kind": (edge.of_another_kind,),
+        **{("apart", how): (edge.apart, how) for how in ("every", "rate", "loaded")},
         "rebuilt": (edge.rebuilt,),
+        "saved apart": (edge.saved_apart, str(tmp_path_factory.mktemp("apart"))),
         "join, unequal": (edge.joined, {"every": 4, "local_steps": True}, (8, 1)),
         "join, all-reduce": (edge.joined, {"every": 2, "outer": "pmsgd", "momentum": 0.0, "lr": 1.0}, (4, 2)),
         "weighed": (edge.weighed,),
         "thawed": (edge.thawed_late,),
         **{("loaded", name): (edge.loaded_within, options) for name, options in LOADED.items()},
     }
+    three = {("resumed", name): (edge.resumed, options, 7, 4) for name, options in RESUMED.items()}
     four = {
         **{("back", name): (edge.rolled_back, options) for name, options in BACK.items()},
         "join, machines": (edge.joined_machines, {"every": 3}, (4, 1, 4, 1)),
     }
-    return {**workers.run_together(2, two), **workers.run_together(4, four)}
+    return {**workers.run_together(2, two), **workers.run_together(3, three), **workers.run_together(4, four)}
 
 
 @pytest.mark.parametrize("name", BACK)
@@ -89,9 +101,27 @@ def test_checkpoints_of_optimizers_without_rounds(found):
     for rank in found["another kind"]:
         for k in (0, 3):
             lr, taken, memory, done = rank[k]
-            assert (lr, taken, memory) == (0.1, 0, {}) and done == 0
+            assert (lr, taken, memory) == (0.1, 0, {}) and done == (k == 3)
             assert rank[k + 1] == (1 if k == 0 else 2)  # one exchange more than the checkpoint's
             assert rank[k + 2] == []
+
+
+@pytest.mark.parametrize("how", ["every", "rate", "loaded"])
+def test_workers_of_an_all_reduce_that_are_apart_are_told_so(found, how):
+    (one, x), (two, y) = found["apart", how]
+    words = {"every": "agree on every: rank 0 has 2, rank 1 has 3", "rate": "'lr': 0.7", "loaded": "not the same"}
+    assert len(one) == len(two) == 1 and words[how] in one[0] and words[how] in two[0]
+    assert x == y, "and synchronize() makes them one again"
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_on_three_workers_a_resumed_run_is_the_uninterrupted_one(found, name):
+    assert found["resumed", name] == [(4, True)] * 3, "every= is the saved one"
+
+
+def test_workers_apart_in_a_round_are_not_saved(found):
+    for told in found["saved apart"]:
+        assert "different steps: {0: 'step 5 (exchange 1)', 1: 'step 6 (exchange 1)'}" in told
 
 
 def test_a_second_optimizer_has_its_own_settings(found):
