@@ -61,8 +61,11 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         DiLoCo        Gossip(AdamW(...), outer="nesterov-pmsgd", every=50, lr=0.7, momentum=0.9)
         ours, hidden  Gossip(AdamW(...), outer="nesterov-mi-dmsgd", every=50, lr=0.7, momentum=0.6, schedule="awc")
 
-    What a script writes into parameters within a round counts as gone: call `synchronize` on all ranks before a model
-    is loaded, say. A loss scaler's overflow is the rank's own, whose inner step is left out.
+    Within a round the parameters are this worker's own y, also in `model.state_dict()`; `averaged` has their mean. What
+    a script writes into them there, `model.load_state_dict` included, is kept, as a part of the way g that the outer
+    method steps with. So load a model on all ranks before this is built, or call `synchronize` on all ranks first: then
+    a round begins at what was loaded. A gradient that is not finite goes to the inner optimizer as it is, as in torch.
+    A loss scaler's overflow is the rank's own, whose inner step is left out.
 
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
