@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 from ..comm.errors import calling
 from ..engine.buckets import Bucket
 from ..engine.slot import Slot
-from .loaded_values import check_everywhere
+from .loaded_values import WORKER, check_everywhere, whose
 from .outer_steps import forget_rounds
 from .rounds import MEMORY, OUTER, Rounds
 from .shared import GossipOptimizer
@@ -51,6 +51,7 @@ class InnerCopies(GossipOptimizer):
                 state[key] = {**state.get(key, {}), **shown}
         groups = [
             {k: [list(pair) for pair in numbers(v).items()] if k == MEMORY else v for k, v in group.items()}
+            | whose(self._engine)
             for group in state_dict["param_groups"]
         ]
         return {**state_dict, "state": state, "param_groups": groups}
@@ -76,6 +77,7 @@ class InnerCopies(GossipOptimizer):
         }
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in state.items() if not _empty(s)}})
         for group, old in zip(self.param_groups, before, strict=True):
+            group.pop(WORKER, None)
             if self._rounds is None:
                 forget_rounds(group)
             for name, value in old.items():

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..comm.errors import ExchangeError, calling
+from ..comm.errors import ExchangeError, calling, listed
 from ..comm.sharded import local
 from ..rules.scalars import among
 from . import options
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
     from .shared import GossipOptimizer
 
+WORKER = "gossip_worker"  # an entry of saved groups: whose state it is, where that matters, see `whose`
 PLACE = ("topology", "schedule", "gossip_topology", "gossip_schedule")  # entries of a group that say where it ran
 
 
@@ -88,6 +90,36 @@ def check_everywhere(optimizer: GossipOptimizer, state_dict: dict[str, Any]) -> 
             break
     if problem is not None:
         raise problem
+    if whose(engine):
+        with calling("optimizer.load_state_dict()"):
+            _refuse_copies(engine, state_dict["param_groups"][0].get(WORKER))
+
+
+def whose(engine: Engine) -> dict[str, int]:
+    """The entry of groups that says so, of methods with buffers that belong together over the workers: corrections,
+    which sum to zero, and trackers, which sum to the gradients'. Copies of one worker's do not."""
+    rule = engine.rule
+    return {WORKER: engine.place.workers.rank} if rule.centered or "tracking_buffer" in rule.state else {}
+
+
+def _refuse_copies(engine: Engine, saved: int | None) -> None:
+    """Raises ValueError on all ranks where two workers load the state of one, with which they diverge."""
+    workers = engine.place.workers
+    if workers.size == 1:
+        return
+    ranks: dict[int, list[int]] = {}
+    everybodys = workers.gathered(saved, "comparing whose states are loaded")
+    for rank, number in zip(sorted(workers.ranks), everybodys, strict=True):
+        if number is not None:  # of an earlier release, or a mean
+            ranks.setdefault(number, []).append(rank)
+    for number, several in ranks.items():
+        if len(several) > 1:
+            raise ValueError(
+                f"{listed(several)} load what worker {number} saved. {engine.rule.name} keeps in each worker's state"
+                " what belongs together over all of them, and copies of one diverge: save and load every worker's own,"
+                " as fused_dlam.save_checkpoint and load_checkpoint do, or save optimizer.consensus_state_dict() with"
+                " the averaged model for all"
+            )
 
 
 def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from ..engine.engine import Engine
 from ..engine.slot import Slot
 from ..engine.spikes import USUAL
 from .kept_state import put_back, show
-from .loaded_values import PLACE, check_everywhere
+from .loaded_values import PLACE, WORKER, check_everywhere, whose
 from .local_steps import SCALE
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[None]:
         final.update(theirs)
 
     def restored(_: Any) -> None:  # the first of the hooks: others see what was loaded
+        for group in optimizer.param_groups:
+            group.pop(WORKER, None)
         engine.forget(step)
         restore(by_parameter(final, optimizer.param_groups), optimizer, engine)
 
@@ -113,6 +115,7 @@ def detach(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         b.absorb()  # what the script wrote into 16-bit parameters since the last step
     groups = [
         {k: [list(pair) for pair in numbers(v).items()] if k == "memory" else v for k, v in group.items()}
+        | whose(optimizer._engine)
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "state": copied(state_dict["state"]), "param_groups": groups}
@@ -152,7 +155,7 @@ def unplaced(state_dict: dict[str, Any], centered: Iterable[str]) -> dict[str, A
         key: {k: v for k, v in s.items() if not is_memory(k)} if isinstance(s, dict) else s
         for key, s in state_dict["state"].items()
     }
-    groups = [{k: v for k, v in group.items() if k not in PLACE} for group in state_dict["param_groups"]]
+    groups = [{k: v for k, v in group.items() if k not in (*PLACE, WORKER)} for group in state_dict["param_groups"]]
     for group in groups:
         if "memory" in group:
             group["memory"] = [pair for pair in group["memory"] if not str(pair[0]).startswith((USUAL, SCALE))]

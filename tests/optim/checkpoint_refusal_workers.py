@@ -48,6 +48,30 @@ def copied(rank, path, name, spoil):
     return there
 
 
+def one_file(rank):
+    """What is said where both ranks load rank 0's state, and its mean, of methods with and without corrections."""
+    said = []
+    for kind in ("mi-dmsgd", "gradient-tracking", "push-diging", "dmsgd", "rounds"):
+        model = torch.nn.Linear(3, 2)
+        if kind == "rounds":
+            optimizer = fused_dlam.Gossip(torch.optim.SGD(model.parameters(), lr=0.1), outer="mi-dmsgd", every=2)
+        else:
+            optimizer = fused_dlam.GossipSGD(model.parameters(), lr=0.1, method=kind)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(torch.ones(1, 3)) * (rank + 1)).sum().backward()
+            optimizer.step()
+        states = [None, None]
+        dist.all_gather_object(states, optimizer.state_dict())
+        mean = optimizer.consensus_state_dict()
+        for state in (states[0], states[rank], mean):
+            said.append((kind, *error_of(optimizer.load_state_dict, state)[:2]))
+        assert not [name for name in optimizer.param_groups[0] if name == "gossip_worker"]
+        optimizer.step()
+        optimizer.close()
+    return said
+
+
 def mixed(rank, path):
     """What is said of parts of two saves, of a missing and of a truncated one; nothing is loaded of them."""
     model, optimizer = build(rank, 3)

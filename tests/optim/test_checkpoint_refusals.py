@@ -4,6 +4,7 @@
 - a rank that does not come to save_checkpoint or load_checkpoint is named within the optimizer's timeout, and the next
   call, to which all come, works; load_state_dict on one rank ends in words as well;
 - a disk that is full on one rank is an OSError on all, which names it, and the last checkpoint stays;
+- one worker's state on all is refused where the method has corrections or trackers, which diverge with copies;
 - checkpoints of different steps, or with bad values on one rank, are refused on all.
 """
 
@@ -19,12 +20,21 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("refusals")
     calls = {
         "mixed": (them.mixed, str(folder)),
+        "one file": (them.one_file,),
         "full disk": (them.full_disk, str(folder / "full")),
         "other steps": (them.other_steps, str(folder)),
         "over and over": (them.over_and_over, str(folder / "again")),
         "never comes": (them.never_comes, str(folder), TIMEOUT),
     }
     return run_together(2, calls, deadline=200)
+
+
+def test_one_workers_state_for_all(ranks):
+    for told in ranks["one file"]:
+        for kind, error, text in told[::3]:
+            assert error == ("none" if kind == "dmsgd" else "ValueError"), (kind, text)
+            assert kind == "dmsgd" or "ranks 0, 1 load what worker 0 saved" in text
+        assert {error for _, error, _ in (*told[1::3], *told[2::3])} == {"none"}, "its own, and the mean"
 
 
 @pytest.mark.parametrize("mean", ["", ", mean"])
@@ -78,7 +88,7 @@ def test_steps_and_values(ranks):
         bad = "group 0 of the checkpoint: Invalid learning rate: -1.0"
         assert bad in told["bad on 1"][1] and told["bad"][1] == bad
         assert rank == 1 or "rank 0 has step 4, rank 1 has an error" in told["bad on 1"][1]
-        assert "save_checkpoint() was called at different steps: {0: 4, 1: 5}" in told["save"][1]
+        assert "save_checkpoint() was called at different steps: {0: 'step 4', 1: 'step 5'}" in told["save"][1]
         assert f"load_checkpoint(), on rank 1: {bad}" in told["load bad"][1]
 
 
