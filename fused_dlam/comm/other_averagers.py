@@ -50,6 +50,7 @@ def refuse_ddp(ddp: Sequence[int], workers: Sequence[int], me: int) -> None:
             f"the model is wrapped in DistributedDataParallel over ranks {list(ddp)}: it would all-reduce the gradients"
             f" of this rank and of ranks {both}, with which it gossips. Pass the model unwrapped; for DDP inside a"
             " machine wrap it over that machine's ranks alone (process_group=) and pass hierarchical=. Where a"
-            " framework has wrapped it see fused_dlam/frameworks/README.md: Lightning needs strategy=GossipStrategy(),"
+            " framework has wrapped it see fused_dlam/frameworks/README.md: for Hugging Face take GossipTrainer in the"
+            " place of Trainer, GossipAccelerator in that of Accelerator; Lightning needs strategy=GossipStrategy(),"
             " Fabric GossipFabricStrategy(), Ray Train no prepare_model"
         )

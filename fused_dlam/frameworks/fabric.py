@@ -18,12 +18,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from lightning.fabric.plugins import precision
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
 from torch.optim import Optimizer
 
 from .. import Gossip, GossipSGD
-from . import own_states
+from . import clipping, own_states
 from .unwrapped import seen_through
 
 
@@ -75,6 +76,8 @@ class GossipFabricStrategy(DDPStrategy):
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         optimizer = seen_through(own_states.check(optimizer, "GossipFabricStrategy"))
         self._gossips.add(optimizer)
+        if type(self.precision) is precision.MixedPrecision:
+            self.precision.__class__ = MixedPrecision  # the same object, for Fabric holds it
         return optimizer
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -144,3 +147,17 @@ class _NoSync(_BackwardSyncControl):
             if own and any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
                 stack.enter_context(optimizer.no_sync())
         return stack
+
+
+class MixedPrecision(precision.MixedPrecision):
+    """Fabric's, see clipping.py."""
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        clipping.check_others(self.scaler, optimizer)
+        return super().optimizer_step(optimizer, **kwargs)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, (GossipSGD, Gossip)):
+            clipping.unscale(self.scaler, optimizer)
+        else:
+            super().unscale_gradients(optimizer)

@@ -14,18 +14,20 @@ overridden here, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins import precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 
 from .. import Gossip, GossipSGD, GradScaler
-from . import own_states
+from . import clipping, own_states
 from .shortest import Shortest
 from .unwrapped import seen_through
 
@@ -91,6 +93,8 @@ class GossipStrategy(DDPStrategy):
             ours = GradScaler(scaler._device, enabled=scaler.is_enabled())
             ours.load_state_dict(scaler.state_dict())
             self.precision_plugin.scaler = ours
+        if type(self.precision_plugin) is precision.MixedPrecision:
+            self.precision_plugin.__class__ = MixedPrecision  # the same object, for scripts hold it
         super().setup_precision_plugin()
 
     @property
@@ -220,3 +224,32 @@ class GossipStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if not self._own_loaded:
             super().load_optimizer_state_dict(checkpoint)
+
+
+class MixedPrecision(precision.MixedPrecision):
+    """Lightning's, in checkpoints too, where its class's name is the key. See clipping.py."""
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        def unscaled() -> Any:
+            loss = closure()
+            if loss is not None or not model.automatic_optimization:  # else there was no backward pass
+                clipping.unscale(self.scaler, optimizer)
+            return loss
+
+        clipping.check_others(self.scaler, optimizer)
+        return super().optimizer_step(optimizer, model, unscaled, **kwargs)
+
+    def clip_gradients(
+        self,
+        optimizer: Any,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        if not isinstance(optimizer, (GossipSGD, Gossip)):
+            super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+            return
+        if clip_val > 0:  # a script that clips by hand does so before step(), with Lightning's wrapper
+            clipping.unscale(self.scaler, vars(optimizer).get("_optimizer", optimizer))
+        precision.Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)

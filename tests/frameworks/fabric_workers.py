@@ -4,17 +4,18 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
-from lightning_workers import OPTIMIZERS, SIZE, batches_of, flat, launched, loop, loss_of, network
+from lightning.fabric.plugins import MixedPrecision
+from lightning_workers import CLIPS, OPTIMIZERS, SIZE, batches_of, flat, launched, loop, loss_of, network
 from torch import nn
 from torch.utils.data import DataLoader
 
 from fused_dlam.frameworks.fabric import GossipFabricStrategy
 
 
-def started(rank, strategy=None):
+def started(rank, strategy=None, **options):
     launched(rank)
     world = torch.distributed.get_world_size()
-    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy or GossipFabricStrategy())
+    fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy or GossipFabricStrategy(), **options)
     fabric.launch()
     return fabric
 
@@ -52,6 +53,66 @@ def as_a_loop(rank, kind, accumulate):
     expected, expected_means = loop(rank, kind, batches, accumulate)
     told = optimizer.consensus_distance(), optimizer.bytes_sent, optimizer.optimizer.bytes_sent
     return torch.stack(path), expected, torch.stack(means), torch.stack(expected_means), told
+
+
+def scaled():
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+
+def clipped(rank, kind, clip, by, sixteen):
+    """Five batches in mixed precision with Fabric and without; under a scaler rank 1's second one overflows."""
+    plugin = MixedPrecision("16-mixed", "cpu", scaled()) if sixteen else MixedPrecision("bf16-mixed", "cpu")
+    fabric = started(rank, plugins=[plugin])
+    batches = [*DataLoader(batches_of(rank), SIZE)]
+    huge = {1: 1e36} if sixteen and rank == 1 else {}
+    model, optimizer = built(fabric, kind)
+    how = {"max_norm": clip, "error_if_nonfinite": False} if by == "norm" else {"clip_val": clip}
+    path, expected, norms = [], [], []
+    for number, batch in enumerate(batches):
+        fabric.backward(loss_of(model, batch) * huge.get(number, 1.0))
+        norms.append(fabric.clip_gradients(model, optimizer, **how))
+        optimizer.step()
+        optimizer.zero_grad()
+        path.append(flat(model.module).clone())
+
+    net, scaler, dtype = network(), scaled(), torch.float16 if sixteen else torch.bfloat16
+    plain = OPTIMIZERS[kind](net.parameters())
+    for number, (x, y) in enumerate(batches):
+        with torch.autocast("cpu", dtype):
+            out = net(x.to(dtype))
+        loss = (out.float() - y).square().mean() * huge.get(number, 1.0)
+        (scaler.scale(loss) if sixteen else loss).backward()
+        if sixteen:
+            scaler.unscale_(plain)
+        CLIPS[by](net.parameters(), clip)
+        scaler.step(plain) if sixteen else plain.step()
+        scaler.update() if sixteen else None
+        plain.zero_grad()
+        expected.append(flat(net).clone())
+    return torch.stack(path), torch.stack(expected), norms, sixteen and (plugin.scaler.get_scale(), scaler.get_scale())
+
+
+def two_clipped(rank):
+    """What is said of a step() that makes the scaler forget the other optimizer's; then both in their turn."""
+    fabric = started(rank, plugins=[MixedPrecision("16-mixed", "cpu", scaled())])
+    pairs = [built(fabric, kind) for kind in ("sgd", "adamw")]
+    batch = next(iter(DataLoader(batches_of(rank), SIZE)))
+    for model, _ in pairs:
+        fabric.backward(loss_of(model, batch))
+    for model, optimizer in pairs:
+        fabric.clip_gradients(model, optimizer, max_norm=0.1)
+    said = ""
+    try:
+        pairs[0][1].step()
+    except RuntimeError as error:
+        said = str(error)
+    fabric.strategy.precision.scaler.update()
+    for model, optimizer in pairs:
+        optimizer.zero_grad()
+        fabric.backward(loss_of(model, batch))
+        fabric.clip_gradients(model, optimizer, max_norm=0.1)
+        optimizer.step()
+    return said
 
 
 def resumed(rank, folder, kind):

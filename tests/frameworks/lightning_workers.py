@@ -101,7 +101,10 @@ def fit(rank, folder, built, epochs=2, number=BATCHES, ckpt=None, **options):
     return model, run
 
 
-def loop(rank, built, batches, accumulate=1, clip=None, epochs=2):
+CLIPS = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
+
+
+def loop(rank, built, batches, accumulate=1, clip=None, epochs=2, by="norm", bf16=False):
     """The oracle: a plain loop, without Lightning."""
     net = network()
     optimizer = OPTIMIZERS[built](net.parameters())
@@ -109,10 +112,12 @@ def loop(rank, built, batches, accumulate=1, clip=None, epochs=2):
     path, means = [], []
     for _ in range(epochs):
         for i, batch in enumerate(batches, 1):
-            (loss_of(net, batch) / accumulate).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_of(net, batch)
+            (loss / accumulate).backward()
             if i % accumulate == 0 or i == len(batches):
                 if clip:
-                    nn.utils.clip_grad_norm_(net.parameters(), clip)
+                    CLIPS[by](net.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
             path.append(flat(net).clone())
@@ -122,13 +127,13 @@ def loop(rank, built, batches, accumulate=1, clip=None, epochs=2):
     return torch.stack(path), means
 
 
-def as_a_loop(rank, folder, built, accumulate, clip):
+def as_a_loop(rank, folder, built, accumulate, clip, by="norm", precision=None):
     """What Lightning and a plain loop do with the same data."""
     launched(rank)
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip, "num_sanity_val_steps": 0}
-    model, _ = fit(rank, folder, built, **options)
+    model, _ = fit(rank, folder, built, gradient_clip_algorithm=by, precision=precision, **options)
     batches = [*DataLoader(batches_of(rank), SIZE)]
-    path, means = loop(rank, built, batches, accumulate, clip)
+    path, means = loop(rank, built, batches, accumulate, clip, by=by, bf16=precision == "bf16-mixed")
     return torch.stack(model.path), path, model.seen, means, flat(model.net)
 
 
@@ -254,27 +259,70 @@ def failed_validation(rank, folder):
 
 
 class Overflows(Net):
-    """In its second batch rank 1's loss is too large for a scaled gradient."""
+    """In its second batch rank 1's loss is too large for a scaled gradient. Keeps scales, and norms that hooks see."""
+
+    def __init__(self, built="sgd", clips_by_hand=None):
+        super().__init__(built)
+        self.clip, self.automatic_optimization = clips_by_hand, clips_by_hand is None
+        self.scales, self.norms = [], []
 
     def training_step(self, batch, number):
         huge = number == 1 and self.global_rank == 1
-        return super().training_step(batch, number) * (1e36 if huge else 1.0)
+        loss = super().training_step(batch, number) * (1e36 if huge else 1.0)
+        if self.clip is not None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            optimizer.step()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.norms.append(norm_of(self.net))
 
     def on_train_batch_end(self, *_):
         super().on_train_batch_end()
-        self.scales = [*getattr(self, "scales", []), self.trainer.precision_plugin.scaler.get_scale()]
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
 
 
-def overflow(rank, folder):
-    """The mean's change in every step, and every step's loss scale."""
+def norm_of(net):
+    return float(nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+
+
+def sixteen(scaler):
+    # As a plugin, for on CPUs the Trainer takes bfloat16 in the place of float16.
+    return MixedPrecision("16-mixed", "cpu", scaler)
+
+
+def overflow(rank, folder, built="sgd", clip=None, by_hand=False):
+    """What every step leaves, every step's loss scale, norms before clipping; the plugin's names."""
     launched(rank)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
-    model = Overflows()
-    # A scaler wants float16; bfloat16 has its place on CPUs.
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    trainer(folder, 1, plugins=[plugin]).fit(model, DataLoader(batches_of(rank), SIZE))
-    kind = type(plugin.scaler).__module__
-    return torch.stack(model.path), model.scales, kind
+    plugin, model = sixteen(scaler), Overflows(built, clip if by_hand else None)
+    options = {"plugins": [plugin], "gradient_clip_val": None if by_hand else clip}
+    trainer(folder, 1, **options).fit(model, DataLoader(batches_of(rank), SIZE))
+    kind = type(plugin.scaler).__module__, type(plugin).__qualname__
+    return torch.stack(model.path), model.scales, kind, model.norms
+
+
+def overflow_loop(rank, built, clip):
+    """The same without Lightning."""
+    net = network()
+    optimizer = OPTIMIZERS[built](net.parameters())
+    scaler = fused_dlam.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    path, norms = [], []
+    for number, batch in enumerate(DataLoader(batches_of(rank), SIZE)):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(net, batch) * (1e36 if number == 1 and rank == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norms.append(norm_of(net))
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        path.append(flat(net).clone())
+    return torch.stack(path), norms
 
 
 class Two(Net):

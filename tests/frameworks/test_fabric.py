@@ -3,6 +3,8 @@
 - Steps are those of a plain loop, bit for bit, with accumulation too. All starts from rank 0's values.
 - Fabric's wrapper of the optimizer has the optimizer's methods and properties: `averaged`, `join`, `bytes_sent`.
 - `fabric.save` writes the mean into one file, of every module in the state, and `fabric.load` goes on bit for bit.
+- `fabric.clip_gradients` clips unscaled gradients in mixed precision, bit for bit as a plain loop does; after an
+  overflow on one rank too. Two optimizers are clipped and step in turn, or are told to.
 - Ranks with unlike numbers of batches train within `join`.
 - DDP with an optimizer of ours is refused, and so is an optimizer that would train alone.
 - The page's example runs as it stands, and goes on when it is run again.
@@ -24,6 +26,8 @@ import fused_dlam
 from fused_dlam.tools import launch
 
 PAGE = Path(fused_dlam.__file__).parent / "frameworks" / "lightning.md"
+# optimizer, to what, by, whether in float16 with a scaler
+CLIPPED = [("sgd", 0.1, "norm", True), ("adamw", 0.02, "value", True), ("adamw", 0.1, "norm", False)]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +44,13 @@ def found(tmp_path_factory):
         "sgd resumed": ("resumed", folder, "sgd"),
         "adamw resumed": ("resumed", folder, "adamw"),
         "awc resumed": ("resumed", folder, "awc"),
+        "two clipped": ("two_clipped",),
         "uneven": ("uneven",),
         "buffers": ("buffers",),
         "refused": ("refused",),
     }
+    for case in CLIPPED:
+        calls[f"clipped {case}"] = "clipped", *case
     named = {name: (called, "fabric_workers", *call) for name, call in calls.items()}
     script = "script", str(tmp_path_factory.mktemp("example")), part, example()
     named["example"] = (called, "lightning_workers", *script)
@@ -74,6 +81,20 @@ def test_training_goes_on_bit_for_bit(found, kind):
         assert said["ema"] == (float(rank), 0.5)
         assert said["remainder"] == ({"note": "kept"}, 1)
         assert said["folders"] <= 3  # of three kinds, one file each
+
+
+@pytest.mark.parametrize("case", CLIPPED)
+def test_unscaled_gradients_are_clipped(found, case):
+    _, clip, by, sixteen = case
+    for rank, (path, expected, norms, scales) in enumerate(found[f"clipped {case}"]):
+        assert torch.equal(path, expected)
+        assert by == "value" or clip < norms[0] < 50
+        if sixteen:
+            assert scales == ((1024.0, 512.0)[rank],) * 2  # of torch's scaler: each rank's own
+
+
+def test_two_optimizers_are_clipped_in_turn(found):
+    assert all("right before its step()" in said for said in found["two clipped"])
 
 
 def test_uneven_data(found):

@@ -108,6 +108,7 @@ def test_every_rank_takes_as_many_batches_as_the_shortest_has(few):
 def test_what_is_refused(few):
     for errors in few["refused"]:
         assert "DistributedDataParallel" in errors["plain"] and "DistributedDataParallel" in errors["wrapped"]
+        assert "GossipTrainer in the place of Trainer" in errors["plain"]
         assert "transformer.wte.weight is another object" in errors["replaced"]
         assert "none of the optimizer's parameters is the model's" in errors["other_model"]
         assert "is for Gossip, and the optimizer is a GossipSGD" in errors["options_of_another"]

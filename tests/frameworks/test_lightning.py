@@ -7,11 +7,13 @@
   bit, on every worker; without, from the mean. A save that does not come to its end leaves the last one whole.
 - All ranks stop with the first that has no data left.
 - An overflow on one rank is a step of none, and scales stay equal.
+- In mixed precision what is clipped, by norm and by value, are unscaled gradients: bit for bit those of a plain loop.
 - DDP with an optimizer of ours is refused, and so is an optimizer that would train alone.
 - The page's example runs as it stands, with the processes that Lightning starts.
 """
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -30,6 +32,7 @@ import fused_dlam
 from fused_dlam.tools import launch
 
 PAGE = Path(fused_dlam.__file__).parent / "frameworks" / "lightning.md"
+CLIP = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,14 @@ def found(tmp_path_factory):
         "cut short": ("cut_short", folder("cut")),
         "refused": ("refused", folder("refused")),
         "failed": ("failed_validation", folder("failed")),
+        "bf16, norm as a loop": ("as_a_loop", folder("bf16"), "adamw", 2, 0.1, "norm", "bf16-mixed"),
+        "bf16, value as a loop": ("as_a_loop", folder("bf16"), "sgd", 1, 0.05, "value", "bf16-mixed"),
         "overflow": ("overflow", folder("overflow")),
+        "sgd clipped": ("overflow", folder("overflow"), "sgd", CLIP),
+        "adamw clipped": ("overflow", folder("overflow"), "adamw", CLIP),
+        "clipped by hand": ("overflow", folder("overflow"), "sgd", CLIP, True),
+        "sgd clipped, loop": ("overflow_loop", "sgd", CLIP),
+        "adamw clipped, loop": ("overflow_loop", "adamw", CLIP),
         "two": ("two", folder("two")),
         "example": ("script", folder("example"), example().replace("max_epochs=4", "max_epochs=2"), example()),
     }
@@ -65,7 +75,7 @@ def example():
     return code
 
 
-@pytest.mark.parametrize("built", ["sgd", "adamw", "awc"])
+@pytest.mark.parametrize("built", ["sgd", "adamw", "awc", "bf16, norm", "bf16, value"])
 def test_steps_are_those_of_a_plain_loop(found, built):
     models = []
     for path, expected, seen, means, model in found[f"{built} as a loop"]:
@@ -124,12 +134,28 @@ def test_a_validation_that_raises_gives_every_worker_its_own_back(found):
 
 
 def test_an_overflow_on_one_rank_is_a_step_of_none(found):
-    (path, scales, kind), (other, others, _) = found["overflow"]
-    assert kind.startswith("fused_dlam") and scales == others == [1024.0, *[512.0] * 4]
+    (path, scales, (of, name), norms), (other, others, _, _) = found["overflow"]
+    assert of.startswith("fused_dlam") and name == "MixedPrecision"  # in checkpoints, with the scale
+    assert max(norms) < 50  # unscaled
+    assert scales == others == [1024.0, *[512.0] * 4]
     means = (path + other) / 2
     # BatchNorm's statistics go on, so parameters alone: weight and bias of the first layer.
     moved = (means[1:, :35] - means[:-1, :35]).norm(dim=1)
     assert moved[0] < 1e-6 < 1e-3 < moved[1:].min()
+
+
+@pytest.mark.parametrize("built", ["sgd", "adamw"])
+def test_unscaled_gradients_are_clipped(found, built):
+    ranks = zip(found[f"{built} clipped"], found[f"{built} clipped, loop"], strict=True)
+    for rank, ((path, scales, _, norms), (expected, of_loop)) in enumerate(ranks):
+        assert torch.equal(path, expected) and repr(norms) == repr(of_loop) and norms[0] > CLIP  # NaN is NaN
+        assert scales == [1024.0, *[512.0] * 4] and (rank == 0 or not math.isfinite(norms[1]))
+        assert built == "adamw" or not torch.equal(path, found["overflow"][rank][0])
+
+
+def test_clipping_by_hand_is_the_trainers(found):
+    for (path, scales, *_), (expected, others, *_) in zip(found["clipped by hand"], found["sgd clipped"], strict=True):
+        assert torch.equal(path, expected) and scales == others
 
 
 def test_two_optimizers_by_hand(found):
