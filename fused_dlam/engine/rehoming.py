@@ -34,6 +34,11 @@ def own(p: torch.Tensor, b: Bucket) -> None:
     _owners[p] = weakref.ref(b)
 
 
+def lives_in_a_bucket(p: torch.Tensor) -> bool:
+    """Whether some optimizer of this process has moved it into its flat buffers."""
+    return p in _owners and _owners[p]() is not None
+
+
 def away(b: Bucket) -> list[Slot]:
     """The slots whose parameters live elsewhere."""
     found = []

@@ -5,7 +5,7 @@ are not the optimizer's (frozen ones, an EMA's, those of a replaced layer).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -60,18 +60,22 @@ class Averaged:
         others; where nobody's is (a mask of -inf) each keeps its own.
         """
         flat = torch.view_as_real(own) if own.is_complex() else own
-        wide = flat.to(torch.float64, copy=True)
-        mine = wide.isfinite()
-        first = wide.clone()
-        self._mean_of(first, place)
-        if not first.isfinite().all():  # on all ranks: a mean is the same bits everywhere
-            share = mine.to(wide.dtype)
-            finite = torch.where(mine, wide, 0.0)
-            self._mean_of(share, place)
-            self._mean_of(finite, place)
-            first = torch.where(share > 0, finite / share, wide)
-        mean = first.to(flat.dtype)
+        mean = mean_of_the_finite(flat.to(torch.float64), lambda values: self._mean_of(values, place)).to(flat.dtype)
         return torch.view_as_complex(mean) if own.is_complex() else mean
+
+
+def mean_of_the_finite(own: torch.Tensor, average: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """The mean over all ranks; of an element that is not finite on some ranks that of the others, and where it is on
+    none each rank's own. average: puts the mean over the ranks in a tensor's place."""
+    mean = own.clone()
+    average(mean)
+    if mean.isfinite().all():  # or not, on all ranks: a mean is the same bits everywhere
+        return mean
+    mine = own.isfinite()
+    share, finite = mine.to(torch.float64), torch.where(mine, own, 0.0)
+    average(share)
+    average(finite)
+    return torch.where(share > 0, finite / share.to(own.real.dtype), own)
 
 
 def beside(model: torch.nn.Module, held: set[int]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -119,6 +119,11 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
             raise TypeError(f"Gossip wraps a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if isinstance(optimizer, GossipOptimizer):
             raise TypeError(f"{type(optimizer).__name__} gossips already")
+        if {"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer"} & {kind.__name__ for kind in type(optimizer).__mro__}:
+            raise TypeError(
+                f"{type(optimizer).__name__} sends parameters to other ranks in its own step(): give Gossip the"
+                " optimizer that it is built around"
+            )
         topology, _, _ = translate(hyper, topology)
         everything = [p for g in optimizer.param_groups for p in g["params"]]
         chosen = Outer(outer, every, lr, momentum, local_steps, hyper)
@@ -178,6 +183,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         if self._rounds is not None and place.workers.rank == 0:
             advise(rule, graph, chosen.settings)
         self._survive(survival, membership, graphs)
+        self._refuse_inner_steps()
 
     def _over(self, rule: Rule, graph: Topology) -> str:
         """Where this runs. All-reduce asks no graph."""

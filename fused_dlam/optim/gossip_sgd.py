@@ -147,6 +147,11 @@ class GossipSGD(Copies, Steps, TakesLocalSteps, GossipOptimizer):
     ):
         topology, method, layers = translate(hyper, topology, method, layers)
         rule = rules.get(method)
+        for name in {"outer", "every"} & hyper.keys():
+            raise TypeError(
+                f"GossipSGD has no {name}=, which is Gossip's, around an optimizer that takes the steps between:"
+                " Gossip(torch.optim.SGD(...), outer='mi-dmsgd', every=10)"
+            )
         rule.check_hyper(hyper, options.ARGUMENTS)
         chosen = Options(
             schedule, overlap, max_grad_norm, layers, comm_dtype, fused, bucket_mb, nonfinite, clip, skip_late,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
             "Gossip takes no local_step(): with every=4 each fourth step() exchanges, and the others are local. Where"
             " ranks take unlike numbers of steps build with local_steps=True on all, and set optimizer.every on each"
         )
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """For scripts that accumulate gradients for `GossipSGD` as well: here no message leaves in a backward pass."""
+        return nullcontext()
 
     def _advance(self, closure: Callable[[], Any] | None = None, gradients: bool = True) -> Any:
         """One step. Without gradients: for the other ranks' sake, see `join`.
@@ -115,7 +120,7 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
             grads = [sharded.local(p.grad) for g in self.param_groups for p in g["params"] if p.grad is not None]
             if scale is not None and grads:
                 torch._foreach_div_(grads, scale)
-            return self.inner.step() if closure is None else self.inner.step(closure)
+            return self._step_inner() if closure is None else self._step_inner(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -134,7 +139,7 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
             for slot, now in zip(b.slots, active, strict=True):
                 slot.p.grad = slot.installed if now else None
         if not skip:
-            self.inner.step()
+            self._step_inner()
         return loss
 
     def _overflowed(self) -> bool:

@@ -144,6 +144,10 @@ def _named(outer: Any) -> Any:
 def _refuse_others(hyper: Mapping[str, Any]) -> None:
     """Raises TypeError for what `GossipSGD` takes and `Gossip` does not."""
     for name in hyper:
+        if name in MEANT:
+            raise TypeError(f"Gossip has no {name}=: {MEANT[name]}")
+        if name.startswith("outer_"):
+            raise TypeError(f"Gossip has no {name}=: it is {name[6:]}= here, and {name!r} in the param_groups")
         if name in options.ARGUMENTS and name not in ARGUMENTS:
             raise TypeError(f"Gossip has no {name}=, which is GossipSGD's: here the inner optimizer takes the steps")
 
@@ -152,6 +156,13 @@ ALGORITHMS = {
     "diloco": "'nesterov-pmsgd'", "slowmo": "'pmsgd', lr=1.0", "local-sgd": "None, every=H alone",
     "fedavg": "'psgd', lr=1.0", "streaming-diloco": "'nesterov-awc-dmsgd', topology='full', schedule='awc', lr=0.6",
 }  # fmt: skip
+
+#: What users of other packages pass.
+MEANT = {
+    "weight_decay": "it is the inner optimizer's, set it where that is built",
+    "nesterov": "pass a method that is, outer='nesterov-mi-dmsgd' say",
+    **dict.fromkeys(("sync_every", "inner_steps", "local_steps_per_sync", "H"), "the number of inner steps is every="),
+}
 
 #: What the constructor takes by name, for an unknown name may have been meant to be one.
 ARGUMENTS = (

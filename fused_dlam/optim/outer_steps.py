@@ -101,6 +101,7 @@ class OuterSteps(GossipOptimizer):
         """Before the inner optimizer's step, of any kind. Returns whether it is left out."""
         skip = self._overflow_elsewhere
         if gradients:
+            self._look_for_gradients()
             self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
             skip = self._overflowed()
         self._thaw()

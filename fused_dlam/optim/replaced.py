@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..engine.rehoming import lives_in_a_bucket
+
 
 class Seen:
     """Which models hold an optimizer's parameters, and under which names, as far as `averaged` was given them."""
@@ -36,6 +38,15 @@ class Seen:
         if not found:
             self.models[model] = {name: id(p) for name, p in now.items() if id(p) in ours}
         return found
+
+
+def forgets(model: torch.nn.Module, params: Iterable[torch.Tensor]) -> list[str]:
+    """The names of trainable parameters that are in no flat buffer, of a model that has some of the optimizer's."""
+    ours = {id(p) for p in params}
+    if not any(id(p) in ours for p in model.parameters()):
+        return []
+    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    return [name for name, p in others if not lives_in_a_bucket(p)]
 
 
 def untrained(model: torch.nn.Module, params: Iterable[torch.Tensor]) -> bool:

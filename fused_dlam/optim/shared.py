@@ -17,13 +17,15 @@ from ..engine import regroup
 from ..engine.buckets import Bucket
 from ..engine.engine import Engine
 from . import mixed_precision
-from .averaged import Averaged, agree, beside, named
+from .averaged import Averaged, agree, beside, mean_of_the_finite, named
 from .joining import Joining
 from .measured import Measured
-from .replaced import Seen, untrained
+from .replaced import Seen, forgets, untrained
 from .state_dict import copied, entries, tensors, unplaced
 from .surviving import Surviving
 from .tracking import Tracked
+
+WITHOUT = 3  # steps without a gradient before a line is logged
 
 
 class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
@@ -35,6 +37,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     _common_scale: float | None = None  # the smallest loss scale of all ranks, where that was agreed on with it
     _step: int  # the number of the next exchange
     _closed = False
+    _without = 0  # steps in a row for which no parameter had a gradient
     _own_overflows = False  # whether a rank may leave out a step of its own
     _averaging = False  # whether this is within `averaged`
     _said: Set[str] = frozenset()  # lines that `averaged` has logged
@@ -50,6 +53,20 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
                 " new one over the parameters and load its state_dict"
             )
         return self._running
+
+    def _look_for_gradients(self) -> None:
+        """Of the parameters, before a step; says so once if there are none for some steps."""
+        if self._joining or any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._without = 0
+            return
+        self._without += 1
+        if self._without == WITHOUT:
+            log.warning(
+                "%d steps in which none of the optimizer's parameters had a gradient. If the model is trained, its"
+                " parameters were replaced since the optimizer was built, by load_state_dict(assign=True) or a new"
+                " layer, and it trains nothing: build the optimizer after that",
+                WITHOUT,
+            )
 
     @property
     def _position(self) -> str:
@@ -206,9 +223,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         for b in engine.buckets if place.workers.size > 1 else ():
             own = b.front.clone()
             back.callback(_put, b, own)
-            mean = own.to(b.x.dtype, copy=True)
-            place.workers.mean(mean)
-            _put(b, mean)
+            _put(b, mean_of_the_finite(own.to(b.x.dtype), place.workers.mean))
         for name, tensor in others.items():
             one = Averaged(tensor)
             own = one.read()
@@ -232,6 +247,14 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
                     else "Right for an EMA; if the optimizer is to train this model, its parameters were replaced"
                 ),
                 logging.WARNING if strange else logging.INFO,
+            )
+        forgotten = forgets(model, mine.values())
+        if forgotten:
+            self._say(
+                f"averaged(): the model's {', '.join(forgotten[:8])}{' and others' if len(forgotten) > 8 else ''} are"
+                " trainable and no optimizer's that gossips: each worker has its own, which nobody makes equal. Give"
+                " them to the optimizer, by add_param_group() for instance",
+                logging.WARNING,
             )
         if left:
             self._say(f"averaged() leaves alone what has no mean: {', '.join(left)}")

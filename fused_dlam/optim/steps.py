@@ -90,6 +90,7 @@ class Steps(GossipOptimizer):
             self._arrivals.hold_back("the optimizer's state was set between the backward pass and step()")
         skip: Scalar = float(self._overflow_elsewhere)
         if gradients:
+            self._look_for_gradients()
             self._take_part(True, scaled=getattr(self, "found_inf", None) is not None)
             skip = mixed_precision.unscale(self, engine, self._arrivals)
         elif getattr(self, "grad_scale", None) is not None:

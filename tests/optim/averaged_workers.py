@@ -120,6 +120,20 @@ def equal(rank):
     return [{name: values[name] for name in beside} for values in (own, inside)]
 
 
+def sick(rank):
+    """(parameters within it, log): rank 1's have a NaN, and all have an infinity of their own; a layer is nobody's."""
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    optimizer = fused_dlam.GossipSGD(model[0].parameters(), lr=0.1)
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([float("nan") if rank == 1 else float(rank), float("inf")]))
+
+    def inside():
+        with optimizer.averaged(model):
+            return model[0].bias.tolist()
+
+    return logged(inside)
+
+
 def same(a, b):
     """Bit for bit, NaN included."""
     return all(

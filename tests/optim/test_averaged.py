@@ -5,6 +5,7 @@
 - whatever fails, in the averaging or in the body, every rank has its own values back bit for bit;
 - parameters that are not exchanged (frozen, replaced, an EMA's) are averaged like buffers, and stay bit-equal where
   they are equal on all ranks, whose number is 3, a mask of -inf too;
+- parameters of one rank that are not finite are left out of the mean; trainable ones of no optimizer are told;
 - ranks with different models get the same ValueError, and no wrong mean;
 - inside, `averaged` is refused, a flag tells step(), and the distance is 0;
 - `mean` gives all ranks the mean of their values, two machines' ranks too, and leaves the values alone; integers and
@@ -25,7 +26,7 @@ N = 4
 @pytest.fixture(scope="module")
 def ranks():
     names = ("layouts", "body", "ema", "not_exchanged", "within", "distances", "machines", "different", "means",
-             "equal")  # fmt: skip
+             "equal", "sick")  # fmt: skip
     calls = {name: (getattr(workers, name),) for name in names}
     calls.update({f"failures {d}": (workers.failures, d) for d in (torch.float32, torch.bfloat16)})
     return run_together(N, calls, deadline=120)
@@ -58,6 +59,13 @@ def test_what_is_equal_on_three_ranks_stays_as_it_is(ranks):
     for own, inside in ranks["equal"][:3]:
         assert workers.same(own, inside)
     assert ranks["equal"][3] is None
+
+
+def test_parameters_that_are_not_finite_and_those_of_nobody(ranks):
+    for values, log in ranks["sick"]:
+        assert values == pytest.approx([(0 + 2 + 3) / 3, float("inf")], rel=1e-7)
+        (line,) = [line for line in log if "no optimizer's" in line]
+        assert "1.weight, 1.bias are trainable" in line
 
 
 def test_what_has_no_mean_is_told_once(ranks):
