@@ -71,8 +71,8 @@ class Outer:
                 raise ValueError(f"outer={rule.name!r} averages over all ranks: hierarchical= is for gossip")
             if comm_dtype is not None:
                 raise ValueError(
-                    f"outer={rule.name!r} averages by all-reduce, in the type of the parameters: comm_dtype= is for"
-                    " messages to neighbors"
+                    f"outer={rule.name!r} averages by all-reduce, in the type of the parameters and in float32 where"
+                    " that has 16 bits: comm_dtype= is for messages to neighbors"
                 )
             return rule, Message.GRADIENT
         return rule.outer(), message_of(rule)
