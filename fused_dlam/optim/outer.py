@@ -160,7 +160,7 @@ ALGORITHMS = {
 #: What users of other packages pass.
 MEANT = {
     "weight_decay": "it is the inner optimizer's, set it where that is built",
-    "nesterov": "pass a method that is, outer='nesterov-mi-dmsgd' say",
+    "nesterov": "it is the inner optimizer's, and of an outer method in its name, outer='nesterov-mi-dmsgd' say",
     **dict.fromkeys(("sync_every", "inner_steps", "local_steps_per_sync", "H"), "the number of inner steps is every="),
 }
 

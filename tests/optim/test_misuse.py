@@ -53,7 +53,7 @@ def test_a_compiled_inner_step_stays_whole():
         ({"weight_decay": 0.1}, "no weight_decay=: it is the inner optimizer's"),
         ({"outer_lr": 0.1}, "no outer_lr=: it is lr= here"),
         ({"sync_every": 4}, "no sync_every=: the number of inner steps is every="),
-        ({"nesterov": True}, "no nesterov=: pass a method that is"),
+        ({"nesterov": True}, "no nesterov=: it is the inner optimizer's"),
         ({"nonfinite": "raise"}, "no nonfinite=, which is GossipSGD's"),
     ],
 )
