@@ -124,10 +124,15 @@ class Collectives:
 
     def compare(self, facts: dict[str, str], what: str, cure: str) -> None:
         """`agree`, for facts that mostly do: two numbers are all that is sent then."""
-        number = int.from_bytes(hashlib.sha256(repr([*facts.items()]).encode()).digest()[:7], "little")
-        most, least = self.largest(torch.tensor([number, -number]), what).tolist()
+        most, least = self.largest(both_signs(facts), what).tolist()
         if most != -least:
             self.agree(facts, cure, what)
+
+
+def both_signs(facts: Mapping[str, str]) -> torch.Tensor:
+    """Two numbers, of which the largest over all ranks are each other's negatives where all have the same facts."""
+    number = int.from_bytes(hashlib.sha256(repr([*facts.items()]).encode()).digest()[:7], "little")
+    return torch.tensor([number, -number])
 
 
 def refuse_difference(facts: Mapping[int, Mapping[str, str]], cure: str) -> None:

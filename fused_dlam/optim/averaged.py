@@ -4,13 +4,13 @@ are not the optimizer's (frozen ones, an EMA's, those of a replaced layer).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 
 import torch
 
 from ..comm import sharded
+from ..comm.collectives import both_signs
 from ..comm.place import Place
 from .overlaps import offsets, overlaps_itself
 
@@ -114,8 +114,7 @@ def agree(place: Place, what: Mapping[str, torch.Tensor], replaced: Sequence[str
     facts.update({f"the shape and type of {name}, which averaged() averages": _form(t) for name, t in what.items()})
     facts["parameters that were replaced since the optimizer was built"] = ", ".join(replaced) or "none"
     # A number each in the common case: the names of a large model are long.
-    number = int.from_bytes(hashlib.sha256(repr([*facts.items()]).encode()).digest()[:7], "little")
-    most, least = place.largest(torch.tensor([number, -number]), "comparing what is to be averaged", None).tolist()
+    most, least = place.largest(both_signs(facts), "comparing what is to be averaged", None).tolist()
     if most == -least:
         if replaced:
             raise ValueError(
