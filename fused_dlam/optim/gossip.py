@@ -241,5 +241,5 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
     def _take_rest(self, rest: Any) -> None:
         if self._rounds is not None:
             rest, of_rounds = rest
-            self._rounds.take(self.param_groups, of_rounds)
+            self._rounds.take(self.param_groups, of_rounds, self._recovery is not None and self._recovery.empty)
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})

@@ -79,6 +79,8 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
             raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
         for number, params in self._frozen.thawed():
             self._frozen.enter_late(params, number, self._engine, self._step)
+            if self._rounds is not None:
+                self._rounds.counter.note()  # a checkpoint may be saved before the round ends
 
     def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine = self._engine
