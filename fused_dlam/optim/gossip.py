@@ -62,7 +62,8 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
         ours, hidden  Gossip(AdamW(...), outer="nesterov-mi-dmsgd", every=50, lr=0.7, momentum=0.6, schedule="awc")
 
     What a script writes into parameters within a round counts as gone: call `synchronize` on all ranks before a model
-    is loaded, say. A loss scaler's overflow is the rank's own, whose inner step is left out.
+    is loaded, say. A loss scaler's overflow is the rank's own (with hierarchical= the machine's), whose inner step is
+    left out.
 
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
