@@ -1,6 +1,7 @@
 """What test_outer_edges.py runs on its workers: small scripts over one parameter with gradients that are told."""
 
 import contextlib
+import types
 
 import torch
 import workers
@@ -209,15 +210,17 @@ def loaded_within(rank, options):
     return end[0].item(), again
 
 
-def thaws(rank, method, at, folder):
-    """Where four parameters end, of which one thaws before step 5; and with a reload before step `at`, of what was
-    saved then or, at=5, of before the thaw into an optimizer over what is trainable by now."""
+def thaws(rank, method, every, at, folder):
+    """Where parameters end, of which one thaws before step 5; and with a reload before step `at`, of what was
+    saved then or, at=5, of before the thaw into an optimizer over what is trainable by now. every=None: `GossipSGD`."""
 
     def fresh(thawed):
         early, late = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
         late.requires_grad_(thawed)
         params = [early, late]
-        return params, Gossip(torch.optim.SGD(params, lr=0.1), outer=method, lr=0.01, every=4)
+        if every is None:
+            return params, fused_dlam.GossipSGD(params, method=method, lr=0.01)
+        return params, Gossip(torch.optim.SGD(params, lr=0.1), outer=method, lr=0.01, every=every)
 
     def go(params, optimizer, steps):
         for k in steps:
@@ -287,16 +290,24 @@ def joined_unlike(rank, options, every, batches, scales=False):
 
 
 def newcomer(rank):
-    """What a worker that comes within a round takes of one that is there; what one takes that was there too."""
-    x, optimizer = made({"every": 4, "local_steps": True})
-    y, other = made({"every": 5, "local_steps": True})
-    for _ in range(3):
-        step(x, optimizer, 1.0)
-    step(y, other, 1.0)
-    rounds, found = other._rounds, []
+    """What a worker that comes within a round takes of one that is there; what one takes that was there too, of counts
+    and, where ways alone are averaged, of the inner optimizer's state."""
+    found = []
     for new in (False, True):
-        rounds.take(other.param_groups, optimizer._rounds.rest(optimizer.param_groups), new)
-        found.append((rounds.counts, rounds.every, [other.param_groups[0][k] for k in ("gossip_taken", "gossip_went")]))
-    optimizer.close()
-    other.close()
+        options = {"outer": "nesterov-pmsgd", "topology": "full", "local_steps": True}
+        adamw = lambda params: torch.optim.AdamW(params, lr=0.1)  # noqa: E731
+        x, optimizer = made({**options, "every": 4}, inner=adamw)
+        y, other = made({**options, "every": 5}, inner=adamw)
+        for _ in range(3):
+            step(x, optimizer, 1.0)
+        step(y, other, 7.0)
+        other._recovery = types.SimpleNamespace(empty=new)
+        other._take_rest(optimizer._rest())
+        group, kept = other.param_groups[0], other.inner.state[y]
+        found.append(
+            (other._rounds.counts, other.every, group["gossip_taken"], group["gossip_went"], int(kept["step"]))
+        )
+        other._recovery = None
+        optimizer.close()
+        other.close()
     return found

@@ -32,7 +32,8 @@ BACK = {
     "averages, atc": {"schedule": "atc", "every": 2},
     "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc", "every": 2},
 }
-COUNTING, THAW_AT = ("adam", "mi-adamw"), (5, 7, 8)
+COUNTING = [("adam", 4), ("mi-adamw", 4), ("adamw", None)]  # every=None: of `GossipSGD`
+THAW_AT = (5, 7, 8)
 RING = {"outer": "mi-dmsgd", "topology": "exponential", "momentum": 0.6, "correction_rate": 0.1}
 # options, every of each worker, batches of each rank in each epoch
 UNLIKE = {
@@ -60,8 +61,8 @@ def found(tmp_path_factory):
         "thawed": (edge.thawed_late,),
         "newcomer": (edge.newcomer,),
         **{
-            ("thaws", method, at): (edge.thaws, method, at, str(folder / f"{method}{at}"))
-            for method in COUNTING
+            ("thaws", method, at): (edge.thaws, method, every, at, str(folder / f"{method}{at}"))
+            for method, every in COUNTING
             for at in THAW_AT
         },
         **{("loaded", name): (edge.loaded_within, options) for name, options in LOADED.items()},
@@ -144,7 +145,7 @@ def test_a_parameter_that_comes_late_has_its_own_bias_corrections(found):
         assert memory["adam_steps"] == 41 and torch.tensor(memory["steps of 1"]) == 1
 
 
-@pytest.mark.parametrize("method", COUNTING)
+@pytest.mark.parametrize("method", [method for method, _ in COUNTING])
 @pytest.mark.parametrize("at", THAW_AT)
 def test_a_checkpoint_of_the_round_in_which_a_parameter_came_goes_on_bit_for_bit(found, method, at):
     """It comes before step 5: saved before, in the midst of its first round, and after that."""
@@ -224,7 +225,7 @@ def test_join_with_unlike_numbers_of_inner_steps(found, name):
 
 
 def test_a_newcomer_has_gone_nothing_of_the_round(found):
-    """One that was there keeps what it has gone, and its own `every`."""
+    """One that was there keeps what it has gone, its own `every`, and its inner optimizer's state."""
     for stayed, came in found["newcomer"]:
-        assert stayed == ((1, 1, 1), 5, [1, 1])
-        assert came == ((3, 0, 3), 5, [3, 0])
+        assert stayed == ((1, 1, 1), 5, 1, 1, 1)
+        assert came == ((3, 0, 3), 5, 3, 0, 3)
