@@ -16,7 +16,7 @@ from .kept_state import reclaim
 from .local_steps import LocalSteps
 from .options import Options
 from .shared import GossipOptimizer
-from .state_dict import loading, restore
+from .state_dict import by_parameter, loading, restore
 
 
 class Copies(GossipOptimizer):
@@ -36,9 +36,11 @@ class Copies(GossipOptimizer):
         Raises ValueError for a checkpoint of another method or topology.
         """
         self._check_own_values("load_state_dict()")
-        with calling("optimizer.load_state_dict()"), loading(self, self._engine):
+        with calling("optimizer.load_state_dict()"), loading(self, self._engine) as loaded:
             super().load_state_dict(state_dict)
-        self._counter.restore()
+        saved = by_parameter(loaded, self.param_groups)
+        self._counter.restore(lambda slot: not saved[slot.p])
+        self._counter.note()
         self._local_steps.forget()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -50,10 +50,10 @@ class Counter:
             else:
                 group[self.memory][f"steps of {j}"] = slot.steps
 
-    def restore(self) -> None:
-        """After a checkpoint was loaded."""
+    def restore(self, lacks: Callable[[Slot], bool] = lambda slot: False) -> None:
+        """After a checkpoint was loaded. lacks: whether a parameter was frozen, or not there, where it was saved."""
         for group, slot, j, count in self._each():
-            slot.steps = int(group[self.memory].get(f"steps of {j}", count))
+            slot.steps = 0 if lacks(slot) else int(group[self.memory].get(f"steps of {j}", count))
 
     def _each(self) -> Iterator[tuple[dict[str, Any], Slot, int, Any]]:
         counts = self.engine.rule.counts

@@ -65,7 +65,7 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
     a script writes into them there, `model.load_state_dict` included, is kept, as a part of the way g that the outer
     method steps with. So load a model on all ranks before this is built, or call `synchronize` on all ranks first: then
     a round begins at what was loaded. A gradient that is not finite goes to the inner optimizer as it is, as in torch.
-    A loss scaler's overflow is the rank's own, whose inner step is left out.
+    A loss scaler's overflow is the rank's own (with hierarchical= the machine's), whose inner step is left out.
 
     Args:
         optimizer: any `torch.optim.Optimizer`, already built, over a model on its device and not wrapped in DDP. It
@@ -250,5 +250,8 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
     def _take_rest(self, rest: Any) -> None:
         if self._rounds is not None:
             rest, of_rounds = rest
-            self._rounds.take(self.param_groups, of_rounds)
+            new = self._recovery is not None and self._recovery.empty
+            self._rounds.take(self.param_groups, of_rounds, new)
+            if not new and self._engine.message is Message.GRADIENT:  # ways alone are averaged, of workers' own steps
+                return
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})

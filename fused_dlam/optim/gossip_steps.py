@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..comm import sharded
+from ..comm.group import Group
+from ..comm.place import Place
 from ..engine.anchored import average_inside
 from ..engine.flight import AVERAGING, OPEN
 from ..engine.message import Message
@@ -84,6 +86,8 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
             raise RuntimeError("a group was added to the inner optimizer: call add_param_group of Gossip")
         for number, params in self._frozen.thawed():
             self._frozen.enter_late(params, number, self._engine, self._step)
+            if self._rounds is not None:
+                self._rounds.counter.note()  # a checkpoint may be saved before the round ends
 
     def _exchanging_step(self, closure: Callable[[], Any] | None, gradients: bool, skip: bool) -> Any:
         engine = self._engine
@@ -152,4 +156,9 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
 
     @property
     def _own_overflows(self) -> bool:  # type: ignore[override]
-        return self._rounds is not None and not self._engine.averages_inside
+        return self._rounds is not None and self._engine.place.inside.size == 1
+
+    @property
+    def _stepping(self) -> Place | Group:  # type: ignore[override]
+        """An inner step of a round is the worker's own, and so is an overflow in it: a rank's, or a machine's."""
+        return self._engine.place if self._rounds is None else self._engine.place.inside

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..engine.engine import Engine
 
 
-SCALED = 2  # some rank's gradients are scaled, see `_take_part`
+# What `_take_part` returns, beside 0 and 1.
+SCALED = 2  # some rank's gradients are scaled
+ELSEWHERE = 3  # other workers have gradients, and inner steps of their own, see joining_rounds.py
 
 
 class Joining:
@@ -67,8 +69,10 @@ class Joining:
                     optimizer.step()
 
         A rank that is through stays in the context, and takes part in the exchanges without a local step, until all
-        are. Then all have taken equally many steps. Where gradients are averaged (`psgd`, `pmsgd`, hierarchical=), the
-        mean is over the ranks that still have some. Costs an all-reduce of one number per step.
+        are. Then all have taken equally many steps; of a `Gossip` with local_steps=True equally many exchanges, in
+        which who is out of data takes no inner steps. Where gradients are averaged (`psgd`, `pmsgd`, hierarchical=) the
+        mean is over the ranks that still have some. Costs an all-reduce of one number per step, with local_steps=True
+        per exchange.
 
         Let schedulers step outside, by epochs: a rank without data does not step them. No other exchange (`averaged`,
         `consensus_distance`) may be within, for ranks may be through. An error in the body is raised at once; the other
@@ -103,11 +107,15 @@ class Joining:
                     self._overflow_elsewhere, self._overflow_agreed = bool(found), None
                     if self._common_scale is not None:
                         self.grad_scale = self._common_scale
-                self._advance(gradients=False)
+                self._accompany(others)
             finally:
                 self._overflow_elsewhere = False
                 vars(self).pop("grad_scale", None)
             self.zero_grad()
+
+    def _accompany(self, others: int) -> None:
+        """A step without a gradient. others: what `_take_part` returned."""
+        self._advance(gradients=False)
 
     @torch.no_grad()
     def _take_part(self, gradients: bool, scaled: bool = False) -> int:
@@ -120,12 +128,16 @@ class Joining:
         """
         if not self._joining or self._told == self._moment:
             return 1
-        place, averager = self._engine.place, self._engine.averager
         self._told = self._moment
+        self._share_out(gradients)
+        mine = torch.tensor([float(SCALED if gradients and scaled else gradients)])
+        return int(self._engine.place.largest(mine, "counting the ranks that have data", self._step))
+
+    def _share_out(self, gradients: bool) -> None:
+        """Where gradients are averaged: over those ranks that have one."""
+        averager = self._engine.averager
         if averager.size > 1:
             share = torch.tensor([float(gradients)], dtype=torch.float64)
             averager.mean(share)
             number = round(float(share) * averager.size)
             self._join_factor = averager.size / number if number else 1.0
-        mine = torch.tensor([float(SCALED if gradients and scaled else gradients)])
-        return int(place.largest(mine, "counting the ranks that have data", self._step))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..comm.group import Group
 from ..comm.place import Place
 from ..comm.watch import log
 from ..engine.arrivals import Arrivals
@@ -31,9 +32,9 @@ class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler` whose scale is the same on all ranks: each learns of every rank's overflow.
 
     For a `GossipSGD`, or a `Gossip` that exchanges in every step; others are scaled as by torch's: with every=H an
-    inner step is a rank's own, and so are its overflow and its scale. Every rank must use one, and call `step` (or
-    `unscale_`) equally often. Costs an all-reduce of 4 bytes per step (8 where gradients are averaged), where torch's
-    costs the same.
+    inner step is a rank's own, and so are its overflow and its scale. With hierarchical= they are a machine's, and
+    equal on its ranks. Every rank must use one, and call `step` (or `unscale_`) equally often. Costs an all-reduce of 4
+    bytes per step (8 where gradients are averaged), where torch's costs the same.
     """
 
     _by_hand = False  # whether the gradients are being unscaled for good, by a script's unscale_
@@ -141,8 +142,10 @@ def _number(value: Scalar, like: torch.Tensor) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.full_like(like, value, dtype=torch.float64)
 
 
-def agree(place: Place, found: Sequence[torch.Tensor], step: int, scale: Any = None, scales: bool = False) -> Any:
-    """Sets every tensor of `found` to the largest of all of them on all ranks.
+def agree(
+    place: Place | Group, found: Sequence[torch.Tensor], step: int, scale: Any = None, scales: bool = False
+) -> Any:
+    """Sets every tensor of `found` to the largest of all of them on all ranks of a place, or of a machine.
 
     scales: also returns the smallest of all ranks' loss scales, of which this rank's is `scale`; else None.
     """

@@ -10,12 +10,12 @@ from ..engine.anchored import AnchoredBucket
 from ..engine.health import Health
 from ..engine.message import Message
 from .frozen import Frozen
+from .joining_rounds import JoiningRounds
 from .options import Options
 from .rounds import COUNTS, EVERY, MEMORY, OUTER, Rounds, check_every
-from .shared import GossipOptimizer
 
 
-class OuterSteps(GossipOptimizer):
+class OuterSteps(JoiningRounds):
     """The part of a `Gossip` that has rounds."""
 
     _rounds: Rounds | None
@@ -94,7 +94,7 @@ class OuterSteps(GossipOptimizer):
         if rounds.taken == 0:
             self._start_round()
         loss = self._local_step(closure, gradients, skip)
-        rounds.step(gradients and not skip)
+        rounds.step((gradients or self._machine_steps) and not skip)
         return loss
 
     def _ready(self, gradients: bool) -> bool:

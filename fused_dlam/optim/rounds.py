@@ -215,6 +215,9 @@ class Rounds:
             self.every = every
         self.take(groups, (tuple(counts.values()), every, memories))
         self.weight, self._agreed = 1.0, None
+        if anchored:
+            self.counter.restore(lambda slot: saved(slot).get("gossip_anchor") is None)
+            self.counter.note()
         return anchored
 
     @property
@@ -230,8 +233,18 @@ class Rounds:
         """What a newcomer takes of the others, beside the flat buffers."""
         return self.counts, self.every, [group[MEMORY] for group in groups]
 
-    def take(self, groups: list[dict[str, Any]], rest: Any) -> None:
-        (self.taken, self.went, self.batches), every, memories = rest
+    def take(self, groups: list[dict[str, Any]], rest: Any, new: bool | None = None) -> None:
+        """What `rest` has told.
+
+        new: whether this worker comes now, and is at x: it is as far in the round as the others, and has gone nothing
+        of it. False: it is one of several that were there, whose rounds are their own where they are unequal. None: of
+        a checkpoint.
+        """
+        counts, every, memories = rest
+        if new is not False or not self.unequal:
+            self.taken, self.went, self.batches = counts
+        if new:
+            self.went, self.weight, self._agreed = 0, 1.0, None
         if not self.unequal:
             self.every = every
         for group, memory in zip(groups, memories, strict=True):

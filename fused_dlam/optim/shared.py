@@ -11,7 +11,8 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ..comm.errors import ExchangeError, calling
-from ..comm.place import built_too_early
+from ..comm.group import Group
+from ..comm.place import Place, built_too_early
 from ..comm.watch import ClosedError, log
 from ..engine import regroup
 from ..engine.buckets import Bucket
@@ -78,6 +79,11 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
         """A name of the next step, alike on all ranks."""
         return self._step
 
+    @property
+    def _stepping(self) -> Place | Group:
+        """The ranks that take a local step together, or leave it out together."""
+        return self._engine.place
+
     def agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any = None) -> None:
         """Sets each of a scaler's `found_inf` to the largest on any rank, for this step. All ranks must call it.
 
@@ -95,7 +101,7 @@ class GossipOptimizer(Measured, Tracked, Joining, Surviving, Optimizer):
     def _agree_on_overflow(self, found: Sequence[torch.Tensor], scale: Any) -> None:
         self._take_part(True, scaled=True)
         engine = self._engine
-        common = mixed_precision.agree(engine.place, found, self._step, scale, engine.averager.size > 1)
+        common = mixed_precision.agree(self._stepping, found, self._step, scale, engine.averager.size > 1)
         self._overflow_agreed, self._common_scale = self._moment, common
 
     @torch.no_grad()

@@ -38,8 +38,11 @@ def by_parameter(state_dict: dict[str, Any], param_groups: list[dict[str, Any]])
 
 
 @contextmanager
-def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[None]:
-    """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it."""
+def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[dict[str, Any]]:
+    """Within the context torch's `load_state_dict` checks what it loads, and fills the flat buffers with it.
+
+    Gives a dictionary that is what was loaded then: hooks may have made another of what they were given.
+    """
     final: dict[str, Any] = {}
     step = optimizer._step  # that may have begun, before the checkpoint's takes its place
 
@@ -58,7 +61,7 @@ def loading(optimizer: GossipOptimizer, engine: Engine) -> Iterator[None]:
         optimizer.register_load_state_dict_post_hook(restored, prepend=True),
     )
     try:
-        yield
+        yield final
     finally:
         for handle in handles:
             handle.remove()

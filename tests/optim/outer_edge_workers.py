@@ -1,5 +1,7 @@
 """What test_outer_edges.py runs on its workers: small scripts over one parameter with gradients that are told."""
 
+import contextlib
+import types
 from unittest import mock
 
 import torch
@@ -319,3 +321,106 @@ def loaded_within(rank, options):
     again = x.tolist()
     optimizer.close()
     return end[0].item(), again
+
+
+def thaws(rank, method, every, at, folder):
+    """Where parameters end, of which one thaws before step 5; and with a reload before step `at`, of what was
+    saved then or, at=5, of before the thaw into an optimizer over what is trainable by now. every=None: `GossipSGD`."""
+
+    def fresh(thawed):
+        early, late = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+        late.requires_grad_(thawed)
+        params = [early, late]
+        if every is None:
+            return params, fused_dlam.GossipSGD(params, method=method, lr=0.01)
+        return params, Gossip(torch.optim.SGD(params, lr=0.1), outer=method, lr=0.01, every=every)
+
+    def go(params, optimizer, steps):
+        for k in steps:
+            if k == 5:
+                params[1].requires_grad_(True)
+            for p in params:
+                p.grad = p.detach() * (1.0 + 0.1 * rank) - 0.2 * k if p.requires_grad else None
+            optimizer.step()
+        return torch.cat([p.detach() for p in params])
+
+    params, optimizer = fresh(False)
+    whole = go(params, optimizer, range(14))
+    optimizer.close()
+    params, optimizer = fresh(False)
+    model = torch.nn.ParameterList(params)
+    go(params, optimizer, range(at))
+    fused_dlam.save_checkpoint(folder, model, optimizer)
+    optimizer.close()
+    params, optimizer = fresh(True)
+    fused_dlam.load_checkpoint(folder, torch.nn.ParameterList(params), optimizer)
+    again = go(params, optimizer, range(at, 14))
+    optimizer.close()
+    return whole.tolist(), again.tolist()
+
+
+def machines_scaled(rank, kind):
+    """Two machines of unlike `every`, a loss scaler each rank of its own scale, an overflow on rank 3 in its second
+    step: where it ends, and its scale."""
+    with workers.machines_of(2):
+        every = (2, 4)[rank // 2]
+        options = {"outer": "dsgd", "lr": 1.0, "every": every, "local_steps": True, "hierarchical": True}
+        x, optimizer = made(options, dtype=torch.float32, lr=0.125)
+    scaler = (fused_dlam.GradScaler if kind == "ours" else torch.amp.GradScaler)("cpu", init_scale=2.0 ** (4 + rank))
+    for k in range(2 * every):
+        scale = float(scaler.scale(torch.ones(())))
+        x.grad = torch.full_like(x, float("inf") if rank == 3 and k == 1 else (rank + 1) * scale)
+        if kind == "by hand":
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.close()
+    return x[0].item(), scaler.get_scale()
+
+
+def quadratic(rank, x):
+    """A gradient at x, of rank's own."""
+    return (x - (rank + 1.0)) * (1.0 + 0.5 * rank)
+
+
+def joined_unlike(rank, options, every, batches, scales=False):
+    """Epochs in which ranks have unlike numbers of batches and of inner steps: where each ends, and its exchanges."""
+    size = 2 if options.get("hierarchical") else 1
+    with workers.machines_of(size) if size > 1 else contextlib.nullcontext():
+        dtype = torch.float32 if scales else torch.float64
+        x, optimizer = made({**options, "every": every[rank // size], "local_steps": True}, dtype=dtype, lr=0.1, size=3)
+    scaler, ends = fused_dlam.GradScaler("cpu", init_scale=16.0, enabled=scales), []
+    for counts in batches:
+        with optimizer.join():
+            for _ in range(counts[rank]):
+                scale = float(scaler.scale(torch.ones(())))
+                x.grad = quadratic(rank, x.detach()) * scale
+                scaler.step(optimizer)
+                scaler.update()
+        ends.append((x.double().tolist(), optimizer.param_groups[0]["gossip_step"]))
+    optimizer.close()
+    return ends
+
+
+def newcomer(rank):
+    """What a worker that comes within a round takes of one that is there; what one takes that was there too, of counts
+    and, where ways alone are averaged, of the inner optimizer's state."""
+    found = []
+    for new in (False, True):
+        options = {"outer": "nesterov-pmsgd", "topology": "full", "local_steps": True}
+        adamw = lambda params: torch.optim.AdamW(params, lr=0.1)  # noqa: E731
+        x, optimizer = made({**options, "every": 4}, inner=adamw)
+        y, other = made({**options, "every": 5}, inner=adamw)
+        for _ in range(3):
+            step(x, optimizer, 1.0)
+        step(y, other, 7.0)
+        other._recovery = types.SimpleNamespace(empty=new)
+        other._take_rest(optimizer._rest())
+        group, kept = other.param_groups[0], other.inner.state[y]
+        found.append(
+            (other._rounds.counts, other.every, group["gossip_taken"], group["gossip_went"], int(kept["step"]))
+        )
+        other._recovery = None
+        optimizer.close()
+        other.close()
+    return found
