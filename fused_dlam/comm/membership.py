@@ -274,11 +274,14 @@ class Membership:
         for machine in self.machines:  # goes as one
             if not set(machine) <= set(members):
                 members = [i for i in members if i not in machine]
-        asked, new, looked = int(self.store.add("asked", 0)), [], 0
+        asked, new, looked, waits = int(self.store.add("asked", 0)), [], 0, False
         here = [arrivals[i] for i in members]
         addresses = {i: arrivals[i].address for i in members}
         # Between a call that all make together and the next step there is no place at which a newcomer's loop begins.
-        if here and not self.machines and not any(arrival.in_call for arrival in here):
+        in_call = any(arrival.in_call for arrival in here)
+        if in_call and not self.machines:
+            waits = asked > int(self.store.add("admitted", 0))
+        elif here and not self.machines:
             looked = asked
             for i in range(self.n, self.n + int(self.store.add("numbers", 0))):
                 if i not in self.view.members and i > self.highest and self.store.check([f"asks/{i}"]):
@@ -290,17 +293,17 @@ class Membership:
         foremost = [arrival for arrival in here if arrival.calls == calls]
         done = all(arrival.in_call and arrival.has_result for arrival in foremost)
         step = max((arrival.after if done else arrival.step for arrival in foremost), default=0)
-        decision = [[*members, *new], new, step, here, addresses, looked]
+        decision = [[*members, *new], new, step, here, addresses, looked, waits]
         self.store.compare_set(f"{g}/members", "", json.dumps(decision))
 
     def _decision(self, g: int) -> View:
-        members, new, step, arrivals, addresses, looked = json.loads(self.store.get(f"{g}/members"))
+        members, new, step, arrivals, addresses, looked, waits = json.loads(self.store.get(f"{g}/members"))
         self.addresses = {int(i): tuple(address) for i, address in addresses.items()}
         self.highest = max([self.highest, *members])
         # Everybody who reads it tells the newcomers: the one who decided may be gone.
         self._raise_to("generation", g)
         self._raise_to("admitted", looked)
-        return View(g, tuple(members), tuple(new), step, tuple(map(arrival_of, arrivals)))
+        return View(g, tuple(members), tuple(new), step, tuple(map(arrival_of, arrivals)), waits)
 
     def _raise_to(self, key: str, value: int) -> None:
         """A number in the store that only grows."""

@@ -34,6 +34,7 @@ class Arrival(NamedTuple):
     in_call: bool = False  # or not in a step, as newcomers cannot be either
     accuses: tuple[int, ...] = ()  # the workers for which it has waited `timeout` seconds in vain
     after: int = 0  # the step at which it stands once the call that it is in is done: that may load a checkpoint
+    taken: int = 0  # in rounds: how many steps of its round it has taken
 
 
 class View(NamedTuple):
@@ -44,9 +45,21 @@ class View(NamedTuple):
     new: tuple[int, ...]  # those of them that need a copy of the state
     step: int  # from which all go on
     arrivals: tuple[Arrival, ...]  # of the members that are not new
+    asked: bool = False  # whether somebody waits, who could not be let in: there was a call, not a step
 
     def rank(self, number: int) -> int:
         return self.members.index(number)
+
+    @property
+    def taken(self) -> int:
+        """In rounds: after how many steps of that round all go on. Where some are in a call of all workers, the others
+        come to it by themselves."""
+        if any(arrival.in_call for arrival in self.arrivals):
+            return 0
+        return max((arrival.taken for arrival in self.arrivals if arrival.step == self.step), default=0)
+
+    def is_behind(self, arrival: Arrival) -> bool:
+        return (arrival.after, arrival.taken) < (self.step, self.taken)
 
 
 def somebody_trains(store: dist.Store) -> bool | None:
@@ -75,5 +88,5 @@ def address_of(store: dist.Store, number: int) -> Address:
 
 
 def arrival_of(line: list) -> Arrival:
-    number, address, step, calls, has_result, in_call, accuses, after = line
-    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses), after)
+    number, address, step, calls, has_result, in_call, accuses, after, taken = line
+    return Arrival(number, tuple(address), step, calls, has_result, in_call, tuple(accuses), after, taken)

@@ -23,6 +23,7 @@ from ..comm.place import Place, alone
 from ..comm.streams import Lane
 from ..comm.transfer import connect
 from ..topology import Topology
+from .anchored import AnchoredBucket
 from .compressed import places
 from .flight import DONE
 from .message import Message
@@ -91,6 +92,16 @@ def averager(message: Message, place: Place) -> Group:
     if message is Message.GRADIENT:
         return place.workers
     return place.inside if place.averages else alone(place.workers.device).workers
+
+
+def meet_anchors(engine: Engine, back: bool = False) -> None:
+    """Between two rounds: x follows the parameters; or back, what was settled is the parameters' too."""
+    for b in engine.buckets:
+        assert isinstance(b, AnchoredBucket)
+        if back:
+            b.publish()
+        else:
+            b.anchor()
 
 
 def settle(engine: Engine, new: Sequence[int]) -> None:

@@ -39,8 +39,6 @@ class GossipSteps(OfInner, OuterSteps):  # type: ignore[override]
         """
         self._check_connected()
         check_step_allowed(self._engine, self._averaging)
-        if self._rounds is not None and not (self._rounds.last or self._engine.averages_inside or self._anew):
-            return self._inner_step(closure)
         return self._exchange(lambda: self._advance(closure))
 
     def local_step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -49,6 +49,14 @@ class OuterSteps(JoiningRounds):
         there."""
         return self._step if self._rounds is None else self._rounds.batches
 
+    @property
+    def _begins(self) -> bool:  # type: ignore[override]
+        return self._rounds is not None and self._rounds.taken == 0
+
+    @property
+    def _taken(self) -> int:  # type: ignore[override]
+        return 0 if self._rounds is None or self._rounds.unequal else self._rounds.taken
+
     _anew = False  # whether the next step begins a round because `synchronize` has ended one
 
     def synchronize(self) -> None:

@@ -1,14 +1,19 @@
 """Going on without workers that are lost, and with those that come.
 
-    RUN -> an exchange fails (or somebody asks to be let in)
+    RUN -> an exchange fails (or somebody asks to be let in, or the others agree already)
         -> GIVE UP   the groups: connections close, so whoever waits for this worker follows
         -> END       the broken step alone, bucket by bucket (engine/regroup.py)
         -> AGREE     on who is left, and on the largest step (comm/membership.py)
         -> FORM      their world and groups (comm/generation.py); another loss: AGREE again
-        -> CATCH UP  who was behind takes the steps up to the largest alone; the others wait for it
+        -> CATCH UP  who was behind takes the steps up to the largest alone; the others wait for it (catching_up.py)
         -> SETTLE    copies for newcomers, centered buffers, and all go on in one step
 
 Every rank takes one local step in every step(), so loops, schedules and counters stay alike on all ranks.
+
+In rounds (`Gossip` with every=H) "step" above is an exchange, and there is more time between two of them than
+`timeout`, perhaps. So a worker looks now and then, in the steps between, whether the others agree, and agrees before
+its step is taken: no exchange has begun then, and none is broken. All go on after equally many
+steps of one round, unless they take unlike numbers.
 
 Calls outside of steps (`averaged`, checkpoints) are made by all together. A rank may have come through one in which
 another has failed, and must not make it again alone. So such a call ends with a confirmation, and who fails says how
@@ -31,7 +36,7 @@ from ..comm.place import Place
 from ..comm.register import Arrival, Excluded, RunEnded, View
 from ..comm.watch import log
 from ..engine import regroup
-from . import mixed_precision
+from . import catching_up, mixed_precision
 from .succession import Succession
 from .survival import Members, Survival
 
@@ -39,7 +44,8 @@ if TYPE_CHECKING:
     from .shared import GossipOptimizer
 
 T = TypeVar("T")
-TRIES = 4  # steps in a row that are broken to let somebody in
+TRIES = 4  # agreements in a row in which somebody waits who cannot be let in
+LOOK = 1.0  # seconds between two looks whether the others agree, and at most a tenth of `timeout`
 FUTILE = 5  # generations in a row that lose nobody and do not stand: then it is no loss that ends them
 
 
@@ -61,12 +67,14 @@ class Recovery:
         self.events: list[dict[str, Any]] = []
         view = membership.view
         self._stale = False  # whether this worker came back in the midst of its loop
-        self._before = tuple(number for number in view.members if number not in view.new)
+        self.members = tuple(number for number in view.members if number not in view.new)
         self._store_failed = False
         self._looked = -1  # steps over `admit_every`, when it was last asked who waits
-        self._tries = 0  # how often in a row this worker has broken a step to let somebody in
+        self._next_look = 0.0  # when it is to be looked whether the others agree
+        self._tries = 0  # how often in a row somebody waited in vain
+        self._admits_from: int | None = None  # of somebody who waits: how many calls are to have ended first
         self.empty = False  # whether this worker was let in, and has not taken a neighbor's state yet
-        self.came_at: int | None = None  # the step at which this worker came to a run that was under way
+        self.came = False  # whether this worker came to a run that is under way, and has taken no step there yet
         self._news: Members | None = None  # that the script was not told of yet
         self.announces = False  # within the script's function for them
         self._since = 0.0, 0.0, ""  # when the groups were given up, the CPU time then, and why
@@ -75,7 +83,7 @@ class Recovery:
         """A newcomer, whose groups stand, takes its neighbor's state."""
         self.resumes, self.next = self.membership.view.step, place
         self.optimizer._set_step(self.resumes)
-        self.came_at, self.empty = self.resumes, True
+        self.came = self.empty = True
         self._go_on()
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -84,18 +92,63 @@ class Recovery:
         """`advance` is the optimizer's step; called again after a failure it does the rest, alone."""
         self.rejoin()
         self._announce()
-        error, self.told = self.told, None
-        if error is None:
-            error = self._somebody_asks()
+        early = self.admits or self._in_rounds
+        error = self._reason()
+        if error is not None and early and self.optimizer._engine.step is None:  # no exchange begins here: none breaks
+            self._give_up(error)
+            self.rejoin()
+            self._announce()
+            error = None
+        if self.next is not None:
+            catching_up.takes_a_step(self.membership)
         if error is None:
             try:
-                return advance()
+                result = advance()
+                self.came = False
+                return result
             except ExchangeError as failure:
                 if not failure.lost:  # a peer is there, and does something else
                     raise
                 error = failure
         self._give_up(error)
-        return advance()
+        result = advance()
+        self.came = False
+        return result
+
+    @property
+    def admits(self) -> bool:
+        """Whether the next step begins with an agreement, in which somebody is let in."""
+        return self._admits_from is not None and self.calls >= self._admits_from
+
+    @property
+    def _in_rounds(self) -> bool:
+        """Whether this worker steps by itself between two exchanges, which may lie far apart. A machine's ranks do not:
+        they hear of a loss in each step, and take that one alone, all of them."""
+        engine = self.optimizer._engine
+        return engine.anchored and not engine.averages_inside
+
+    def _reason(self) -> ExchangeError | None:
+        """Why this step does not begin as the last one did."""
+        error, self.told = self.told, None
+        if error is None and self.admits:
+            error = ExchangeError("somebody asks to be let in")
+        return error or self._others_agree() or self._somebody_asks()
+
+    def _others_agree(self) -> ExchangeError | None:
+        """In rounds, now and then: who is not a neighbor of a lost worker would hear of it in the next exchange."""
+        now = time.monotonic()
+        if not self.optimizer._engine.anchored or now < self._next_look or self._store_failed:
+            return None
+        self._next_look = now + min(LOOK, self.membership.timeout / 10)
+        return ExchangeError("other workers have lost one") if self._ask(self.membership.others_agree) else None
+
+    def _ask(self, question: Callable[[], bool]) -> bool:
+        try:
+            return question()
+        except RuntimeError:  # the store is gone: training goes on
+            self._store_failed = True
+            log.warning("the store in which workers agree does not answer: the next loss will end the run")
+            return False
 
     def hold(self, error: ExchangeError) -> None:
         """An exchange failed where nothing can be done about it: in the backward pass."""
@@ -104,21 +157,16 @@ class Recovery:
     def _somebody_asks(self) -> ExchangeError | None:
         """A join is a fault without a victim. One worker looks, now and then.
 
-        Where a call of all workers follows on the broken step nobody is let in, and the next step is tried.
+        Where a call of all workers follows on the broken step, before the others know of it, nobody is let in there:
+        all agree once more when the next step begins, see `admits`.
         """
         every, view = self.chosen.admit_every, self.membership.view
         first = self.membership.me == view.members[0] and self.next is None
         due = bool(every) and self.optimizer.steps_done // every != self._looked
         self._looked = self.optimizer.steps_done // (every or 1)
-        if not (first and (due or 0 < self._tries < TRIES)) or self._store_failed or self.membership.machines:
+        if not (first and due) or self._store_failed or self.membership.machines:
             return None
-        try:
-            self._tries = (0 if due else self._tries) + 1 if self.membership.asked() else 0
-        except RuntimeError:  # the store is gone: training goes on
-            self._store_failed = True
-            log.warning("the store in which workers agree does not answer: the next loss will end the run")
-            return None
-        return ExchangeError("somebody asks to be let in") if self._tries else None
+        return ExchangeError("somebody asks to be let in") if self._ask(self.membership.asked) else None
 
     # -- calls outside of steps --------------------------------------------------------------------------------------
 
@@ -168,7 +216,7 @@ class Recovery:
         done = self._agree()
         if not done:
             self._take_back()
-        if self._stands_at >= self.resumes:
+        if self._is_there:
             self._go_on()
         return done
 
@@ -180,13 +228,19 @@ class Recovery:
         """
         if self.lost is not None:
             self._agree()
-        if self.next is not None and self._stands_at >= self.resumes:
+        if self.next is not None and self._is_there:
             self._go_on()
 
     @property
     def _stands_at(self) -> int:
         """A call may change the step, as loading a checkpoint does."""
         return self.optimizer._step if self.in_call is None or self._done else self.in_call
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether this worker has caught up with those who are foremost. Who takes another's state is where that is."""
+        there = self.resumes, self.membership.view.taken
+        return self.empty or (self._stands_at, self.optimizer._taken) >= there
 
     def _accused(self, error: ExchangeError) -> tuple[int, ...]:
         """The workers for which this one has waited `timeout` in vain. A closed connection accuses nobody."""
@@ -199,7 +253,10 @@ class Recovery:
         """From here on this worker is alone, and who waits for it learns of it."""
         if self.lost is None:
             self._since = time.monotonic(), time.process_time(), str(error)
-        self.lost, self.told = self._accused(error), None
+        self.lost, self.told, self._admits_from = self._accused(error), None, None
+        pending, self.next = self.next, None
+        if pending is not None:  # it was catching up, and another was lost
+            pending.abandon()
         place = self.optimizer._engine.place
         regroup.isolate(self.optimizer._engine)
         self.optimizer._pause()
@@ -213,7 +270,7 @@ class Recovery:
             before = membership.view.members
             arrival = Arrival(
                 membership.me, membership.beacon.address, self._stands_at, self.calls, self.has_result,
-                self.in_call is not None, (*accused, *membership.suspects), self.optimizer._step,
+                self.in_call is not None, (*accused, *membership.suspects), self.optimizer._step, self.optimizer._taken,
             )  # fmt: skip
             try:
                 if self.empty:  # a member without a state would go on with its own
@@ -261,8 +318,6 @@ class Recovery:
         view = self.membership.enter()
         self.calls = max((arrival.calls for arrival in view.arrivals), default=self.calls)
         self.empty = self._stale = True
-        if self.came_at == self.optimizer._step:
-            self.came_at = view.step
         self.optimizer._set_step(view.step)
         self.optimizer.zero_grad()  # of parameters that it will not have any more
         return view
@@ -273,15 +328,19 @@ class Recovery:
         """All are at the same step: the first in the new place."""
         optimizer, engine = self.optimizer, self.optimizer._engine
         while True:
-            place, self.next, view = self.next, None, self.membership.view
+            place, view = self.next, self.membership.view
             assert place is not None
             try:
+                catching_up.wait(self.membership)
+                self.next = None
                 graph = self.graphs(place.workers.size)
                 regroup.enter(engine, place, graph)
                 place.workers.numbers = place.inside.numbers = view.members
                 new = [view.rank(number) for number in view.new]
                 if new:
                     optimizer._compare(place, self.membership)
+                if optimizer._begins:
+                    regroup.meet_anchors(engine)
                 regroup.settle(engine, new)
                 for rank in new:
                     optimizer._copy_rest(regroup.left_of(rank, new, place.workers.size), rank)
@@ -290,20 +349,26 @@ class Recovery:
             except ExchangeError as error:
                 self._give_up(error)
                 self._agree()
-                if self._stands_at < self.resumes:
+                if not self._is_there:
                     return
         self.empty = False
+        if optimizer._begins:
+            regroup.meet_anchors(engine, back=True)
         optimizer._resume(graph)
+        self._tries = self._tries + 1 if view.asked else 0
+        if 0 < self._tries < TRIES:  # after the call in which some were, all with the same step
+            self._admits_from = 1 + max(arrival.calls for arrival in view.arrivals if arrival.in_call)
+            optimizer._pause()  # nothing leaves in the backward pass: that step's members are agreed on when it begins
         engine.stale, self._stale = self._stale, False
         if self.events:
             start, cpu, _ = self._since
             self.events[-1].update(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
-        lost = tuple(number for number in self._before if number not in view.members)
-        came = tuple(number for number in view.members if number not in self._before)
-        self._before = view.members
+        lost = tuple(number for number in self.members if number not in view.members)
+        came = tuple(number for number in view.members if number not in self.members)
+        self.members = view.members
         self._tell(graph.name, lost, came)
         self._news = Members(view.members, lost, came, view.step)
-        if self.came_at != self.optimizer._step:  # else in the first step: the script has no optimizer yet
+        if not self.came:  # else in the first step: the script has no optimizer yet
             self._announce()
 
     def _announce(self) -> None:

@@ -30,6 +30,8 @@ class Surviving:
     """Who trains, and how another place is taken."""
 
     _recovery: Recovery | None = None  # with on_failure="continue"
+    _begins = False  # whether the next step is the first of a round, and parameters are where x is
+    _taken = 0  # in rounds: steps of the present one, alike on all ranks between two calls of step()
     _comes = False  # whether this worker comes to a run that is under way, and has not taken its state yet
 
     if TYPE_CHECKING:
@@ -57,10 +59,10 @@ class Surviving:
     def members(self) -> tuple[int, ...]:
         """The workers that train, in the order of their ranks: the rank of each at the start, or a newcomer's number.
 
-        It changes with on_failure="continue" alone.
+        It changes with on_failure="continue" alone, after equally many steps on all of them.
         """
         if self._recovery is not None:
-            return self._recovery.membership.view.members
+            return self._recovery.members
         return tuple(range(self._engine.place.workers.size))
 
     def finish(self) -> None:
@@ -143,13 +145,13 @@ class Surviving:
     @property
     def _just_came(self) -> bool:
         """Whether this worker came to a run that was under way, and has taken no step there yet."""
-        return self._recovery is not None and self._recovery.came_at == self._step
+        return self._recovery is not None and self._recovery.came
 
     @property
     def _unsettled(self) -> bool:
         """Whether it is step() alone that knows who takes part in this step."""
         r = self._recovery
-        return r is not None and (r.lost is not None or r.next is not None or self._just_came)
+        return r is not None and (r.lost is not None or r.next is not None or r.admits or r.came)
 
     def _gone(self) -> str:
         """Why nobody should wait for all ranks any more, "" if nothing is known."""
