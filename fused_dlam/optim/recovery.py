@@ -161,7 +161,7 @@ class Recovery:
         all agree once more when the next step begins, see `admits`.
         """
         every, view = self.chosen.admit_every, self.membership.view
-        first = self.membership.me == view.members[0] and self.next is None
+        first = self.membership.me == view.members[0] and self.next is None and self._admits_from is None
         due = bool(every) and self.optimizer.steps_done // every != self._looked
         self._looked = self.optimizer.steps_done // (every or 1)
         if not (first and due) or self._store_failed or self.membership.machines:
@@ -355,8 +355,8 @@ class Recovery:
         if optimizer._begins:
             regroup.meet_anchors(engine, back=True)
         optimizer._resume(graph)
-        self._tries = self._tries + 1 if view.asked else 0
-        if 0 < self._tries < TRIES:  # after the call in which some were, all with the same step
+        self._tries = (self._tries + 1) % TRIES if view.asked else 0
+        if self._tries:  # after the call in which some were, all with the same step
             self._admits_from = 1 + max(arrival.calls for arrival in view.arrivals if arrival.in_call)
             optimizer._pause()  # nothing leaves in the backward pass: that step's members are agreed on when it begins
         engine.stale, self._stale = self._stale, False

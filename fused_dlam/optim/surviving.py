@@ -206,8 +206,11 @@ class Surviving:
     @torch.no_grad()
     def _share_rest(self) -> None:
         """Ranks whose gradients are averaged step alike, and have ended the broken step each with its own: what is not
-        in flat buffers becomes that of the first, as `regroup.settle` makes what is.
+        in flat buffers becomes that of the first, as `regroup.settle` makes what is. Where ways are averaged, when a
+        round ends, each steps by itself, and its inner optimizer's state and place in the round are its own.
         """
+        if self._engine.anchored and not self._engine.averages_inside:
+            return
         group = self._engine.averager
         for to in range(1, group.size):
             rest = group.copy_object(self._rest() if group.rank == 0 else None, 0, to)

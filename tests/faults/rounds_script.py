@@ -59,8 +59,9 @@ while optimizer.steps_done < end:
     if calls and optimizer.steps_done % calls == 0:
         distances.append(optimizer.consensus_distance())
     if end == 1 << 30 and max(optimizer.members) >= N:
-        end = told[-1][1] + ROUNDS * max(1, every)
+        end = (told[-1][1] // max(1, every) + ROUNDS) * max(1, every)  # where a round ends
 optimizer.finish()
-out = {"members": optimizer.members, "told": told, "taken": taken, "steps": optimizer.steps_done - began, "y": y.detach()}
+steps = optimizer.steps_done - began
+out = {"members": optimizer.members, "told": told, "taken": taken, "steps": steps, "y": y.detach()}
 events = [event["why"] for event in optimizer._recovery.events]
 torch.save({**out, "end": optimizer.steps_done, "events": events, "distances": distances}, f"{folder}/{me}.pt")
