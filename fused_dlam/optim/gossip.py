@@ -252,6 +252,4 @@ class Gossip(InnerCopies, GossipSteps):  # type: ignore[override]
             rest, of_rounds = rest
             new = self._recovery is not None and self._recovery.empty
             self._rounds.take(self.param_groups, of_rounds, new)
-            if not new and self._engine.message is Message.GRADIENT:  # ways alone are averaged, of workers' own steps
-                return
         self.inner.load_state_dict({**self.inner.state_dict(), "state": rest})

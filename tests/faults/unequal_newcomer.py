@@ -29,9 +29,9 @@ path, end = {}, None
 rounds, agree = optimizer._rounds, optimizer._rounds.agree
 
 
-def noted(engine, exchange, joining):
+def noted(engine, exchange, joining, groups):
     """How far this worker goes from where it was when the round began, and in how many steps."""
-    agree(engine, exchange, joining)
+    agree(engine, exchange, joining, groups)
     (b,) = engine.buckets
     path[exchange] = optimizer.members, rounds.went, rounds.weight * (b.x - b.low)[0].item()
 
