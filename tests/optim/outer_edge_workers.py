@@ -403,8 +403,8 @@ def joined_unlike(rank, options, every, batches, scales=False):
 
 
 def newcomer(rank):
-    """What a worker that comes within a round takes of one that is there; what one takes that was there too, of counts
-    and, where ways alone are averaged, of the inner optimizer's state."""
+    """What a worker that comes within a round takes of one that is there, of counts and of the inner optimizer's state,
+    and what one has after a loss that was there too."""
     found = []
     for new in (False, True):
         options = {"outer": "nesterov-pmsgd", "topology": "full", "local_steps": True}
@@ -415,7 +415,10 @@ def newcomer(rank):
             step(x, optimizer, 1.0)
         step(y, other, 7.0)
         other._recovery = types.SimpleNamespace(empty=new)
-        other._take_rest(optimizer._rest())
+        if new:
+            other._take_rest(optimizer._rest())
+        else:
+            other._share_rest()
         group, kept = other.param_groups[0], other.inner.state[y]
         found.append(
             (other._rounds.counts, other.every, group["gossip_taken"], group["gossip_went"], int(kept["step"]))
