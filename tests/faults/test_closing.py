@@ -12,11 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fused_dlam
 
 ROOT = Path(fused_dlam.__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_together_and_alone(tmp_path):
     script = [sys.executable, Path(__file__).with_name("closing_script.py"), tmp_path]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

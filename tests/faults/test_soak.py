@@ -22,7 +22,8 @@ def soak(tmp_path, *options):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["default", pytest.param("hierarchical", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["default", "hierarchical"])
 def test_kills_and_a_newcomer(tmp_path, kind):
     soak(tmp_path, "--seeds", "60:61", "-n", "4", "--steps", "40", "--modes", "kill,join", "--optimizers", kind)
 

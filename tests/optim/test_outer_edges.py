@@ -36,8 +36,8 @@ BACK = {
     "averages, atc": {"schedule": "atc", "every": 2},
     "MI, awc": {"outer": "mi-dmsgd", "schedule": "awc", "every": 2},
 }
-COUNTING = [("adam", 4), ("mi-adamw", 4), ("adamw", None)]  # every=None: of `GossipSGD`
-THAW_AT = (5, 7, 8)
+COUNTING = {"adam": 4, "mi-adamw": 4, "adamw": None}  # every=None: of `GossipSGD`
+THAWS = [("adam", 5), ("adam", 8), ("mi-adamw", 7), ("adamw", 5), ("adamw", 7)]
 RING = {"outer": "mi-dmsgd", "topology": "exponential", "momentum": 0.6, "correction_rate": 0.1}
 # options, every of each worker, batches of each rank in each epoch
 UNLIKE = {
@@ -76,9 +76,8 @@ def found(tmp_path_factory):
         "thawed": (edge.thawed_late,),
         "newcomer": (edge.newcomer,),
         **{
-            ("thaws", method, at): (edge.thaws, method, every, at, str(folder / f"{method}{at}"))
-            for method, every in COUNTING
-            for at in THAW_AT
+            ("thaws", method, at): (edge.thaws, method, COUNTING[method], at, str(folder / f"{method}{at}"))
+            for method, at in THAWS
         },
         **{("loaded", name): (edge.loaded_within, options) for name, options in LOADED.items()},
     }
@@ -187,8 +186,7 @@ def test_a_parameter_that_comes_late_has_its_own_bias_corrections(found):
         assert memory["adam_steps"] == 41 and torch.tensor(memory["steps of 1"]) == 1
 
 
-@pytest.mark.parametrize("method", [method for method, _ in COUNTING])
-@pytest.mark.parametrize("at", THAW_AT)
+@pytest.mark.parametrize("method, at", THAWS)
 def test_a_checkpoint_of_the_round_in_which_a_parameter_came_goes_on_bit_for_bit(found, method, at):
     """It comes before step 5: saved before, in the midst of its first round, and after that."""
     for whole, again in found["thaws", method, at]:

@@ -45,7 +45,7 @@ GRAPHS = [
     *(mixtures(n, period) for n, period in ((3, 1), (5, 3), (8, 4))),
     row_stochastic(5, 1),
 ]
-DAILY = {"ring 1", "exponential 5", "one-peer-exponential 8", "mixtures 5"}
+DAILY = {"ring 1", "exponential 5", "one-peer-exponential 3", "mixtures 5"}
 
 
 def named(graph):

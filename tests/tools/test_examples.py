@@ -73,6 +73,7 @@ def trained(tmp_path_factory):
     return whole, cut, halfway, accuracies, moved_accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["--no-amp", "--amp"])
 def test_gossip_learns_what_ddp_learns(trained, amp):
     *_, accuracies, _ = trained
@@ -80,6 +81,7 @@ def test_gossip_learns_what_ddp_learns(trained, amp):
     assert min(accuracies["gossip", amp], accuracies["ddp", amp]) > 95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["--no-amp", "--amp"])
 def test_a_resumed_run_is_the_uninterrupted_run(trained, amp):
     whole, cut, *_ = trained
@@ -90,11 +92,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(trained, amp):
         assert torch.equal(a["random"], b["random"]) and a["scheduler"] == b["scheduler"]
 
 
+@pytest.mark.slow
 def test_gossip_goes_on_from_checkpoints_of_ddp(trained):
     *_, accuracies, moved = trained
     assert abs(moved - accuracies["ddp", "--no-amp"]) < 3 and moved > 95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["--no-amp", "--amp"])
 def test_workers_differ_and_their_mean_is_saved(trained, amp):
     """Where a run was killed, at half its learning rate: 1e-6, and the workers are 1000 times as far apart."""
@@ -109,6 +113,7 @@ def test_workers_differ_and_their_mean_is_saved(trained, amp):
     assert apart["8.weight"] > 1e-3 and apart["1.running_mean"] > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["ddp", "gossip"])
 def test_autocast_is_used_where_it_is_asked_for(trained, script):
     """bfloat16 moves the weights by more than 1e-4; the scale, a power of two, cannot."""
