@@ -18,6 +18,12 @@ TABLES = (
     "kernels/test_guard.py", "optim/test_processes.py", "rules/test_field.py", "rules/test_laws.py",
     "rules/test_papers.py", "theory/test_limits.py", "tutorials/test_pages.py",
 )  # fmt: skip
+# Slow tests that share what takes their time: with SLOW_SHARE=4 the whole file has one of the four turns.
+WHOLE = {
+    "optim/test_missing_gradients.py": 0, "bench/test_bench_gpu.py": 1, "comm/test_endings.py": 1,
+    "tutorials/test_tutorials.py": 2, "faults/test_rounds.py": 2, "trust/test_situations.py": 3,
+    "comm/test_random_exchanges.py": 3,
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
@@ -26,8 +32,9 @@ def pytest_collection_modifyitems(config, items):
         return
     kept, left = [], []
     for item in items:
-        row = item.path.as_posix().endswith(TABLES) and item.get_closest_marker("slow") is not None
-        another_turn = row and zlib.crc32(item.nodeid.encode()) % share != turn % share
-        (left if another_turn else kept).append(item)
+        path, its = item.path.as_posix(), turn
+        if item.get_closest_marker("slow") is not None and path.endswith((*TABLES, *WHOLE)):
+            its = next((t for name, t in WHOLE.items() if path.endswith(name)), zlib.crc32(item.nodeid.encode()))
+        (kept if its % share == turn % share else left).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = kept
