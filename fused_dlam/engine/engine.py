@@ -152,6 +152,11 @@ class Engine:
         return self.anchored and self.averages and self.message is not Message.GRADIENT
 
     @property
+    def steps_alone(self) -> bool:
+        """Whether this rank takes steps by itself between two exchanges, which may lie far apart."""
+        return self.anchored and not self.averages_inside
+
+    @property
     def gossips(self) -> bool:
         """Whether there are neighbors to average with."""
         return self.place.workers.size > 1 and self.message is not Message.GRADIENT

@@ -12,8 +12,8 @@ Every rank takes one local step in every step(), so loops, schedules and counter
 
 In rounds (`Gossip` with every=H) "step" above is an exchange, and there is more time between two of them than
 `timeout`, perhaps. So a worker looks now and then, in the steps between, whether the others agree, and agrees before
-its step is taken: no exchange has begun then, and none is broken. All go on after equally many
-steps of one round, unless they take unlike numbers.
+its step is taken: no exchange has begun then, and none is broken. All go on after equally many steps of one round,
+unless they take unlike numbers.
 
 Calls outside of steps (`averaged`, checkpoints) are made by all together. A rank may have come through one in which
 another has failed, and must not make it again alone. So such a call ends with a confirmation, and who fails says how
@@ -92,7 +92,8 @@ class Recovery:
         """`advance` is the optimizer's step; called again after a failure it does the rest, alone."""
         self.rejoin()
         self._announce()
-        early = self.admits or self._in_rounds
+        # A machine's ranks hear of a loss in each inner step, and take that one alone, all of them.
+        early = self.admits or self.optimizer._engine.steps_alone
         error = self._reason()
         if error is not None and early and self.optimizer._engine.step is None:  # no exchange begins here: none breaks
             self._give_up(error)
@@ -103,14 +104,15 @@ class Recovery:
             catching_up.takes_a_step(self.membership)
         if error is None:
             try:
-                result = advance()
-                self.came = False
-                return result
+                return self._taken(advance)
             except ExchangeError as failure:
                 if not failure.lost:  # a peer is there, and does something else
                     raise
                 error = failure
         self._give_up(error)
+        return self._taken(advance)
+
+    def _taken(self, advance: Callable[[], T]) -> T:
         result = advance()
         self.came = False
         return result
@@ -119,13 +121,6 @@ class Recovery:
     def admits(self) -> bool:
         """Whether the next step begins with an agreement, in which somebody is let in."""
         return self._admits_from is not None and self.calls >= self._admits_from
-
-    @property
-    def _in_rounds(self) -> bool:
-        """Whether this worker steps by itself between two exchanges, which may lie far apart. A machine's ranks do not:
-        they hear of a loss in each step, and take that one alone, all of them."""
-        engine = self.optimizer._engine
-        return engine.anchored and not engine.averages_inside
 
     def _reason(self) -> ExchangeError | None:
         """Why this step does not begin as the last one did."""

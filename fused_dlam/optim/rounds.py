@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from ..comm.group import Group
 from ..comm.sharded import local
 from ..comm.watch import log
 from ..engine.compressed import is_memory
@@ -108,20 +109,22 @@ class Rounds:
 
         joining: within `join`, where a mean of ways is over those workers too.
         """
+        if self._agreed == step:
+            return  # an attempt at this exchange raised later than here: the others know this rank's number
         averages = engine.message is Message.GRADIENT
-        if averages and self._agreed != step:
+        if averages:
             self._check_alike(engine, groups)
-        if self._agreed == step or not (self.unequal or (joining and averages)):
-            self._agreed = step
-            return  # if an attempt at this exchange raised, the others know this rank's number
+        if self.unequal or (joining and averages):
+            self._weigh(engine.place.workers, step, averages)
+        self._agreed = step
+
+    def _weigh(self, workers: Group, step: int, averages: bool) -> None:
         counts = torch.tensor([self.went, self.went > 0], dtype=torch.float64)
-        workers = engine.place.workers
         workers.mean(counts, step)
         steps, going = (round(v * workers.size) for v in counts.tolist())
         self.weight = steps / going / self.went if self.unequal and self.went else 1.0
         if averages and going:
             self.weight *= workers.size / going
-        self._agreed = step
 
     def _check_alike(self, engine: Engine, groups: list[dict[str, Any]]) -> None:
         """An all-reduce of ways tells nobody what it was made with, and lets workers that differ stay as far apart."""

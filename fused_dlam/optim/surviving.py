@@ -209,7 +209,7 @@ class Surviving:
         in flat buffers becomes that of the first, as `regroup.settle` makes what is. Where ways are averaged, when a
         round ends, each steps by itself, and its inner optimizer's state and place in the round are its own.
         """
-        if self._engine.anchored and not self._engine.averages_inside:
+        if self._engine.steps_alone:
             return
         group = self._engine.averager
         for to in range(1, group.size):
